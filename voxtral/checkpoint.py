@@ -1,0 +1,349 @@
+"""Reading and writing checkpoint folders: consolidated.safetensors (single or sharded) and files that must survive a kill.
+
+A tensor is read only when asked for, and a file is written tensor by tensor, so an 8 GB checkpoint never sits in memory.
+"""
+import json
+import os
+import struct
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterable, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from voxtral.params import CheckpointError, load_params
+
+CODEC_PREFIX = "audio_tokenizer."
+ENCODER_PREFIXES = (CODEC_PREFIX + "input_proj.", CODEC_PREFIX + "encoder_blocks.")
+EMBEDDING_NAME = "mm_audio_embeddings.audio_codebook_embeddings.embeddings.weight"
+TEXT_EMBEDDING_NAME = "mm_audio_embeddings.tok_embeddings.weight"
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64",
+               torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+COPY_CHUNK_BYTES = 16 * 2 ** 20
+
+
+class SafetensorsFile:
+    """One .safetensors file: its header, in the order of the data, and tensors on demand.
+
+    Raises CheckpointError when the file is missing, truncated or no safetensors file.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                (header_size,) = struct.unpack("<Q", file.read(8))
+                self.data_start = 8 + header_size
+                if self.data_start > self.path.stat().st_size:
+                    raise CheckpointError(f"{self.path} is truncated: download or copy it again.")
+                header = json.loads(file.read(header_size))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.path} is missing.") from error
+        except (struct.error, ValueError, OSError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{self.path} is no readable safetensors file ({error}).") from error
+        self.metadata: dict | None = header.pop("__metadata__", None)
+        self.entries: dict[str, dict] = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]))
+        end = max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
+        if self.data_start + end != self.path.stat().st_size:
+            raise CheckpointError(f"{self.path} is truncated or damaged: its header asks for {self.data_start + end:,} bytes, "
+                                  f"the file has {self.path.stat().st_size:,}; download or copy it again.")
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                return {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}): download or copy it again.") from error
+
+
+class Checkpoint:
+    """A checkpoint folder. `shapes`: tensor name -> shape, over all shards."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"checkpoint folder {self.folder} does not exist: set `checkpoint` (or VOXTRAL_CKPT).")
+        self.params = load_params(self.folder)
+        self.files = [SafetensorsFile(path) for path in weight_files(self.folder)]
+        self.file_of = {name: file for file in self.files for name in file.entries}
+        self.shapes = {name: tuple(file.entries[name]["shape"]) for name, file in self.file_of.items()}
+
+    @property
+    def encoder_names(self) -> list[str]:
+        """Names of the encoder's tensors that the folder holds (none in the release)."""
+        return [name for name in self.shapes if name.startswith(ENCODER_PREFIXES)]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """name -> CPU tensor in the stored dtype. Raises CheckpointError naming the first tensor that is missing."""
+        names = list(names)
+        for name in names:
+            if name not in self.file_of:
+                raise CheckpointError(f"{self.folder} has no tensor {name}: is the checkpoint complete?")
+        tensors = {}
+        for file in self.files:
+            tensors.update(file.read(name for name in names if self.file_of[name] is file))
+        return tensors
+
+
+def weight_files(folder) -> list[Path]:
+    """consolidated.safetensors, or all of its shards. Raises CheckpointError when one is missing."""
+    folder = Path(folder)
+    single = folder / "consolidated.safetensors"
+    if single.is_file():
+        return [single]
+    shards = sorted(folder.glob("consolidated-*-of-*.safetensors"))
+    if not shards:
+        raise CheckpointError(f"{folder} has no consolidated.safetensors (nor consolidated-0000X-of-0000Y.safetensors): "
+                              "point `checkpoint` (or VOXTRAL_CKPT) at the folder of a Voxtral TTS checkpoint.")
+    total = int(shards[0].stem.rsplit("-of-", 1)[1])
+    expected = [folder / f"consolidated-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+    for path in expected:
+        if not path.is_file():
+            raise CheckpointError(f"shard {path} is missing: download it again.")
+    return expected
+
+
+def check_shapes(found: dict[str, tuple], expected: dict[str, tuple], where) -> None:
+    """Raises CheckpointError naming the first tensor that is missing, too many, or of another shape."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{where} lacks the tensor {name}.")
+        if tuple(found[name]) != tuple(shape):
+            raise CheckpointError(f"{where}: {name} has shape {list(found[name])}, but params.json implies {list(shape)}.")
+    extra = sorted(set(found) - set(expected))
+    if extra:
+        raise CheckpointError(f"{where} has an unexpected tensor {extra[0]} ({len(extra)} in all).")
+
+
+# ---------------------------------------------------------------- writing
+
+@contextmanager
+def atomic_path(path):
+    """Yields a temporary path in the same folder; on success it is flushed to disk and renamed to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(path) -> None:
+    """fsync of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_safetensors(path, shapes: dict[str, tuple], dtype_of: Callable[[str], torch.dtype],
+                      tensor_of: Callable[[str], Tensor], metadata: dict | None = None) -> None:
+    """Writes tensors one at a time, in the order of `shapes`; at most one is in memory. Atomic."""
+    header, offset = {}, 0
+    if metadata is not None:
+        header["__metadata__"] = metadata
+    for name, shape in shapes.items():
+        size = dtype_of(name).itemsize * int(torch.Size(shape).numel())
+        header[name] = {"dtype": DTYPE_NAMES[dtype_of(name)], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        write_header(file, header)
+        for name, shape in shapes.items():
+            tensor = tensor_of(name).to(dtype_of(name)).contiguous()
+            if tuple(tensor.shape) != tuple(shape):
+                raise CheckpointError(f"{name}: shape {list(tensor.shape)} instead of {list(shape)}")
+            file.write(tensor_bytes(tensor))
+
+
+def write_header(file, header: dict) -> None:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensor data starts at a multiple of 8
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw little-endian bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+class Span(NamedTuple):
+    """Bytes of a file."""
+    path: Path
+    start: int
+    size: int
+
+
+@dataclass
+class Item:
+    """A tensor to be written: dtype (as in a safetensors header), shape, and where its bytes lie or what makes it."""
+    dtype: str
+    shape: list[int]
+    data: Span | Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        if isinstance(self.data, Span):
+            return self.data.size
+        return TORCH_DTYPES[self.dtype].itemsize * int(torch.Size(self.shape).numel())
+
+    def read(self) -> Tensor:
+        """The tensor, wherever it comes from."""
+        if not isinstance(self.data, Span):
+            return self.data()
+        with self.data.path.open("rb") as file:
+            file.seek(self.data.start)
+            data = bytearray(file.read(self.data.size))
+        return torch.frombuffer(data, dtype=TORCH_DTYPES[self.dtype]).view(self.shape)
+
+
+def write_items(path, items: dict[str, Item], metadata: dict | None, header: bytes | None = None) -> None:
+    """Writes tensors in the order of `items`, those in files byte for byte; one chunk or tensor is in memory. Atomic.
+
+    header: the first bytes of the file, when they are to be just these.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        if header is not None:
+            file.write(header)
+        else:
+            entries, offset = {} if metadata is None else {"__metadata__": metadata}, 0
+            for name, item in items.items():
+                entries[name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": [offset, offset + item.size]}
+                offset += item.size
+            write_header(file, entries)
+        for data in join_spans([item.data for item in items.values()]):
+            if isinstance(data, Span):
+                copy_bytes(data, file)
+            else:
+                file.write(tensor_bytes(data().contiguous()))
+
+
+def join_spans(parts: list) -> list:
+    """Neighbouring spans of one file become one; everything else stays."""
+    result = []
+    for part in parts:
+        last = result[-1] if result else None
+        if isinstance(part, Span) and isinstance(last, Span) and (last.path, last.start + last.size) == part[:2]:
+            result[-1] = last._replace(size=last.size + part.size)
+        else:
+            result.append(part)
+    return result
+
+
+def copy_bytes(span: Span, file) -> None:
+    """Appends the bytes of `span` to the open `file`. Raises CheckpointError when there are fewer."""
+    with span.path.open("rb", buffering=0) as source:
+        source.seek(span.start)
+        buffer, left = memoryview(bytearray(COPY_CHUNK_BYTES)), span.size
+        while left:
+            count = source.readinto(buffer[:left])
+            if not count:
+                raise CheckpointError(f"{span.path} ends too early: download or copy it again.")
+            file.write(buffer[:count])
+            left -= count
+
+
+def save_tensors(path, tensors: dict[str, Tensor]) -> None:
+    """A small dict of tensors -> one .safetensors file, atomically."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    write_safetensors(path, {name: tuple(t.shape) for name, t in tensors.items()}, lambda name: tensors[name].dtype,
+                      lambda name: tensors[name])
+
+
+# ---------------------------------------------------------------- one value of a JSON file, every other byte kept
+
+def read_json(path) -> tuple[str, dict]:
+    """-> (the text as it stands in the file, its content). Raises CheckpointError when missing or no JSON object."""
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: download it again.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no JSON object: download it again.")
+    return text, content
+
+
+def set_json(text: str, path: list[str], value) -> str:
+    """A valid JSON text with the value at `path` replaced, or appended to its object as the members before are written.
+
+    Raises KeyError when an object on the way is missing. remove_json takes an appended member out again, exactly.
+    """
+    start, members = _members(text, path[:-1])
+    written, name = json.dumps(value), json.dumps(path[-1])
+    if path[-1] in members:
+        _, _, begin, end = members[path[-1]]
+        return text[:begin] + written + text[end:]
+    if not members:
+        return text[:start + 1] + f"{name}: {written}" + text[start + 1:]
+    spans = list(members.values())
+    key, key_end, begin, end = spans[-1]
+    colon = text[key_end:begin]
+    before = text[start + 1:key] if len(spans) == 1 else text[spans[-2][3]:key].partition(",")[2]
+    if len(spans) == 1 and not before and colon.endswith(" "):
+        before = " "  # {"a": 1} is usually followed by {"a": 1, "b": 2}
+    return text[:end] + "," + before + name + colon + written + text[end:]
+
+
+def remove_json(text: str, path: list[str]) -> str:
+    """A valid JSON text without the member at `path`. Raises KeyError when it is not there."""
+    start, members = _members(text, path[:-1])
+    first, _, _, end = members[path[-1]]
+    others = [span for name, span in members.items() if name != path[-1]]
+    before = [span for span in others if span[0] < first]
+    if before:
+        return text[:before[-1][3]] + text[end:]
+    if others:
+        return text[:first] + text[others[0][0]:]
+    return text[:start + 1] + text[text.index("}", end):]
+
+
+def _members(text: str, path: list[str]) -> tuple[int, dict[str, tuple[int, int, int, int]]]:
+    """The object at `path` -> (position of its brace, name -> (start, end of the name, start, end of the value))."""
+    start = _skip_space(text, 0)
+    members = _scan_object(text, start)
+    for name in path:
+        start = members[name][2]
+        if text[start] != "{":
+            raise KeyError(name)
+        members = _scan_object(text, start)
+    return start, members
+
+
+def _scan_object(text: str, start: int) -> dict[str, tuple[int, int, int, int]]:
+    members, decoder = {}, json.JSONDecoder()
+    position = _skip_space(text, start + 1)
+    while text[position] != "}":
+        name, name_end = decoder.raw_decode(text, position)
+        begin = _skip_space(text, text.index(":", name_end) + 1)
+        end = decoder.raw_decode(text, begin)[1]
+        members[name] = (position, name_end, begin, end)
+        position = _skip_space(text, end)
+        if text[position] == ",":
+            position = _skip_space(text, position + 1)
+    return members
+
+
+def _skip_space(text: str, position: int) -> int:
+    while text[position] in " \t\r\n":
+        position += 1
+    return position
