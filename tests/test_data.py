@@ -1,0 +1,520 @@
+"""Finding clips, reading crops of them, and the sample stream: all repeats exactly, no bad file is fatal."""
+import json
+import os
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+from omegaconf import OmegaConf
+
+from voxtral import data, sources
+from voxtral.data import (BadClip, BadClipLog, BatchSampler, SampleStream, SpeechDataset, load_segment,
+                          make_loader, steps_per_epoch, validation_batches)
+from voxtral.sources import (Clip, DataConfig, DataError, SourceConfig, ValidationConfig, find_clips,
+                             split_validation)
+
+
+def noise(seconds, rate, seed=0):
+    """White noise below 3 kHz at -20 dB: any crop of it can be told from any other."""
+    samples = 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * 8000))
+    spectrum = np.fft.rfft(samples)[:len(samples) * 3 // 8]
+    return soxr.resample(np.fft.irfft(spectrum, len(samples)), 8000, rate).astype(np.float32)
+
+
+def write(path, audio, rate, subtype=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, audio, rate, subtype, format="OGG" if path.suffix == ".opus" else None)
+    return str(path)
+
+
+def whole_at_24k(path):
+    audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    return soxr.resample(audio.mean(1), rate, 24000, quality="HQ")
+
+
+def best_match(crop, whole):
+    """Where `crop` lies in `whole`, samples."""
+    size = len(whole) + len(crop)
+    product = np.fft.rfft(whole, size) * np.conj(np.fft.rfft(crop, size))
+    return int(np.fft.irfft(product, size)[:len(whole)].argmax())
+
+
+# ---------------------------------------------------------------- reading
+
+FORMATS = [("wav", 8000, "PCM_16", 1), ("wav", 11025, "PCM_16", 1), ("flac", 16000, None, 2),
+           ("wav", 24000, "FLOAT", 1), ("flac", 44100, None, 2), ("mp3", 44100, None, 1),
+           ("ogg", 48000, "VORBIS", 1), ("wav", 48000, "PCM_24", 2)]
+
+
+@pytest.mark.parametrize("suffix, rate, subtype, channels", FORMATS)
+@pytest.mark.parametrize("position", [0.0, 0.37, 0.999999])
+def test_crop_equals_part_of_resampled_file(tmp_path, suffix, rate, subtype, channels, position):
+    audio = np.stack([noise(5, rate, seed) for seed in range(channels)], axis=1)
+    path = write(tmp_path / f"a.{suffix}", audio, rate, subtype)
+    crop, native_rate = load_segment(path, position, 1.3)
+    whole = whole_at_24k(path)
+    start = best_match(crop, whole)
+    assert crop.dtype == np.float32 and len(crop) == 31200 and native_rate == rate
+    assert abs(start / 24000 - position * (len(whole) / 24000 - 1.3)) < 0.03
+    np.testing.assert_allclose(crop, whole[start:start + len(crop)], atol=2e-6)
+
+
+def test_opus_crop(tmp_path):
+    """Opus decoders converge after a seek instead of repeating themselves exactly."""
+    path = write(tmp_path / "a.opus", noise(5, 24000), 24000, "OPUS")
+    crop, rate = load_segment(path, 0.5, 1.0)
+    whole = whole_at_24k(path)
+    start = best_match(crop, whole)
+    assert rate == 24000 and abs(start - 48000) < 100
+    assert np.corrcoef(crop, whole[start:start + 24000])[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
+def test_sine_keeps_frequency_and_amplitude(tmp_path, rate):
+    sine = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(3 * rate) / rate)
+    path = write(tmp_path / "a.wav", sine, rate, "FLOAT")
+    crop, _ = load_segment(path, 0.4, 1.0)
+    spectrum = np.abs(np.fft.rfft(crop * np.hanning(24000))) / 6000  # 1 Hz per bin
+    assert spectrum.argmax() == 1000 and spectrum[1000] == pytest.approx(0.5, abs=0.001)
+
+
+def test_long_file_is_not_decoded_as_a_whole(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.flac", noise(30, 16000), 16000)
+    read, decoded = soundfile.SoundFile.read, []
+    monkeypatch.setattr(soundfile.SoundFile, "read",
+                        lambda *args, **options: decoded.append(read(*args, **options)) or decoded[-1])
+    load_segment(path, 0.6, 1.0)
+    assert sum(map(len, decoded)) < 1.1 * 16000
+
+
+def test_short_file_comes_whole(tmp_path):
+    path = write(tmp_path / "a.wav", noise(0.7, 16000), 16000)
+    crop, _ = load_segment(path, 0.9, 4.0)
+    np.testing.assert_allclose(crop, whole_at_24k(path), atol=1e-6)
+
+
+def test_stereo_is_averaged_and_peaks_are_limited(tmp_path):
+    left = np.full(24000, 0.8)
+    path = write(tmp_path / "a.wav", np.stack([left, 0 * left], 1), 24000, "FLOAT")
+    assert load_segment(path, 0, 1)[0] == pytest.approx(0.4)
+    loud, _ = load_segment(write(tmp_path / "b.wav", 30 * noise(1, 24000), 24000, "FLOAT"), 0, 1)
+    assert np.abs(loud).max() == 1
+    np.testing.assert_allclose(loud, noise(1, 24000) / np.abs(noise(1, 24000)).max(), atol=1e-6)
+
+
+def bad_files(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0).bytes(20000)
+    (folder / "nothing.wav").write_bytes(b"")
+    (folder / "random.wav").write_bytes(random)
+    (folder / "random.flac").write_bytes(random)
+    write(folder / "header.wav", np.zeros(0), 16000)
+    write(folder / "short.wav", noise(0.09, 16000), 16000)
+    write(folder / "nan.wav", np.where(np.arange(8000) == 5000, np.nan, 0.1), 16000, "FLOAT")
+    return {"nothing.wav": "unreadable", "random.wav": "unreadable", "random.flac": "unreadable",
+            "header.wav": "empty", "short.wav": "shorter than 0.1 s", "nan.wav": "not finite",
+            "gone.wav": "unreadable"}
+
+
+def test_bad_files_are_told_with_the_reason(tmp_path):
+    for name, reason in bad_files(tmp_path).items():
+        with pytest.raises(BadClip, match=f"{name}: .*{reason}"):
+            load_segment(str(tmp_path / name), 0.5, 4.0)
+
+
+@pytest.mark.parametrize("suffix, rate", [("wav", 16000), ("flac", 16000), ("mp3", 44100)])
+def test_truncated_file_gives_what_is_left(tmp_path, suffix, rate):
+    path = tmp_path / f"a.{suffix}"
+    whole = whole_at_24k(write(path, noise(8, rate), rate))
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2])
+    for position in (0.0, 0.5, 0.99):
+        crop, _ = load_segment(str(path), position, 1.0)
+        start = best_match(crop, whole)
+        assert len(crop) == 24000 and start + len(crop) <= len(whole) * 0.52
+        np.testing.assert_allclose(crop[1000:-1000], whole[start + 1000:start + 23000], atol=5e-3)
+
+
+# ---------------------------------------------------------------- samples and batches
+
+@pytest.fixture
+def clips(tmp_path):
+    """12 clips of 0.4 to 0.95 s at three rates, two sources."""
+    paths = [write(tmp_path / f"good{i}.wav", noise(0.4 + 0.05 * i, rate, i), rate)
+             for i, rate in enumerate([16000, 24000, 44100] * 4)]
+    return [Clip(path, f"speaker{i % 3}", int(i >= 8)) for i, path in enumerate(paths)]
+
+
+def config_for(n_sources=2, weights=(1.0, 1.0), **values):
+    listed = [SourceConfig(kind="folder", weight=weight) for weight in weights[:n_sources]]
+    return DataConfig(**{"sources": listed, "batch_size": 2, "max_sec": 0.5, "num_workers": 0, **values})
+
+
+def first(n, clips, config, seed=0, **values):
+    return list(islice(make_loader(SpeechDataset(clips, config.max_sec, seed), config, seed, **values), n))
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for a, b in zip(batches, others):
+        assert a.indices == b.indices and a.bad == b.bad
+        for name in ("waveform", "lengths", "native_rates"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def joined(batches):
+    return torch.cat([batch.waveform for batch in batches])
+
+
+def test_batch_is_padded_and_describes_its_clips(clips):
+    for batch in first(6, clips, config_for()):
+        assert batch.waveform.shape == (2, 1, 12000) and batch.waveform.dtype == torch.float32
+        for i, index in enumerate(batch.indices):
+            info = soundfile.info(clips[index].path)
+            assert batch.native_rates[i] == info.samplerate
+            assert batch.lengths[i] == min(12000, round(info.duration * 24000))
+            assert not batch.waveform[i, 0, batch.lengths[i]:].any()
+            assert batch.waveform[i, 0, batch.lengths[i] - 200:batch.lengths[i]].any()
+    moved = batch.to("meta")
+    assert moved.waveform.device.type == moved.lengths.device.type == moved.native_rates.device.type == "meta"
+    assert moved.indices == batch.indices
+
+
+def test_seed_decides_order_and_crops(clips):
+    config = config_for()
+    five, again, six = (first(8, clips, config, seed=seed) for seed in (5, 5, 6))
+    assert_same(five, again)
+    assert [batch.indices for batch in five] != [batch.indices for batch in six]
+    long = [clips[-1]]
+    assert not torch.equal(joined(first(1, long, config, seed=5)), joined(first(1, long, config, seed=6)))
+
+
+def test_crops_differ_between_samples(clips):
+    batch, = first(1, clips[-1:], config_for(batch_size=8))
+    assert len({tuple(waveform[0, :50].tolist()) for waveform in batch.waveform}) == 8
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_resuming_equals_skipping(clips, accumulation):
+    config = config_for()
+    through = first(8 * accumulation, clips, config, accumulation=accumulation)
+    resumed = first(3 * accumulation, clips, config, accumulation=accumulation, start_step=5)
+    assert_same(through[5 * accumulation:], resumed)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_equal_one_with_twice_the_batch(clips, accumulation):
+    options = {"accumulation": accumulation, "start_step": 1}
+    one = first(8, clips, config_for(batch_size=4), **options)
+    two = [first(8, clips, config_for(batch_size=2), **options, rank=rank, world_size=2) for rank in (0, 1)]
+    for micro_batch, *parts in zip(one, *two):
+        assert micro_batch.indices == parts[0].indices + parts[1].indices
+        assert torch.equal(micro_batch.waveform, joined(parts))
+
+
+def test_accumulation_equals_a_larger_batch(clips):
+    large = first(2, clips, config_for(batch_size=6), start_step=3)
+    small = first(6, clips, config_for(batch_size=2), start_step=3, accumulation=3)
+    assert torch.equal(joined(large), joined(small))
+
+
+def test_workers_change_nothing(clips, tmp_path):
+    bad_files(tmp_path / "bad")
+    clips = clips + [Clip(str(tmp_path / "bad/random.wav"), "x", 0)]
+    alone, helped = (first(14, clips, config_for(num_workers=workers), start_step=3) for workers in (0, 2))
+    assert_same(alone, helped)
+    assert any(batch.bad for batch in alone)
+
+
+def test_epoch_has_every_clip_once(clips):
+    stream = SampleStream(clips, config_for(), seed=1)
+    epochs = [[stream[number] for number in range(12 * epoch, 12 * epoch + 12)] for epoch in range(3)]
+    assert stream.epoch_size == 12 and [sorted(epoch) for epoch in epochs] == [list(range(12))] * 3
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
+    assert [stream[number] for number in range(12)] == epochs[0]  # going back is allowed
+
+
+def test_weights_are_passes_per_epoch(clips):
+    config = config_for(weights=(0.25, 2.5), batch_size=4)  # of 8 and of 4 clips
+    stream = SampleStream(clips, config, seed=0)
+    assert stream.epoch_size == 2 + 10
+    counts = np.stack([np.bincount(stream.order(epoch), minlength=12) for epoch in range(20)])
+    assert (counts[:, :8].sum(1) == 2).all() and counts[:, :8].max() == 1
+    assert set(counts[:, 8:].flatten()) == {2, 3} and (counts[:, 8:].sum(1) == 10).all()
+    assert (counts[:, :8].sum(0) > 0).all() and (counts[:, 8:].max(0) == 3).all()  # a new part each epoch
+    assert steps_per_epoch(clips, config) == 3 and steps_per_epoch(clips, config, 2, 3) == 0.5
+
+
+def test_stream_follows_the_steps(clips):
+    stream = SampleStream(clips, config_for(), seed=0)
+    sampler = BatchSampler(stream, batch_size=2, start_step=4, rank=1, world_size=2, accumulation=3)
+    numbers = [[number for number, _ in batch] for batch in islice(sampler, 4)]
+    assert numbers == [[50, 51], [54, 55], [58, 59], [62, 63]]  # 4 * 12 + micro-batch * 4 + rank * 2
+
+
+def test_bad_clips_are_replaced_and_reported(clips, tmp_path):
+    reasons = bad_files(tmp_path / "bad")
+    bad = [Clip(str(tmp_path / "bad" / name), "x", 0) for name in reasons]
+    everything = bad[:4] + clips + bad[4:]
+    config = config_for(batch_size=19)
+    epoch, again = first(1, everything, config, seed=3), first(1, everything, config, seed=3)
+    assert_same(epoch, again)
+    reported = dict(epoch[0].bad)
+    assert set(reported) == {clip.path for clip in bad}
+    assert all(reason in reported[str(tmp_path / "bad" / name)] for name, reason in reasons.items())
+    assert all(everything[index] in clips for index in epoch[0].indices)  # those that were read
+    assert epoch[0].waveform.abs().amax((1, 2)).min() > 0.01
+
+    log = BadClipLog(tmp_path)
+    log.add(epoch[0].bad)
+    log.add(epoch[0].bad)
+    assert log.count == 2 * len(epoch[0].bad)
+    resumed = BadClipLog(tmp_path)
+    resumed.add(epoch[0].bad)
+    lines = (tmp_path / "bad_files.txt").read_text().splitlines()
+    assert sorted(lines) == sorted(f"{path}\t{reason}" for path, reason in reported.items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_bad_clips_is_an_error(tmp_path, workers):
+    bad = [Clip(str(tmp_path / name), "x", 0) for name in bad_files(tmp_path)]
+    batches = iter(make_loader(SpeechDataset(bad, 0.5, seed=0), config_for(num_workers=workers), seed=0))
+    with pytest.raises(DataError, match="^20 clips in a row [^\n]*$") as error:
+        next(batches)
+    error.value.__traceback__ = None  # keeps the loader, which then waits 5 s for each of its processes
+    del error
+    with pytest.raises(DataError, match="None of the 7 clips"):
+        validation_batches(bad, config_for())
+
+
+def test_validation_batches_are_fixed_and_repeatable(clips, tmp_path):
+    gone = Clip(str(tmp_path / "gone.wav"), "x", 0)
+    batches = validation_batches([gone] + clips[:5], config_for())
+    assert [batch.indices for batch in batches] == [[1, 2], [3, 4], [5]]
+    assert [path for path, _ in batches[0].bad] == [gone.path] and not batches[1].bad
+    for i, waveform in enumerate(joined(batches)):
+        start = whole_at_24k(clips[i].path)[:12000]
+        np.testing.assert_allclose(waveform[0, :len(start)], start, atol=2e-6)
+    assert len(list(batches)) == len(list(batches)) == 3  # iterating twice
+    assert_same(batches, validation_batches([gone] + clips[:5], config_for()))
+
+
+# ---------------------------------------------------------------- sources
+
+def found(tmp_path, **source):
+    present, absent = find_clips(DataConfig(data_root=str(tmp_path), sources=[SourceConfig(**source)]))
+    return [(os.path.relpath(clip.path, tmp_path), clip.speaker, clip.text) for clip in present[0]], absent
+
+
+def touch(path, content=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def test_folder(tmp_path):
+    for name in ("b/2.WAV", "b/1.flac", "a/x/3.opus", "a/x/notes.txt", "a/.hidden.wav"):
+        touch(tmp_path / "mine" / name)
+    touch(tmp_path / "elsewhere/linked/4.mp3")
+    (tmp_path / "mine/c").symlink_to(tmp_path / "elsewhere")
+    clips, absent = found(tmp_path, kind="folder", path="mine")
+    assert clips == [("mine/a/x/3.opus", "x", ""), ("mine/b/1.flac", "b", ""), ("mine/b/2.WAV", "b", ""),
+                     ("mine/c/linked/4.mp3", "linked", "")] and not absent
+    assert found(tmp_path, kind="folder", path="mine", pattern="b/*")[0] == clips[1:3]
+    assert found(tmp_path, kind="folder", path=str(tmp_path / "mine"))[0] == clips
+
+
+@pytest.mark.parametrize("folder, path", [("LibriSpeech", ""), ("LibriSpeech", "LibriSpeech"),
+                                          ("LibriTTS_R", ""), ("deep/LibriTTS", "deep")])
+def test_librispeech(tmp_path, folder, path):
+    for name in ("train-other-500/20/7/20-7-0.flac", "train-clean-360/14/3/14-3-1.wav",
+                 "train-clean-360/14/3/14.trans.txt", "train-clean-360/stray.flac", "dev-clean/1/1/1.flac"):
+        touch(tmp_path / folder / name)
+    clips, absent = found(tmp_path, kind="librispeech", path=path, name="books",
+                          subsets=["train-other-500", "train-clean-100", "train-clean-360"])
+    assert clips == [(f"{folder}/train-clean-360/14/3/14-3-1.wav", "14", ""),
+                     (f"{folder}/train-other-500/20/7/20-7-0.flac", "20", "")]
+    assert absent == [f"books: {tmp_path / path / 'train-clean-100'}"]
+
+
+@pytest.mark.parametrize("release", ["", "cv-corpus-17.0-2024-03-15/"])
+def test_common_voice(tmp_path, release):
+    table = f"client_id\tpath\tsentence\n{'ab' * 64}\t2.mp3\t\"No\n{'cd' * 64}\t1.mp3\tYes\n"
+    touch(tmp_path / f"cv/{release}en/train.tsv", table)
+    touch(tmp_path / "cv/cv-corpus-9.0-2022-04-27/en/train.tsv", table.replace("Yes", "old"))
+    clips, _ = found(tmp_path, kind="common_voice", path="cv", language="en")
+    assert clips == [(f"cv/{release}en/clips/1.mp3", "cd" * 8, "Yes"),
+                     (f"cv/{release}en/clips/2.mp3", "ab" * 8, '"No')]
+
+
+def test_generated(tmp_path):
+    rows = [{"audio": f"audio/{i}.wav", "codes": f"codes/{i}.npy", "text": "Hello", "voice": "casual_male"}
+            for i in (1, 0)]
+    folder = tmp_path / "presets"
+    touch(folder / "manifest.jsonl", "\n\n".join(map(json.dumps, rows)))
+    source = SourceConfig(kind="generated", path="presets")
+    present, _ = find_clips(DataConfig(data_root=str(tmp_path), sources=[source]))
+    assert present == [[Clip(f"{folder}/audio/{i}.wav", "casual_male", 0, "Hello", f"{folder}/codes/{i}.npy")
+                        for i in (0, 1)]]
+
+
+def test_manifest(tmp_path):
+    touch(tmp_path / "sets/a.csv", 'path,speaker,text\nx/2.wav,ann,"Yes, please"\nx/1.wav,,\n')
+    assert found(tmp_path, kind="manifest", path="sets/a.csv")[0] == [("sets/x/1.wav", "x", ""),
+                                                                     ("sets/x/2.wav", "ann", "Yes, please")]
+    touch(tmp_path / "sets/b.jsonl", '{"path": "1.wav", "speaker": 84}\n')
+    assert found(tmp_path, kind="manifest", path="sets/b.jsonl")[0] == [("sets/1.wav", "84", "")]
+    touch(tmp_path / "sets/c.csv", "file,speaker\n1.wav,ann\n")
+    with pytest.raises(DataError, match="c.csv: row 1 .*'path'"):
+        found(tmp_path, kind="manifest", path="sets/c.csv")
+    touch(tmp_path / "sets/d.jsonl", '{"path": "1.wav"}\n{"path": \n')
+    with pytest.raises(DataError, match="d.jsonl: .* after row 1 "):
+        found(tmp_path, kind="manifest", path="sets/d.jsonl")
+
+
+def test_huggingface_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"data.sources\[0\].*pip install datasets"):
+        found(tmp_path, kind="huggingface", path="any/thing")
+
+
+def test_huggingface_copies_once_and_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="the optional package datasets is not installed")
+    folder = tmp_path / "set/data/train"
+    for i in range(6):
+        write(folder / f"clip{i}.flac", noise(0.3, 24000, i), 24000)
+    touch(folder / "metadata.csv", "file_name,speaker_id,text\n" +
+          "".join(f"clip{i}.flac,s{i % 2},text {i}\n" for i in range(6)))
+    source = {"kind": "huggingface", "path": str(tmp_path / "set"), "max_clips": 5}
+    replace, written = os.replace, []
+
+    def interrupted(old, new):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(str(new))
+        replace(old, new)
+
+    monkeypatch.setattr(sources.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found(tmp_path, **source)
+    part, = tmp_path.glob("huggingface/*/manifest.jsonl.part")
+    assert not part.with_suffix("").exists()
+    with part.open("a") as file:
+        file.write('{"path": "torn')
+    monkeypatch.setattr(sources.os, "replace", lambda old, new: written.append(str(new)) or replace(old, new))
+    clips, _ = found(tmp_path, **source)
+    assert len(written) == len(set(written)) == 6  # five clips and the manifest, none twice
+    assert [(speaker, text) for _, speaker, text in clips] == [(f"s{i % 2}", f"text {i}") for i in range(5)]
+    for i, (path, _, _) in enumerate(clips):
+        assert (tmp_path / path).read_bytes() == (folder / f"clip{i}.flac").read_bytes()
+    monkeypatch.setitem(sys.modules, "datasets", None)  # from now on the copy is enough
+    assert found(tmp_path, **source)[0] == clips
+
+
+def test_present_sources_are_used_and_absent_ones_named(tmp_path):
+    touch(tmp_path / "b/1.wav")
+    (tmp_path / "c").mkdir()
+    config = DataConfig(data_root=str(tmp_path), sources=[
+        SourceConfig(kind="common_voice", path="cv", language="ar"), SourceConfig(kind="folder", path="b"),
+        SourceConfig(kind="folder", path="c"), SourceConfig(kind="manifest", path="m.csv", name="extra")])
+    present, absent = find_clips(config)
+    assert [[clip.source for clip in clips] for clips in present] == [[1]]
+    assert absent == [f"common_voice cv ar: {tmp_path}/cv/ar/train.tsv",
+                      f"folder c: no audio in {tmp_path}/c", f"extra: {tmp_path}/m.csv"]
+    with pytest.raises(DataError, match=f"data.sources.*{tmp_path}/gone"):
+        found(tmp_path, kind="folder", path="gone")
+    with pytest.raises(DataError, match="data.sources is empty"):
+        find_clips(DataConfig())
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"sources": [SourceConfig(kind="librispech")]}, r"sources\[0\].kind is 'librispech'.* 'librispeech'"),
+    ({"sources": [SourceConfig(kind="folder"), SourceConfig(kind="folder", weight=0)]}, "1..weight is 0"),
+    ({"sources": [SourceConfig(kind="librispeech")]}, r"sources\[0\].subsets"),
+    ({"sources": [SourceConfig(kind="common_voice")]}, r"sources\[0\].language"),
+    ({"max_sec": 0.079}, "data.max_sec is 0.079"), ({"batch_size": 0}, "data.batch_size"),
+    ({"num_workers": -1}, "data.num_workers"),
+    ({"validation": ValidationConfig(clips=0)}, "data.validation.clips")])
+def test_unusable_values_are_named(values, message):
+    with pytest.raises(DataError, match=message):
+        find_clips(DataConfig(**values))
+
+
+def made_up(n, source, folder="/data"):
+    return [Clip(f"{folder}/speaker{i % 5}/{i}.wav", f"speaker{i % 5}", source) for i in range(n)]
+
+
+def test_validation_clips_are_never_trained_on():
+    sets = [made_up(30, 0), made_up(40, 1, "/data/more") + made_up(30, 1)]  # 30 files are listed twice
+    train, validation = split_validation(sets, ValidationConfig(clips=25))
+    everything, held_out = {clip.path for clips in sets for clip in clips}, {clip.path for clip in validation}
+    assert len(validation) == len(held_out) == 25
+    assert {clip.path for clips in train for clip in clips} == everything - held_out
+    names = [[os.path.basename(clip.path) for clip in split_validation([clips], ValidationConfig(clips=9))[1]]
+             for clips in (made_up(30, 0)[::-1], made_up(30, 0, "/mnt/data/moved"))]
+    assert names[0] == names[1] and names[0] != [f"{i}.wav" for i in range(9)]
+
+
+def test_the_choice_of_validation_clips_outlasts_the_process():
+    """The hash is a fixed one: a resumed run must hold out the same clips."""
+    _, validation = split_validation([made_up(30, 0)], ValidationConfig(clips=3))
+    assert [os.path.basename(clip.path) for clip in validation] == ["12.wav", "6.wav", "3.wav"]
+
+
+def test_held_out_speakers():
+    sets = [made_up(30, 0), made_up(40, 1, "/more")]
+    train, validation = split_validation(sets, ValidationConfig(clips=4, speakers=["speaker2", "speaker4"]))
+    assert {clip.speaker for clips in train for clip in clips} == {"speaker0", "speaker1", "speaker3"}
+    assert [len(clips) for clips in train] == [18, 24]
+    assert len(validation) == 4 and {clip.speaker for clip in validation} <= {"speaker2", "speaker4"}
+    with pytest.raises(DataError, match="nobody is called bob; among the 5 speakers are speaker0"):
+        split_validation(sets, ValidationConfig(speakers=["speaker1", "bob"]))
+    everybody = [f"speaker{i}" for i in range(5)]
+    for validation in (ValidationConfig(clips=70), ValidationConfig(speakers=everybody)):
+        with pytest.raises(DataError, match="holds out all 70 clips"):
+            split_validation(sets, validation)
+
+
+# ---------------------------------------------------------------- python -m voxtral.data --check
+
+def check_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["data", "--check", *map(str, arguments)])
+    data.main()
+
+
+def test_check_reports_the_data(tmp_path, monkeypatch, capsys):
+    for i in range(4):
+        write(tmp_path / f"a/ann/{i}.wav", noise(3, 16000), 16000)
+    for i in range(6):
+        write(tmp_path / f"b/{'bob' if i else 'eve'}/{i}.flac", noise(6, 44100), 44100)
+    touch(tmp_path / "b/bob/broken.wav", "no audio")
+    listed = [{"kind": "folder", "path": "a"}, {"kind": "folder", "path": "b", "name": "second"},
+              {"kind": "generated", "path": "g"}]
+    block = {"data_root": str(tmp_path), "validation": {"clips": 1, "speakers": ["eve"]}, "sources": listed}
+    OmegaConf.save({"data": block, "train": {"steps": 5}}, tmp_path / "c.yaml")
+    check_command(monkeypatch, tmp_path / "c.yaml", "--audio-sec-per-sec", 0.5, "data.sources.0.weight=2",
+                  "data.batch_size=3")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "folder a 4 0 1 0.00 100.0% 16: 4 second 7 1 2 0.01 0.0% 44.1: 6 " in out
+    assert "total 11 1 3 0.01 40.0% 16: 4, 44.1: 6" in out
+    assert f"bad: {tmp_path}/b/bob/broken.wav: unreadable" in out and "Warning: 40.0%" in out
+    assert f"absent: generated g: {tmp_path}/g/manifest.jsonl" in out
+    assert "10 clips to train on, 1 to validate on; an epoch is 14 crops of at most 4 s, " in out
+    assert "or 4.7 steps of 3 on one process" in out
+    # 2 * 4 crops of 3 s, 5 of 4 s, and another of these in place of the broken one: 48 s
+    assert "1.6 min at 0.5 s of audio per second" in out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["data.batchsize=3"], "batchsize"), (["data.max_sec=long"], "max_sec"),
+    (["data.sources=[{path: a}]"], "kind"), (["data.sources=[{kind: foldr}]"], "'folder'"),
+    (["train.steps=3"], "train.steps=3"), ([], "data.sources")])
+def test_check_ends_with_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
+    touch(tmp_path / "c.yaml", "data:\n  sources: []\n")
+    with pytest.raises(SystemExit) as stopped:
+        check_command(monkeypatch, tmp_path / "c.yaml", *arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
