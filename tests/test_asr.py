@@ -1,0 +1,229 @@
+"""Whisper distillation: loss and alignment by hand, the teacher end to end with a random tiny Whisper."""
+import base64
+import gzip
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import whisper
+from omegaconf import OmegaConf
+
+from voxtral.asr import (AsrConfig, AsrTargets, WhisperTeacher, asr_distillation_loss, load_whisper,
+                         soft_alignment)
+
+LAST_LAYER_FIRST_HEAD = np.array([[False, False], [True, False]])
+
+
+def heads_dump(heads: np.ndarray) -> bytes:
+    return base64.b85encode(gzip.compress(heads.tobytes()))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An openai-whisper checkpoint of 2 + 2 layers, width 16, multilingual vocabulary."""
+    dims = whisper.ModelDimensions(
+        n_mels=80, n_audio_ctx=1500, n_audio_state=16, n_audio_head=2, n_audio_layer=2,
+        n_vocab=51865, n_text_ctx=64, n_text_state=16, n_text_head=2, n_text_layer=2)
+    generator = torch.Generator().manual_seed(0)
+    model = whisper.model.Whisper(dims)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    path = tmp_path_factory.mktemp("whisper") / "random.pt"
+    torch.save({"dims": asdict(dims), "model_state_dict": model.state_dict(),
+                "alignment_heads_dump": heads_dump(LAST_LAYER_FIRST_HEAD)}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def teacher(checkpoint):
+    return WhisperTeacher(AsrConfig(model=checkpoint), max_sec=2.0, device="cpu")
+
+
+def clips():
+    """One of 1 s in a batch with one of 2 s."""
+    waveform = torch.randn(2, 1, 48_000, generator=torch.Generator().manual_seed(1)) * 0.1
+    return waveform, torch.tensor([24_000, 48_000])
+
+
+# ---------------------------------------------------------------- loss
+
+def targets(hidden, n_text, n_frames):
+    """Token l is spoken in frame l."""
+    n_tokens = hidden.shape[1]
+    mask = torch.arange(n_tokens) < torch.tensor(n_text)[:, None]
+    return AsrTargets(hidden, torch.eye(n_tokens, n_frames).expand(len(hidden), -1, -1), mask)
+
+
+@pytest.mark.parametrize("embedding, expected", [([2.0, 0.0], 0.0), ([-1.0, 0.0], 2.0), ([0.0, 5.0], 1.0),
+                                                 ([3.0, 4.0], 0.4)])
+def test_loss_is_one_minus_the_cosine(embedding, expected):
+    hidden = torch.tensor([[[1.0, 0.0]]])
+    projected = torch.tensor(embedding)[None, :, None]  # [1, 2, 1]
+    loss = asr_distillation_loss(projected, targets(hidden, [1], 1))
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_loss_pools_frames_by_the_alignment():
+    hidden = torch.tensor([[[1.0, 0.0]]])
+    projected = torch.tensor([[[3.0, 0.0, -9.0], [0.0, 4.0, 0.0]]])  # frames (3, 0), (0, 4) and (-9, 0)
+    pooled = AsrTargets(hidden, torch.tensor([[[0.5, 0.5, 0.0]]]), torch.ones(1, 1, dtype=torch.bool))
+    assert asr_distillation_loss(projected, pooled).item() == pytest.approx(1 - 3 / 5)
+
+
+def test_loss_averages_over_a_clips_tokens_then_over_all_clips():
+    hidden = torch.tensor([1.0, 0.0]).expand(3, 3, 2)
+    same, opposite, orthogonal = [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]
+    projected = torch.tensor([[opposite, opposite, opposite],   # 1 token: 2; the padding does not count
+                              [same, orthogonal, opposite],     # 3 tokens: 1
+                              [opposite, opposite, opposite]])  # none: 0
+    loss = asr_distillation_loss(projected.transpose(1, 2), targets(hidden, [1, 3, 0], 3))
+    assert loss.item() == pytest.approx((2 + 1 + 0) / 3)
+
+
+def test_loss_without_any_token_is_zero_with_finite_gradients():
+    projected = torch.zeros(2, 4, 3, requires_grad=True)
+    nothing = AsrTargets(torch.zeros(2, 1, 4), torch.zeros(2, 1, 3), torch.zeros(2, 1, dtype=torch.bool))
+    loss = asr_distillation_loss(projected, nothing)
+    loss.backward()
+    assert loss.item() == 0 and projected.grad.abs().max() == 0  # NaN would not equal 0
+
+
+# ---------------------------------------------------------------- alignment
+
+def test_alignment_by_hand():
+    """Two tokens of 8 positions each; the end's row looks at one, which the median filter takes out."""
+    scores = torch.full((1, 1, 3, 20), -100.0)
+    scores[0, 0, 0, 0:8] = scores[0, 0, 1, 8:16] = scores[0, 0, 2, 15] = 0.0
+    alignment = soft_alignment(scores, torch.tensor([2]), torch.tensor([16]), n_frames=6)
+    assert torch.allclose(alignment, torch.tensor([[[1.0, 1, 0, 0, 0, 0], [0.0, 0, 1, 1, 0, 0]]]), atol=1e-6)
+
+
+def test_alignment_shares_a_position_among_tokens_only():
+    """Rows beyond the clip's own tokens (and its end) take no share, positions beyond its end have none."""
+    scores = torch.zeros(1, 2, 4, 40)
+    alignment = soft_alignment(scores, torch.tensor([2]), torch.tensor([16]), n_frames=5)
+    assert torch.allclose(alignment[0, :2, :4], torch.tensor(1 / 3)) and alignment[0, 2].max() == 0
+    assert alignment[..., 4].max() == 0
+
+
+# ---------------------------------------------------------------- teacher
+
+def test_teacher_end_to_end(teacher):
+    waveform, lengths = clips()
+    out = teacher(waveform, lengths, 25)
+    n_tokens = out.mask.shape[1]
+    assert teacher.width == 16 and 1 <= n_tokens <= 15  # 7.5 tokens per second
+    assert out.hidden.shape == (2, n_tokens, 16) and out.alignment.shape == (2, n_tokens, 25)
+    assert out.hidden.dtype == out.alignment.dtype == torch.float32 and out.mask.any(dim=1).all()
+    assert out.alignment.min() >= 0 and out.alignment[0, :, 13:].max() == 0  # 1 s has 12.5 frames
+    assert (out.alignment.sum(dim=2) > 0).equal(out.mask)
+
+
+def test_padding_and_the_rest_of_the_batch_change_nothing(teacher):
+    waveform, lengths = clips()
+    together = teacher(waveform, lengths, 25)
+    alone = teacher(waveform[:1, :, :24_000], lengths[:1], 13)
+    n = int(alone.mask.sum())
+    assert n == int(together.mask[0].sum())
+    assert torch.allclose(alone.hidden[0, :n], together.hidden[0, :n], atol=1e-4)
+    assert torch.allclose(alone.alignment[0, :n], together.alignment[0, :n, :13], atol=1e-4)
+
+
+def test_a_quiet_clip_hears_the_same_beside_a_loud_one(teacher):
+    waveform, lengths = clips()
+    waveform[1] *= 1e-4
+    together, alone = teacher.mel(waveform, lengths)[1], teacher.mel(waveform[1:], lengths[1:])[0]
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_hidden_states_predict_the_text(teacher):
+    waveform, lengths = clips()
+    with torch.no_grad():
+        features = teacher.model.encoder(teacher.mel(waveform, lengths))
+        prefixes, texts = teacher.transcribe(features)
+        hidden, _ = teacher.read(prefixes, texts, features)
+    logits = hidden @ teacher.model.decoder.token_embedding.weight.T
+    rank = [(row > row[token]).sum().item() for rows, text in zip(logits, texts)
+            for row, token in zip(rows, text)]
+    assert len(rank) >= 2 and max(rank) < 20  # 0, but for the few tokens that decoding suppresses
+
+
+def test_clip_without_speech_has_no_tokens(teacher, monkeypatch):
+    silence = SimpleNamespace(language="en", no_speech_prob=0.9, avg_logprob=-2.0, tokens=[400, 500])
+    speech = SimpleNamespace(language="ar", no_speech_prob=0.1, avg_logprob=-2.0, tokens=[400, 500])
+    waveform, lengths = clips()
+    monkeypatch.setattr(whisper, "decode", lambda *args: [silence, speech])
+    assert teacher(waveform, lengths, 25).mask.tolist() == [[False, False], [True, True]]
+    monkeypatch.setattr(whisper, "decode", lambda *args: [silence, silence])
+    out = teacher(waveform, lengths, 25)
+    projected = torch.randn(2, 16, 25, requires_grad=True)
+    loss = asr_distillation_loss(projected, out)
+    loss.backward()
+    assert not out.mask.any() and loss.item() == 0 and projected.grad.abs().max() == 0
+
+
+def test_nothing_of_the_teacher_is_trained(teacher):
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    waveform, lengths = clips()
+    assert not teacher(waveform.requires_grad_(), lengths, 25).hidden.requires_grad
+
+
+def test_alignment_heads_come_from_the_checkpoint(teacher, checkpoint, tmp_path):
+    assert teacher.heads == [[1, 0]]
+    content = torch.load(checkpoint, weights_only=True)
+    del content["alignment_heads_dump"]
+    torch.save(content, tmp_path / "plain.pt")
+    with pytest.warns(UserWarning, match="asr.model"):
+        plain = load_whisper(str(tmp_path / "plain.pt"), "cpu")
+    assert plain.alignment_heads.indices().T.tolist() == [[1, 0], [1, 1]]
+
+
+# ---------------------------------------------------------------- what a user may get wrong
+
+def test_config_is_structured():
+    merged = OmegaConf.merge(OmegaConf.structured(AsrConfig), {"language": "ar"})
+    assert OmegaConf.to_object(merged) == AsrConfig(language="ar")
+
+
+def test_unknown_model():
+    with pytest.raises(ValueError, match=r"asr\.model is 'huge'.*large-v3"):
+        WhisperTeacher(AsrConfig(model="huge"), 4.0, "cpu")
+
+
+def test_file_that_is_no_whisper(tmp_path):
+    path = tmp_path / "other.pt"
+    for content in ({"weights": torch.zeros(1)}, [1.0]):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"asr\.model.*other\.pt is not an openai-whisper checkpoint"):
+            load_whisper(str(path), "cpu")
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"asr\.model.*other\.pt is not an openai-whisper checkpoint"):
+        load_whisper(str(path), "cpu")
+
+
+def test_failed_download(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(whisper, "load_model", no_network)
+    with pytest.raises(ValueError, match=r"asr\.model.*no route to host.*local \.pt"):
+        load_whisper("base", "cpu")
+
+
+@pytest.mark.parametrize("max_sec, context_sec", [(4.0, 4.0), (4.0, 9.0), (4.0, 31.0), (20.0, 29.0),
+                                                  (31.0, 30.0)])
+def test_context_that_does_not_fit(checkpoint, max_sec, context_sec):
+    with pytest.raises(ValueError, match=r"asr\.context_sec"):
+        WhisperTeacher(AsrConfig(model=checkpoint, context_sec=context_sec), max_sec, "cpu")
+
+
+def test_clip_longer_than_announced(teacher):
+    with pytest.raises(ValueError, match=r"data\.max_sec"):
+        teacher(torch.zeros(1, 1, 48_001), torch.tensor([48_001]), 26)
+
+
+def test_unknown_language(checkpoint):
+    with pytest.raises(ValueError, match=r"asr\.language is 'english'"):
+        WhisperTeacher(AsrConfig(model=checkpoint, language="english"), 4.0, "cpu")

@@ -1,0 +1,162 @@
+"""Every loss against values worked out by hand; padding never counts."""
+import math
+
+import pytest
+import torch
+
+from voxtral.discriminator import DiscriminatorConfig, Discriminators
+from voxtral.losses import (Balancer, MelDistance, clip_mean, codebook_scale, commitment_loss, discriminator_hinge_loss,
+                            diversity_loss, feature_matching_loss, l1_loss, stft_distance, stft_loss, stft_magnitude)
+
+FULL = torch.tensor([4800, 4800])
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def test_l1_is_the_mean_over_valid_samples_then_clips():
+    prediction, target = torch.zeros(2, 1, 4), torch.tensor([[[1.0, 1, 1, 1]], [[4.0, 2, 9, 9]]])
+    assert l1_loss(prediction, target, torch.tensor([4, 2])).item() == pytest.approx((1 + 3) / 2)
+
+
+def test_stft_magnitude_of_a_sine_at_a_bin():
+    n, k = 64, 8
+    x = torch.cos(2 * math.pi * k / n * torch.arange(640.0))[None, None]
+    magnitude = stft_magnitude(x, n, False)[0, :, 20]
+    assert magnitude[k].item() == pytest.approx(n / 4, rel=1e-4)  # the Hann window sums to n / 2, a cosine has half of it per side
+    assert stft_magnitude(x, n, True)[0, k, 20].item() == pytest.approx(n / 4 / math.sqrt(n), rel=1e-4)
+
+
+def test_stft_loss_of_a_scaled_signal():
+    x = noise(2, 1, 4800)
+    expected = sum(0.5 * stft_magnitude(x, n, True)[..., :-1].mean() for n in (512, 64)) / 2
+    loss = stft_loss(0.5 * x, x, torch.tensor([4799, 4799]), [512, 64])
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_mel_and_stft_distance_of_a_scaled_signal():
+    """Halving the amplitude moves log10(m^2) by log10(4) everywhere; the linear part adds half of the mean magnitude."""
+    x = noise(1, 1, 48000)
+    lengths = torch.tensor([48000])
+    mel = MelDistance(24000)
+    linear = sum(0.5 * (getattr(mel, f"bands_{w}") @ stft_magnitude(x, w, False)).mean().item() for w in (2048, 512))
+    assert mel(0.5 * x, x, lengths).item() == pytest.approx(2 * math.log10(4) + linear, rel=0.01)
+    linear = sum(0.5 * stft_magnitude(x, w, False).mean().item() for w in (2048, 512))
+    assert stft_distance(0.5 * x, x, lengths).item() == pytest.approx(2 * math.log10(4) + linear, rel=0.01)
+
+
+@pytest.mark.parametrize("distance", [l1_loss, lambda a, b, n: stft_loss(a, b, n, [256]), MelDistance(24000), stft_distance])
+def test_identical_is_zero_and_padding_does_not_count(distance):
+    x, y = noise(2, 1, 4800), noise(2, 1, 4800, seed=1)
+    assert distance(x, x, FULL).item() == 0
+    lengths = torch.tensor([4800, 2000])
+    garbage = x.clone()
+    garbage[1, :, 2000:] = 7.0
+    assert distance(garbage, y, lengths).item() == pytest.approx(distance(x, y, lengths).item(), rel=1e-6)
+    assert distance(x[:1], y[:1], lengths[:1]).item() != pytest.approx(distance(x, y, lengths).item(), rel=1e-6)
+
+
+def test_two_halves_of_a_batch_average_to_the_whole():
+    x, y, lengths = noise(4, 1, 4800), noise(4, 1, 4800, seed=1), torch.tensor([4800, 3000, 2000, 4800])
+    whole = stft_loss(x, y, lengths, [256])
+    halves = [stft_loss(x[i:i + 2], y[i:i + 2], lengths[i:i + 2], [256]) for i in (0, 2)]
+    assert whole.item() == pytest.approx(sum(h.item() for h in halves) / 2, rel=1e-6)
+
+
+def test_gradient_is_finite_in_silence():
+    x = torch.zeros(1, 1, 4800, requires_grad=True)
+    (stft_loss(x, torch.zeros(1, 1, 4800), FULL[:1], [256]) + MelDistance(24000)(x, noise(1, 1, 4800), FULL[:1])).backward()
+    assert x.grad.isfinite().all()
+
+
+def test_commitment_value_and_gradient():
+    latent = torch.tensor([[[1.0, 5.0], [2.0, 5.0]]], requires_grad=True)  # [1, 2, 2]; the second frame is padding
+    entry = torch.zeros(1, 2, 2, requires_grad=True)
+    loss = commitment_loss(latent, entry, torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == pytest.approx((1 + 4) / 2)
+    assert entry.grad is None
+    assert torch.equal(latent.grad, torch.tensor([[[1.0, 0.0], [2.0, 0.0]]]))
+
+
+def test_diversity_is_zero_when_uniform_and_one_when_collapsed():
+    codebook = torch.eye(4) * 10
+    spread = (codebook.T + 1e-3)[None]  # [1, 4, 4]: every entry once
+    assert diversity_loss(spread, codebook, torch.tensor(1.0), torch.tensor([4])).item() == pytest.approx(0, abs=1e-5)
+    collapsed = codebook.T[None, :, :1].expand(1, 4, 4) + 1e-3
+    assert diversity_loss(collapsed, codebook, torch.tensor(1.0), torch.tensor([4])).item() == pytest.approx(1, abs=1e-5)
+    assert diversity_loss(spread, codebook, torch.tensor(1.0), torch.tensor([1])).item() == pytest.approx(1, abs=1e-5)  # three frames are padding
+
+
+def test_diversity_gradient_spreads_codes():
+    codebook = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    latent = (codebook[0][None, :, None] + 0.3 * noise(1, 4, 16, seed=3)).requires_grad_()
+    optimizer = torch.optim.Adam([latent], 0.1)
+    scale = codebook_scale(codebook)
+    before = diversity_loss(latent, codebook, scale, torch.tensor([16])).item()
+    for _ in range(50):
+        optimizer.zero_grad()
+        diversity_loss(latent, codebook, scale, torch.tensor([16])).backward()
+        optimizer.step()
+    assert diversity_loss(latent, codebook, scale, torch.tensor([16])).item() < before / 2
+
+
+def test_codebook_scale_is_the_median_nearest_neighbour():
+    assert codebook_scale(torch.tensor([[0.0], [1.0], [10.0], [13.0], [20.0]])).item() == pytest.approx(9)
+
+
+def test_hinge_values():
+    real, fake = torch.full((1, 1, 2, 3), 0.5), torch.full((1, 1, 2, 3), -2.0)
+    assert discriminator_hinge_loss([real], [fake], torch.ones(1)).item() == pytest.approx(0.5 + 0)
+    assert discriminator_hinge_loss([fake], [real], torch.ones(1)).item() == pytest.approx(3 + 1.5)
+    fake[:, :, 1] = 100.0  # the second frame is padding
+    assert discriminator_hinge_loss([real], [fake], torch.tensor([0.5])).item() == pytest.approx(0.5)
+
+
+def test_feature_matching_values():
+    real, fake = [[torch.zeros(1, 2, 4, 3), torch.zeros(1, 1, 4, 3)]], [[torch.full((1, 2, 4, 3), 2.0), torch.full((1, 1, 4, 3), 4.0)]]
+    assert feature_matching_loss(real, fake, torch.ones(1)).item() == pytest.approx(3)
+    for maps in fake[0]:
+        maps[:, :, 2:] = 0  # silent padding is equal on both sides
+    assert feature_matching_loss(real, fake, torch.tensor([0.5])).item() == pytest.approx(3)
+    assert feature_matching_loss(real, real, torch.ones(1)).item() == 0
+
+
+def test_discriminators_shapes_and_gradients():
+    config = DiscriminatorConfig(fft_sizes=[78, 542], channels=4)
+    discriminators = Discriminators(config)
+    x = noise(2, 1, 9600).requires_grad_()
+    outputs = discriminators(x)
+    assert [len(maps) for maps in outputs] == [6, 6]
+    assert outputs[1][-1].shape == (2, 1, 1 + 9600 // 135, 34)
+    sum(maps[-1].mean() for maps in outputs).backward()
+    assert x.grad.abs().sum() > 0 and all(p.grad is not None for p in discriminators.parameters())
+
+
+class TestBalancer:
+    def test_shares_do_not_depend_on_the_losses_scale(self):
+        x = noise(2, 1, 100).requires_grad_()
+        direction = {"l1": torch.zeros(2, 1, 100), "mel": torch.zeros(2, 1, 100)}
+        direction["l1"][..., 0], direction["mel"][..., 1] = 1.0, 1000.0
+        losses = {name: (x * d).sum() for name, d in direction.items()}
+        gradient = Balancer().gradient(losses, {"l1": 1.0, "mel": 3.0}, x)
+        assert gradient[0, 0, 0].item() == pytest.approx(0.25)  # w / sum(w) of a unit vector
+        assert gradient[0, 0, 1].item() == pytest.approx(0.75)
+
+    def test_average_is_exponential(self):
+        x = torch.ones(1, 1, 1, requires_grad=True)
+        balancer = Balancer(decay=0.5)
+        balancer.gradient({"l1": (x * 2).sum()}, {"l1": 1.0}, x)
+        gradient = balancer.gradient({"l1": (x * 4).sum()}, {"l1": 1.0}, x)
+        assert gradient.item() == pytest.approx(4 / ((0.5 * 2 + 4) / 1.5))
+
+    def test_a_loss_on_another_tensor_is_an_error(self):
+        x, other = torch.ones(1, 1, 4, requires_grad=True), torch.ones(1, requires_grad=True)
+        with pytest.raises(ValueError, match="loss.asr"):
+            Balancer().gradient({"l1": x.sum(), "asr": other.sum()}, {"l1": 1.0, "asr": 1.0}, x)
+
+
+def test_clip_mean_broadcasts_over_middle_axes():
+    values = torch.arange(12.0).view(1, 3, 4)
+    assert clip_mean(values, torch.tensor([2])).item() == pytest.approx((0 + 1 + 4 + 5 + 8 + 9) / 6)

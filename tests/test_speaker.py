@@ -1,0 +1,90 @@
+"""The speaker loss with random weights in the format of Resemblyzer's pretrained.pt."""
+import pytest
+import torch
+from torch import nn
+
+from voxtral.speaker import SpeakerConfig, SpeakerEncoder, speaker_loss
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    torch.manual_seed(0)
+    parts = nn.ModuleDict({"lstm": nn.LSTM(40, 256, num_layers=3), "linear": nn.Linear(256, 256)})
+    parts.requires_grad_(False)
+    parts["linear"].weight.mul_(20)  # so that embeddings differ
+    path = tmp_path_factory.mktemp("resemblyzer") / "pretrained.pt"
+    state = parts.state_dict() | {"similarity_weight": torch.ones(1)}
+    torch.save({"step": 1, "model_state": state, "optimizer_state": {}}, path)
+    return SpeakerEncoder(SpeakerConfig(model=str(path)), "cpu")
+
+
+def noise(seconds, seed=0):
+    return torch.randn(1, 1, round(seconds * 24_000), generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def lengths(*seconds):
+    return torch.tensor([round(s * 24_000) for s in seconds])
+
+
+def test_loss_by_hand():
+    a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.8]])
+    b = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    assert speaker_loss(a, b).item() == pytest.approx((0 + 1 + 0.4) / 3)
+
+
+def test_identical_clips_have_loss_zero(encoder):
+    embedding = encoder(noise(2.0), lengths(2.0))
+    assert embedding.shape == (1, 256) and embedding.norm().item() == pytest.approx(1, abs=1e-5)
+    assert speaker_loss(embedding, encoder(noise(2.0), lengths(2.0))).item() == pytest.approx(0, abs=1e-6)
+    tone = torch.sin(torch.arange(48_000) * 0.05)[None, None]
+    assert speaker_loss(embedding, encoder(tone, lengths(2.0))).item() > 1e-3
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.6, 2.5])
+def test_padding_and_the_rest_of_the_batch_change_nothing(encoder, seconds):
+    alone = encoder(noise(seconds), lengths(seconds))
+    assert alone.norm().item() == pytest.approx(1, abs=1e-5)
+    together = torch.cat([noise(4.0, seed=1), noise(4.0, seed=2)])
+    together[0, :, :round(seconds * 24_000)] = noise(seconds)
+    assert torch.allclose(alone, encoder(together, lengths(seconds, 4.0))[:1], atol=1e-6)
+
+
+def test_windows_are_averaged(encoder):
+    """3.2 s hold windows at 0, 0.77 and 1.54 s; of a fourth too little would be inside."""
+    clip = noise(3.2)
+    embedding = encoder(clip, lengths(3.2))
+    changed = clip.clone()
+    changed[..., round(3.15 * 24_000):] = 0  # beyond the third window
+    assert torch.allclose(embedding, encoder(changed, lengths(3.2)), atol=1e-6)
+    changed[..., round(2.5 * 24_000):] = 0
+    assert not torch.allclose(embedding, encoder(changed, lengths(3.2)), atol=1e-4)
+
+
+def test_quiet_clips_are_raised(encoder):
+    clip = noise(1.6) / 30
+    assert torch.allclose(encoder(clip, lengths(1.6)), encoder(clip / 10, lengths(1.6)), atol=1e-5)
+
+
+def test_gradient_reaches_the_waveform_and_nothing_else(encoder):
+    clip = noise(2.0).requires_grad_()
+    speaker_loss(encoder(clip, lengths(2.0)), encoder(noise(2.0, seed=1), lengths(2.0))).backward()
+    assert clip.grad.isfinite().all() and clip.grad.abs().max() > 0
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert encoder.eval().lstm.training  # cuDNN's backward needs it
+
+
+def test_silence_has_finite_gradients(encoder):
+    clip = torch.zeros(1, 1, 24_000, requires_grad=True)
+    speaker_loss(encoder(clip, lengths(1.0)), encoder(noise(1.0), lengths(1.0))).backward()
+    assert clip.grad.isfinite().all()
+
+
+def test_missing_weights(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"speaker\.model: nowhere\.pt is neither"):
+        SpeakerEncoder(SpeakerConfig(model="nowhere.pt"), "cpu")
+    torch.save({"other": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"speaker\.model.*other\.pt is not Resemblyzer's"):
+        SpeakerEncoder(SpeakerConfig(model=str(tmp_path / "other.pt")), "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps resemblyzer"):
+        SpeakerEncoder(SpeakerConfig(), "cpu")

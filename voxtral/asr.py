@@ -1,0 +1,210 @@
+"""Whisper distillation of the semantic codes (paper section 2.1).
+
+L_ASR = 1 - mean_l cos(sum_f A[l, f] z_f, h_l). A frozen Whisper transcribes the clip; h_l is its last
+decoder layer's hidden state where it predicts text token l, A its cross-attention as a soft alignment of
+tokens to codec frames, z_f the projected semantic embedding of frame f.
+"""
+import math
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+import torchaudio
+import whisper
+from torch import Tensor, nn
+from whisper.model import disable_sdpa
+from whisper.tokenizer import LANGUAGES, get_tokenizer
+
+from voxtral.codec import ceil_div, mask_samples
+from voxtral.errors import UserError
+
+POSITIONS_PER_SEC = whisper.audio.TOKENS_PER_SECOND  # 50: the encoder makes one position of two mel frames
+SAMPLES_PER_POSITION = 480  # at 24 kHz
+POSITIONS_PER_FRAME = 4     # codec frames have 12.5 Hz
+MEDIAN_WIDTH = 7            # positions, as in openai-whisper's word timing
+
+
+@dataclass
+class AsrConfig:
+    """Which Whisper teaches, and how much it sees and writes."""
+    model: str = "base"             # openai-whisper model name, or the path of a local .pt
+    language: Optional[str] = None  # en, ar, ...; None: detected per clip
+    context_sec: float = 10.0       # Whisper sees so many seconds instead of 30
+    tokens_per_sec: float = 7.5     # cap on decoded tokens
+
+
+@dataclass
+class AsrTargets:
+    """What the loss needs of a batch: N text tokens (padded), Whisper's width W, codec frames."""
+    hidden: Tensor     # [B, N, W] float32
+    alignment: Tensor  # [B, N, n_frames] float32, >= 0, zero beyond a clip's end
+    mask: Tensor       # [B, N] bool, False for padding; a clip in which nothing was heard has no True
+
+
+class WhisperTeacher(nn.Module):
+    """Frozen Whisper; float16 on CUDA, float32 on the CPU. `max_sec` is the longest clip it will be given.
+
+    Departure: `context_sec` of context in place of Whisper's 30 s, for a quarter of the cost. It must leave
+    room for silence after the clip: without it the decoder misses the end and loops.
+    Raises UserError where the weights cannot be had or an `asr` key does not fit.
+    """
+
+    def __init__(self, config: AsrConfig, max_sec: float, device):
+        super().__init__()
+        self.model = load_whisper(config.model, device).requires_grad_(False).eval()
+        dims = self.model.dims
+        self.language = check_language(config, self.model.is_multilingual)
+        native_sec = dims.n_audio_ctx / POSITIONS_PER_SEC
+        needed_sec = min(2.5 * max_sec, native_sec)  # with 2 x, 1-2 % of clips still loop
+        if not max_sec <= needed_sec <= config.context_sec <= native_sec:
+            raise UserError(f"asr.context_sec is {config.context_sec}: with data.max_sec {max_sec} it must "
+                            f"be {needed_sec:g} to {native_sec:g} s, and data.max_sec no more than that.")
+        dims.n_audio_ctx = round(config.context_sec * POSITIONS_PER_SEC)
+        self.model.encoder.positional_embedding = self.model.encoder.positional_embedding[:dims.n_audio_ctx]
+        self.max_samples = round(max_sec * 24_000)
+        self.max_tokens = min(max(1, math.ceil(max_sec * config.tokens_per_sec)), dims.n_text_ctx // 2)
+
+        self.dtype = torch.float32
+        if self.model.device.type == "cuda":
+            # Whisper casts its weights at each call: once is cheaper. Its layer norms want float32.
+            self.dtype = torch.float16
+            for module in self.model.modules():
+                if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
+                    module.half()
+        self.heads = self.model.alignment_heads.indices().T.tolist()  # (layer, head) pairs
+        self.resample = torchaudio.transforms.Resample(24_000, 16_000).to(device)
+
+    @property
+    def width(self) -> int:
+        """Size of the hidden states."""
+        return self.model.dims.n_text_state
+
+    @torch.no_grad()
+    def forward(self, waveform: Tensor, lengths: Tensor, n_frames: int) -> AsrTargets:
+        """Waveform [B, 1, T] at 24 kHz, valid samples [B], codec frames of T -> targets of the loss."""
+        if waveform.shape[-1] > self.max_samples:
+            raise ValueError(f"{waveform.shape[-1]} samples a clip exceed data.max_sec, {self.max_samples}.")
+        with torch.autocast(waveform.device.type, enabled=False):
+            features = self.model.encoder(self.mel(waveform, lengths).to(self.dtype))  # [B, n_audio_ctx, W]
+            prefixes, texts = self.transcribe(features)
+            hidden, scores = self.read(prefixes, texts, features)
+            n_text = torch.tensor([len(text) for text in texts], device=features.device)
+            alignment = soft_alignment(scores, n_text, ceil_div(lengths, SAMPLES_PER_POSITION), n_frames)
+            mask = torch.arange(hidden.shape[1], device=features.device) < n_text[:, None]
+            return AsrTargets(hidden, alignment, mask)
+
+    def mel(self, waveform: Tensor, lengths: Tensor) -> Tensor:
+        """[B, 1, T] at 24 kHz -> [B, n_mels, 2 * n_audio_ctx]: the clip and silence after it."""
+        audio = self.resample(mask_samples(waveform.float(), lengths))[:, 0]
+        dims = self.model.dims
+        audio = whisper.pad_or_trim(audio, dims.n_audio_ctx * whisper.audio.N_SAMPLES_PER_TOKEN)
+        # One by one: the library sets its floor relative to the loudest value of all that it is given.
+        return torch.stack([whisper.log_mel_spectrogram(clip, dims.n_mels) for clip in audio])
+
+    def transcribe(self, features: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Greedy decoding -> per clip: <|startoftranscript|> ... <|notimestamps|>, and the text tokens."""
+        options = whisper.DecodingOptions(language=self.language, without_timestamps=True,
+                                          sample_len=self.max_tokens, fp16=self.dtype == torch.float16)
+        prefixes, texts = [], []
+        for result in whisper.decode(self.model, features, options):
+            tokenizer = self.tokenizer(result.language)
+            # Where nobody speaks, Whisper makes words up; this is how whisper.transcribe tells silence.
+            silent = result.no_speech_prob > 0.6 and result.avg_logprob < -1.0
+            prefixes.append(list(tokenizer.sot_sequence_including_notimestamps))
+            texts.append([] if silent else [token for token in result.tokens if token < tokenizer.eot])
+        return prefixes, texts
+
+    def tokenizer(self, language: str | None):
+        """The library's (cached) tokenizer for one language."""
+        return get_tokenizer(self.model.is_multilingual, num_languages=self.model.num_languages,
+                             language=language, task="transcribe")
+
+    def read(self, prefixes: list, texts: list, features: Tensor) -> tuple[Tensor, Tensor]:
+        """One teacher-forced pass -> hidden [B, N, W], scores [B, heads, N + 1, n_audio_ctx]; float32.
+
+        The state that predicts a token stands one position before it: token l is predicted where token l - 1
+        is the input, the first one at <|notimestamps|>. Row len(text) predicts the end of the text.
+        """
+        eot, n_tokens, first = self.tokenizer(None).eot, max(1, *map(len, texts)), len(prefixes[0]) - 1
+        rows = [prefix + text + [eot] * (n_tokens - len(text)) for prefix, text in zip(prefixes, texts)]
+        states, scores = [], {}
+        with ExitStack() as hooks, disable_sdpa():  # the fused attention does not return its scores
+            hooks.enter_context(self.model.decoder.ln.register_forward_hook(
+                lambda module, inputs, output: states.append(output)))
+            for layer in {layer for layer, _ in self.heads}:
+                hooks.enter_context(self.model.decoder.blocks[layer].cross_attn.register_forward_hook(
+                    lambda module, inputs, output, layer=layer: scores.update({layer: output[1]})))
+            self.model.decoder(torch.tensor(rows, device=features.device), features)
+        picked = torch.stack([scores[layer][:, head, first:] for layer, head in self.heads], dim=1)
+        return states[0][:, first:first + n_tokens].float(), picked.float()
+
+
+def soft_alignment(scores: Tensor, n_text: Tensor, n_positions: Tensor, n_frames: int) -> Tensor:
+    """Attention scores [B, heads, N + 1, positions] at 50 Hz -> alignment [B, N, n_frames] at 12.5 Hz.
+
+    Softmax over a clip's positions, normalised over its tokens, median-filtered, averaged over heads,
+    interpolated. The paper gives no formula for the token normalisation: here a position's mass is shared out
+    among the clip's tokens and its end of text, which takes silence. openai-whisper's timing standardises
+    instead, which gives negative weights.
+    """
+    inside = torch.arange(scores.shape[-1], device=scores.device) < n_positions[:, None]
+    row = torch.arange(scores.shape[2], device=scores.device)
+    weights = scores.masked_fill(~inside[:, None, None], -torch.inf).softmax(dim=-1)
+    weights = weights * (row <= n_text[:, None])[:, None, :, None]
+    weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-12)
+    weights = weights[:, :, :-1] * (row[:-1] < n_text[:, None])[:, None, :, None]
+    weights = F.pad(weights, (0, n_frames * POSITIONS_PER_FRAME - weights.shape[-1]))
+    # The library's own median filter wants a Triton kernel on CUDA.
+    windows = F.pad(weights, (MEDIAN_WIDTH // 2, MEDIAN_WIDTH // 2)).unfold(-1, MEDIAN_WIDTH, 1)
+    weights = windows.sort(dim=-1).values[..., MEDIAN_WIDTH // 2].mean(dim=1)
+    return F.interpolate(weights, size=n_frames, mode="linear")
+
+
+def asr_distillation_loss(projected: Tensor, targets: AsrTargets) -> Tensor:
+    """Mean over tokens of 1 - cos(sum_f A[l, f] z_f, h_l), then over clips. projected z [B, W, n_frames].
+
+    A clip without tokens counts as 0, so that every clip has the same weight on any number of processes.
+    """
+    pooled = targets.alignment @ projected.float().transpose(1, 2)  # [B, N, W]
+    distance = 1 - F.cosine_similarity(pooled, targets.hidden, dim=-1)
+    n_tokens = targets.mask.sum(dim=1)
+    return (torch.where(targets.mask, distance, 0.0).sum(dim=1) / n_tokens.clamp(min=1)).mean()
+
+
+def load_whisper(model: str, device) -> whisper.Whisper:
+    """A model by openai-whisper's name (downloaded once) or by path. Raises UserError with what to do."""
+    if Path(model).is_file():
+        try:
+            loaded = whisper.load_model(model, device=device)
+            heads = torch.load(model, map_location="cpu", weights_only=True).get("alignment_heads_dump")
+        except (LookupError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
+            raise UserError(f"asr.model: {model} is not an openai-whisper checkpoint; "
+                            "give another .pt file or the name of a model.") from error
+        if heads is None:
+            warnings.warn(f"asr.model: {model} does not say which attention heads align words, so all of its "
+                          "upper layers are used; for models given by name the library knows them.")
+        else:
+            loaded.set_alignment_heads(heads)
+        return loaded
+    if model not in whisper.available_models():
+        known = ", ".join(whisper.available_models())
+        raise UserError(f"asr.model is '{model}', which is neither a file nor one of {known}.")
+    try:
+        return whisper.load_model(model, device=device)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"asr.model: Whisper '{model}' cannot be downloaded ({error}); "
+                        "a local .pt path can be given instead.") from error
+
+
+def check_language(config: AsrConfig, multilingual: bool) -> str | None:
+    """The language to decode in; None: detect. Raises UserError for one that the model does not know."""
+    if config.language not in (None, *LANGUAGES):
+        raise UserError(f"asr.language is '{config.language}': it must be null or a code such as en or ar.")
+    if not multilingual and config.language not in (None, "en"):
+        raise UserError(f"asr.language is '{config.language}', but {config.model} knows English only.")
+    return config.language if multilingual else "en"  # an English model cannot detect
