@@ -1,0 +1,322 @@
+"""Phase 1: trains the codec encoder that Voxtral-4B-TTS-2603 was released without.
+
+The decoder and the codebooks of the checkpoint stay frozen; the encoder learns to produce codes from which that
+decoder rebuilds the speech, by the recipe of the Voxtral TTS paper (section 2.1).
+
+    export VOXTRAL_CKPT=/path/to/Voxtral-4B-TTS-2603
+    python train_encoder.py                                          # configs/encoder.yaml, the seed's recipe
+    python train_encoder.py --config configs/custom.yaml data.sources.0.path=/my/speech
+    python train_encoder.py --config configs/encoder.yaml resume=true   # go on after a kill
+    torchrun --nproc-per-node 4 train_encoder.py --config configs/encoder.yaml
+
+Any key of the YAML can be overridden as key=value. The run folder (output_dir) holds checkpoints/, best/,
+metrics.jsonl, plots/, samples/ and tensorboard/.
+"""
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+
+import soundfile
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from voxtral.asr import WhisperTeacher, asr_distillation_loss
+from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors, write_text
+from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples
+from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder, load_config
+from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, make_loader, steps_per_epoch, validation_batches
+from voxtral.discriminator import Discriminators
+from voxtral.errors import one_sentence
+from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebook_scale, commitment_loss, discriminator_hinge_loss,
+                            diversity_loss, feature_matching_loss, l1_loss, stft_loss)
+from voxtral.metrics import code_statistics
+from voxtral.plots import plot_run, save_figure, spectrogram_figure
+from voxtral.quantizer import QuantizationDraws
+from voxtral.run import (Logger, Process, RunFolder, StopSignal, TrainingDiverged, cosine_with_warmup, read_metrics,
+                         set_learning_rate, start_process)
+from voxtral.sources import find_clips, split_validation
+from voxtral.speaker import SpeakerEncoder, speaker_loss
+from voxtral.validation import embedding_norm, evaluate_codec
+
+
+class TrainingModel(nn.Module):
+    """The codec, and the projection of its semantic part to Whisper's width that is trained along with it."""
+
+    def __init__(self, codec: VoxtralCodec, whisper_width: int | None):
+        super().__init__()
+        self.codec = codec
+        self.asr_projection = nn.Linear(codec.params.semantic_dim, whisper_width) if whisper_width else None
+
+    def forward(self, waveform, lengths, draws) -> tuple[CodecOutput, torch.Tensor | None]:
+        """-> (codec output, projected semantic embeddings [B, whisper_width, L] or None)"""
+        output = self.codec(waveform, lengths, draws)
+        if self.asr_projection is None:
+            return output, None
+        return output, self.asr_projection(output.semantic_quantized.transpose(1, 2)).transpose(1, 2)
+
+
+def train(config: EncoderConfig, process: Process) -> None:
+    # ---- 1. config -------------------------------------------------------------------------------------------------
+    check_encoder_config(config)
+    settings, weights = config.train, vars(config.loss)
+    on_cuda = process.device.type == "cuda"
+    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    torch.manual_seed(config.seed)
+
+    # ---- 2. checkpoint ---------------------------------------------------------------------------------------------
+    codec = VoxtralCodec.from_checkpoint(checkpoint_folder(config))
+    params = codec.params
+    parts = {"encoder": codec.encoder_parameters(), "codebook": [],  # the codebook follows an average, no gradient
+             "decoder": [*codec.decoder_blocks.parameters(), *codec.output_proj.parameters()]}
+    codec.requires_grad_(False)
+    for part in settings.trainable:
+        for parameter in parts[part]:
+            parameter.requires_grad_(True)
+    own_names = [name for name in codec.state_dict() if (CODEC_PREFIX + name).startswith(ENCODER_PREFIXES)]
+    other_names = [name for name in codec.state_dict() if name not in own_names]
+
+    # ---- 3. data ---------------------------------------------------------------------------------------------------
+    sources, absent = find_clips(config.data)
+    train_clips, validation_clips = split_validation(sources, config.data.validation)
+    train_clips = [clip for source in train_clips for clip in source]
+    fixed = validation_batches(validation_clips, config.data)
+    per_epoch = steps_per_epoch(train_clips, config.data, process.world_size, settings.accumulation)
+    max_steps = settings.max_steps or max(1, round(settings.epochs * per_epoch))
+    global_batch = config.data.batch_size * process.world_size
+    n_frames = ceil_div(round(config.data.max_sec * SAMPLE_RATE), params.frame_size)
+
+    # ---- 4. models -------------------------------------------------------------------------------------------------
+    teacher = WhisperTeacher(config.asr, config.data.max_sec, process.device) if weights["asr"] else None
+    speaker_encoder = SpeakerEncoder(config.speaker, process.device) if weights["speaker"] else None
+    discriminators = Discriminators(config.discriminator).to(process.device) if weights["feature"] else None
+    mel_distance = MelDistance(params.sampling_rate).to(process.device)
+    balancer = Balancer(config.balancer.decay) if config.balancer.enabled else None
+    model = TrainingModel(codec, teacher.width if teacher else None).to(process.device).train()
+    averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+    scale = codebook_scale(codec.quantizer.semantic_codebook.embedding)
+    if settings.compile:
+        model.compile()
+        if discriminators:
+            for discriminator in discriminators.discriminators:
+                discriminator.compile()
+    wrap = (lambda module: DistributedDataParallel(module, broadcast_buffers=False)) if process.world_size > 1 else (lambda module: module)
+    parallel_model, parallel_discriminators = wrap(model), wrap(discriminators) if discriminators else None
+
+    # ---- 5. optimizers ---------------------------------------------------------------------------------------------
+    def adamw(module, learning_rate):
+        return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=learning_rate, betas=tuple(config.optimizer.betas),
+                                 weight_decay=config.optimizer.weight_decay, fused=on_cuda)
+
+    optimizer = adamw(model, config.optimizer.learning_rate)
+    discriminator_optimizer = adamw(discriminators, config.discriminator.learning_rate) if discriminators else None
+
+    # ---- 6. run folder, resuming -----------------------------------------------------------------------------------
+    run = RunFolder(config.output_dir, config, process, config.resume)
+    stateful = {"model": model, "averaged": averaged, "discriminators": discriminators, "optimizer": optimizer,
+                "discriminator_optimizer": discriminator_optimizer, "balancer": balancer}
+    stateful = {name: part for name, part in stateful.items() if part is not None}
+    start_step, best = 0, float("inf")
+    if config.resume and run.latest():
+        state = torch.load(run.latest() / "run_state.pt", map_location=process.device, weights_only=True)
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+        start_step, best = state["step"], state["best"]
+        if process.is_main:
+            run.truncate_metrics(start_step)
+    log = Logger(run, max_steps, start_step, settings.max_total_loss)
+    bad_clips = BadClipLog(run.path)
+    for line in absent:
+        log.say(f"absent: {line}")
+    log.say(f"{len(train_clips)} training clips, {len(validation_clips)} validation clips, {per_epoch:.1f} steps per epoch; "
+            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {process.device}; "
+            f"steps {start_step} to {max_steps} in {run.path}")
+    bad_clips.add(fixed[0].bad)
+
+    # ---- 7. the pieces of a step -----------------------------------------------------------------------------------
+    def waveform_losses(names, reconstruction, target, lengths):
+        functions = {"l1": lambda: l1_loss(reconstruction, target, lengths),
+                     "stft": lambda: stft_loss(reconstruction, target, lengths, settings.stft_fft_sizes),
+                     "mel": lambda: mel_distance(reconstruction, target, lengths)}
+        return {name: functions[name]() for name in names if name in functions}
+
+    def latent_losses(names, output, frames):
+        semantic = output.latent[:, :params.semantic_dim]
+        functions = {"commit": lambda: commitment_loss(semantic, output.semantic_quantized, frames),
+                     "diversity": lambda: diversity_loss(semantic, codec.quantizer.semantic_codebook.embedding, scale, frames)}
+        return {name: functions[name]() for name in names if name in functions}
+
+    def discriminator_pass(reconstruction, target, share):
+        """Hinge loss backward; returns (loss, real feature maps) for the generator's pass with the same weights."""
+        with autocast:
+            maps = parallel_discriminators(torch.cat([target, reconstruction.detach()]))
+        real = [[m[:len(target)] for m in one] for one in maps]
+        loss = discriminator_hinge_loss([one[-1] for one in real], [one[-1][len(target):] for one in maps], share)
+        (loss / settings.accumulation).backward()
+        return loss.detach(), [[m.detach() for m in one[:-1]] for one in real]
+
+    def feature_loss(reconstruction, real, share):
+        discriminators.requires_grad_(False)
+        with autocast:
+            fake = [one[:-1] for one in discriminators(reconstruction)]
+        discriminators.requires_grad_(True)
+        return feature_matching_loss(real, fake, share)
+
+    def micro_step(step: int, micro: int, batch: Batch, log_zero_weights: bool) -> tuple[dict, CodecOutput, torch.Tensor]:
+        """Forward and backward of one micro-batch: (scalars, codec output, frames per clip)."""
+        draws = QuantizationDraws.sample(hash((config.seed, step, micro)) & 0x7FFFFFFF, config.data.batch_size, params.acoustic_dim,
+                                         n_frames, process.device, process.rank, process.world_size)
+        lengths, frames = batch.lengths, ceil_div(batch.lengths, params.frame_size)
+        share = lengths / batch.waveform.shape[-1]
+        with autocast:
+            output, projected = parallel_model(batch.waveform, lengths, draws)
+        reconstruction = mask_samples(output.reconstruction, lengths)
+        active = {name: w * (settings.reconstruction_decay ** step if name in DECAYING else 1.0) for name, w in weights.items() if w}
+
+        losses, scalars = {}, {}
+        if discriminators:
+            scalars["loss/discriminator"], real = discriminator_pass(reconstruction, batch.waveform, share)
+            if step < config.discriminator.warmup_steps:
+                active.pop("feature")
+            else:
+                losses["feature"] = feature_loss(reconstruction, real, share)
+        losses |= waveform_losses(active, reconstruction, batch.waveform, lengths) | latent_losses(active, output, frames)
+        if "speaker" in active:
+            with torch.no_grad():
+                wanted = speaker_encoder(batch.waveform, lengths)
+            losses["speaker"] = speaker_loss(speaker_encoder(reconstruction, lengths), wanted)
+        if "asr" in active:
+            losses["asr"] = asr_distillation_loss(projected.float(), teacher(batch.waveform, lengths, n_frames))
+
+        total = sum(active[name] * loss for name, loss in losses.items())
+        if balancer:
+            on_waveform = {name: loss for name, loss in losses.items() if name in ON_WAVEFORM}
+            rest = sum(active[name] * loss for name, loss in losses.items() if name not in ON_WAVEFORM)
+            gradient = balancer.gradient(on_waveform, active, reconstruction)
+            total_backward = (reconstruction * gradient.detach()).sum() + rest
+        else:
+            total_backward = total
+        (total_backward / settings.accumulation).backward()
+
+        if log_zero_weights:  # cheap losses of weight 0 are shown all the same
+            idle = [name for name, w in weights.items() if not w]
+            with torch.no_grad():
+                losses |= waveform_losses(idle, reconstruction, batch.waveform, lengths) | latent_losses(idle, output, frames)
+        scalars |= {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        return {"loss/total": total.detach(), **scalars}, output, frames
+
+    def validate(step: int) -> float:
+        """Fixed clips through the averaged encoder; writes samples; returns the mel distance that decides `best`."""
+        codec_to_check = averaged.module.eval()
+        with autocast:
+            metrics, encoded = evaluate_codec(codec_to_check, fixed)
+        log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
+        folder = run.path / "samples" / f"step_{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        clips = [(e.waveform[i, 0, :n], e.reconstruction[i, 0, :n]) for e in encoded for i, n in enumerate(e.lengths.tolist())]
+        for i, (source, reconstruction) in enumerate(clips[:settings.n_samples]):
+            for name, audio in (("source", source), ("reconstruction", reconstruction)):
+                soundfile.write(folder / f"clip_{i}_{name}.wav", audio.numpy(), params.sampling_rate)
+                log.board.add_audio(f"clip_{i}/{name}", audio.clamp(-1, 1)[None], step, params.sampling_rate)
+            figure = spectrogram_figure({"source": source, "reconstruction": reconstruction}, params.sampling_rate)
+            save_figure(figure, folder / f"clip_{i}.png")
+            log.board.add_figure(f"clip_{i}/spectrogram", figure, step)
+        plot_run(read_metrics(run.path / "metrics.jsonl"), run.path / "plots")
+        log.say(f"validation at step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
+        return metrics["mel_distance"]
+
+    def trained_tensors(names):
+        return {CODEC_PREFIX + name: averaged.module.state_dict()[name] for name in names}
+
+    def write_weights(folder):
+        save_tensors(folder / "encoder.safetensors", trained_tensors(own_names))
+        if settings.trainable != ["encoder"]:
+            save_tensors(folder / "decoder.safetensors", trained_tensors(other_names))
+
+    def write_state(folder, step):
+        write_weights(folder)
+        torch.save({"step": step, "best": best, **{name: part.state_dict() for name, part in stateful.items()}}, folder / "run_state.pt")
+
+    # ---- 8. the loop: step, log, validate, save --------------------------------------------------------------------
+    dataset = SpeechDataset(train_clips, config.data.max_sec, config.seed)
+    batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size, settings.accumulation))
+    audio_sec_per_step = global_batch * settings.accumulation * config.data.max_sec
+    stop = StopSignal()
+    codebook_generator = torch.Generator(device=process.device)
+    for step in range(start_step, max_steps):
+        factor = cosine_with_warmup(step, config.optimizer.warmup_steps, max_steps)
+        set_learning_rate(optimizer, config.optimizer.learning_rate * factor)
+        if discriminator_optimizer:
+            set_learning_rate(discriminator_optimizer, config.discriminator.learning_rate * factor)
+        logging = (step + 1) % settings.log_every_steps == 0 or step + 1 == max_steps
+        for micro in range(settings.accumulation):
+            batch = next(batches).to(process.device, non_blocking=True)
+            bad_clips.add(batch.bad)
+            last = micro == settings.accumulation - 1
+            with nullcontext() if last or process.world_size == 1 else parallel_model.no_sync():
+                scalars, output, frames = micro_step(step, micro, batch, logging and last)
+        if "codebook" in settings.trainable:
+            valid = torch.arange(n_frames, device=process.device) < frames[:, None]
+            codec.quantizer.semantic_codebook.update(output.latent[:, :params.semantic_dim].transpose(1, 2)[valid],
+                                                     codebook_generator.manual_seed(step))
+        scalars["grad/encoder"] = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if discriminators:
+            scalars["grad/discriminator"] = nn.utils.clip_grad_norm_(discriminators.parameters(), settings.gradient_clip)
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
+        averaged.update_parameters(codec)
+        log.add(step, scalars)
+
+        stopping = (logging or process.world_size == 1) and stop.agreed(process)
+        ending = stopping or step + 1 == max_steps
+        if logging or ending:
+            statistics = code_statistics(output.codes, frames, params.semantic_codebook_size, params.acoustic_codebook_size)
+            log.flush({"optimizer/learning_rate": config.optimizer.learning_rate * factor, "data/bad_clips": float(bad_clips.count),
+                       "code/embedding_norm": embedding_norm(codec, output.codes, frames),
+                       **{f"code/{name}": value for name, value in statistics.items()}}, audio_sec_per_step)
+        if (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps:
+            log.flush()
+            if process.is_main:
+                distance = validate(step + 1)
+                if distance < best:
+                    best = distance
+                    write_weights(run.path / "best")
+                    write_text(run.path / "best" / "metrics.json", json.dumps({"step": step + 1, "mel_distance": best}) + "\n")
+            process.wait()
+            log.restart_clock()
+        if (step + 1) % settings.save_every_steps == 0 or ending:
+            log.flush()
+            if process.is_main:
+                run.save_step(step + 1, lambda folder: write_state(folder, step + 1), settings.keep_last)
+            process.wait()
+            log.restart_clock()
+        if stopping and step + 1 < max_steps:
+            log.say(f"stopped after step {step + 1}; go on with resume=true")
+            break
+    if bad_clips.count:
+        log.say(f"{bad_clips.count} bad files were replaced, listed in {bad_clips.path}")
+    log.close()
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/encoder.yaml", help="YAML with the run's settings (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML, such as train.max_steps=1000")
+    options = parser.parse_args(arguments)
+    with one_sentence():
+        config = load_config(EncoderConfig, options.config, options.overrides)
+        process = start_process(config.device)
+        try:
+            train(config, process)
+        except TrainingDiverged as error:
+            sys.exit(f"training stopped: {error}")
+        finally:
+            process.close()
+
+
+if __name__ == "__main__":
+    main()

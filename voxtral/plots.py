@@ -1,0 +1,80 @@
+"""Figures: spectrograms of source and reconstruction, curves of a run, histograms of acoustic levels."""
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from voxtral.losses import stft_magnitude
+
+matplotlib.use("Agg")
+
+
+def spectrogram_figure(rows: dict[str, Tensor], sampling_rate: int) -> Figure:
+    """Log-magnitude spectrograms [T] below each other on one scale; keys are the titles."""
+    figure = Figure(figsize=(9, 2.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    images = [20 * stft_magnitude(waveform[None, None], 1024, False)[0].clamp(min=1e-4).log10().numpy() for waveform in rows.values()]
+    top = max(image.max() for image in images)
+    for axis, title, waveform, image in zip(axes, rows, rows.values(), images):
+        shown = axis.imshow(image, origin="lower", aspect="auto", cmap="magma", vmin=top - 80, vmax=top,
+                            extent=(0, len(waveform) / sampling_rate, 0, sampling_rate / 2000))
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_ylabel("kHz")
+    axes[-1].set_xlabel("seconds")
+    figure.colorbar(shown, ax=list(axes), label="dB", shrink=0.8)
+    return figure
+
+
+def curves_figure(rows: list[dict], names: list[str], title: str) -> Figure:
+    """One small panel per metric over steps; names that no row has are left out."""
+    names = [name for name in names if any(name in row for row in rows)]
+    columns = min(4, len(names))
+    figure = Figure(figsize=(3.2 * columns, 2.4 * -(-len(names) // columns)), layout="constrained")
+    axes = figure.subplots(-(-len(names) // columns), columns, squeeze=False).ravel()
+    for axis, name in zip(axes, names):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axis.plot(*zip(*points), linewidth=1.2)
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=7)
+    for axis in axes[len(names):]:
+        axis.axis("off")
+    figure.suptitle(title)
+    return figure
+
+
+def levels_figure(histograms: dict[str, list[float]]) -> Figure:
+    """Shares of the acoustic levels 0 ... 20, one line per key: saturation shows as two spikes at the ends."""
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for name, shares in histograms.items():
+        axis.plot(np.arange(len(shares)), shares, marker="o", markersize=3, label=name)
+    axis.set_xlabel("acoustic level")
+    axis.set_ylabel("share of codes")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def save_figure(figure: Figure, path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def plot_run(rows: list[dict], folder) -> None:
+    """The plots of a run folder from the rows of its metrics.jsonl: losses.png, codes.png, validation.png, levels.png."""
+    if not rows:
+        return
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float)))
+    groups = {"losses": ("loss/", "grad/"), "codes": ("code/",), "validation": ("validation/",), "speed": ("time/", "optimizer/")}
+    for title, prefixes in groups.items():
+        chosen = [name for name in names if name.startswith(prefixes)]
+        if chosen:
+            save_figure(curves_figure(rows, chosen, title), Path(folder) / f"{title}.png")
+    histograms = [row for row in rows if "validation/level_histogram" in row]
+    if histograms:
+        chosen = {f"step {row['step']}": row["validation/level_histogram"] for row in (histograms[0], histograms[-1])}
+        save_figure(levels_figure(chosen), Path(folder) / "levels.png")

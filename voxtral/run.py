@@ -1,0 +1,261 @@
+"""What every training script shares: processes, the run folder, checkpoints, schedules, logging."""
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from voxtral.checkpoint import flush, write_text
+from voxtral.config import ConfigError, dump_config
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss became NaN, infinite or too large; the last good checkpoint is kept."""
+
+
+# ---------------------------------------------------------------- processes
+
+@dataclass
+class Process:
+    """This process among those that train together (`torchrun` starts several, plain `python` one)."""
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def start_process(device: str) -> Process:
+    """Reads torchrun's variables, picks the device (auto, cpu, cuda) and opens the process group if there are several."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is {device}: it must be auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but PyTorch sees no GPU: use device=cpu or device=auto.")
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    return Process(rank, world_size, chosen)
+
+
+class StopSignal:
+    """Set by SIGTERM or Ctrl-C: the loop ends after the current step, with a checkpoint. A second one ends at once."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, _frame):
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self, process: Process) -> bool:
+        """Whether any process received it. All processes must ask at the same step."""
+        if process.world_size == 1:
+            return self.received
+        received = torch.tensor(float(self.received), device=process.device)
+        dist.all_reduce(received, dist.ReduceOp.MAX)
+        return bool(received)
+
+
+# ---------------------------------------------------------------- schedules
+
+def cosine_with_warmup(step: int, warmup_steps: int, max_steps: int) -> float:
+    """Factor of the learning rate at `step`: linear to 1 over warmup_steps, then cosine to 0 at max_steps."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+# ---------------------------------------------------------------- the run folder
+
+class RunFolder:
+    """output_dir: config.yaml, environment.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, best/, samples/, plots/, tensorboard/."""
+
+    def __init__(self, path, config, process: Process, resume: bool):
+        """Raises ConfigError when the folder holds another run (resume=false)."""
+        self.path, self.process = Path(path), process
+        if self.latest() and not resume:
+            raise ConfigError(f"{self.path} already holds a run: continue it with resume=true, or choose another output_dir.")
+        process.wait()  # every process has looked before the first one writes
+        if process.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "environment.json", json.dumps(environment(process), indent=2) + "\n")
+            dump_config(config, self.path / "config.yaml")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint; half-written ones have other names."""
+        folders = sorted(self.checkpoints.glob("step_" + "[0-9]" * 8))
+        return folders[-1] if folders else None
+
+    def save_step(self, step: int, write: Callable[[Path], None], keep_last: int) -> Path:
+        """Fills checkpoints/step_XXXXXXXX/ through `write(folder)`; it appears only when it is whole. Drops the oldest."""
+        final = self.checkpoints / f"step_{step:08d}"
+        temporary = self.checkpoints / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write(temporary)
+            for file in temporary.iterdir():
+                flush(file)
+            flush(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            flush(self.checkpoints)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in sorted(self.checkpoints.glob("step_" + "[0-9]" * 8))[:-keep_last]:
+            shutil.rmtree(old)
+        return final
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl after `step`, which a resumed run will write again."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            write_text(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step))
+
+
+def read_metrics(path) -> list[dict]:
+    """The rows of a metrics.jsonl; a line cut short by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if line.startswith("{") and line.endswith("}"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def environment(process: Process) -> dict:
+    """What a reader needs to repeat a run."""
+    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.processor() or platform.machine()
+    return {"command": " ".join(sys.argv), "python": platform.python_version(), "torch": torch.__version__, "device": device,
+            "threads": torch.get_num_threads(), "processes": process.world_size, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+# ---------------------------------------------------------------- logging
+
+class Logger:
+    """Collects scalars on the device and writes them every few steps: one log line, metrics.jsonl, TensorBoard.
+
+    Reading a device scalar waits for the device, so it happens once per `log_every_steps` for all of them. Then
+    every step's losses are checked: a NaN, or a total above max_total, raises TrainingDiverged with its step.
+    """
+
+    def __init__(self, run: RunFolder, max_steps: int, start_step: int, max_total: float):
+        self.run, self.max_total, self.is_main = run, max_total, run.process.is_main
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []
+        self.started, self.start_step, self.last_flush = time.monotonic(), start_step, time.monotonic()
+        self.step_times: list[float] = []
+        interactive = self.is_main and sys.stderr.isatty()
+        self.bar = tqdm(total=max_steps, initial=start_step, unit="step", disable=not interactive, dynamic_ncols=True)
+        if self.is_main:
+            self.file = (run.path / "metrics.jsonl").open("a", encoding="utf-8")
+            self.board = SummaryWriter(run.path / "tensorboard", purge_step=start_step)
+        self.max_steps = max_steps
+
+    def add(self, step: int, scalars: dict[str, Tensor]) -> None:
+        """Scalars of one step (0-dimensional device tensors), detached by the caller."""
+        self.pending.append((step, scalars))
+        self.bar.update(1)
+
+    def flush(self, extra: dict | None = None, audio_sec_per_step: float = 0.0) -> None:
+        """Reads and checks what was added; logs the last step with `extra` (tensors or numbers)."""
+        if not self.pending:
+            return
+        flat = torch.stack([value.detach().float().reshape(()) for _, scalars in self.pending for value in scalars.values()]).tolist()
+        values = iter(flat)
+        rows = [(step, {name: next(values) for name in scalars}) for step, scalars in self.pending]
+        for step, row in rows:
+            broken = [name for name, value in row.items() if not math.isfinite(value)]
+            if broken or row["loss/total"] > self.max_total:
+                losses = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+                what = f"{', '.join(broken)} not finite" if broken else f"loss/total above train.max_total_loss ({self.max_total:g})"
+                kept = self.run.latest()
+                raise TrainingDiverged(f"step {step}: {what}; losses: {losses}. "
+                                       f"The last good checkpoint is {kept or 'none yet'}; lower optimizer.learning_rate and resume.")
+        now = time.monotonic()
+        step_sec = (now - self.last_flush) / len(self.pending)
+        self.last_flush, self.pending = now, []
+        self.step_times.append(step_sec)
+        row = {**rows[-1][1], **{name: to_number(value) for name, value in (extra or {}).items()}, "time/step_ms": 1000 * step_sec}
+        if audio_sec_per_step:
+            row["time/audio_sec_per_sec"] = audio_sec_per_step / step_sec
+        if self.run.process.device.type == "cuda":
+            row["time/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.write(rows[-1][0], row)
+        shown = " ".join(f"{name.removeprefix('loss/')} {row[name]:.4f}" for name in row if name.startswith("loss/"))
+        eta = statistics.median(self.step_times[-20:]) * (self.max_steps - rows[-1][0] - 1)
+        self.say(f"step {rows[-1][0] + 1}/{self.max_steps}  {shown}  lr {row.get('optimizer/learning_rate', 0):.2e}  "
+                 f"{row['time/step_ms']:.0f} ms/step  {row.get('time/audio_sec_per_sec', 0):.0f} audio s/s  eta {duration(eta)}")
+
+    def write(self, step: int, row: dict) -> None:
+        """One row of metrics.jsonl, its scalars in TensorBoard."""
+        if self.is_main:
+            self.file.write(json.dumps({"step": step, **row}) + "\n")
+            self.file.flush()
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, step)
+
+    def say(self, line: str) -> None:
+        if self.is_main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def restart_clock(self) -> None:
+        """Leaves validation and saving out of the step times."""
+        self.last_flush = time.monotonic()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.is_main:
+            self.file.close()
+            self.board.close()
+
+
+def to_number(value):
+    """A tensor as float or list, anything else as it is."""
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
