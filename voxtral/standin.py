@@ -1,0 +1,234 @@
+"""Stand-in checkpoints: random weights in exactly the layout of the released folder, at full or at reduced size.
+
+For tests and dry runs without the 8 GB download. Names, shapes and the order of tensors follow spec sections 1-5.
+"""
+import json
+import zlib
+from copy import deepcopy
+from importlib.resources import files
+from math import prod
+from pathlib import Path
+
+import torch
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from torch import Tensor
+
+from voxtral.checkpoint import (CODEC_PREFIX, EMBEDDING_NAME, ENCODER_PREFIXES, TEXT_EMBEDDING_NAME, atomic_path,
+                                write_safetensors, write_text)
+from voxtral.codec import VoxtralCodec
+from voxtral.errors import UserError
+from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, ModelParams, TransformerParams, parse_params
+
+N_SPECIAL_TOKENS = 1000  # ids below belong to special tokens; a text token's id is its rank + 1000
+SPEECH_TOKENS = {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]", 35: "[REPEAT_AUDIO_TEXT]",
+                 36: "[NEXT_AUDIO_TEXT]"}
+
+# Order of the tensors in the released file (torch lists a module's own parameters before those of its children).
+LAYER_TENSORS = ["attention.wq.weight", "attention.wk.weight", "attention.wv.weight", "attention.wo.weight",
+                 "feed_forward.w1.weight", "feed_forward.w2.weight", "feed_forward.w3.weight",
+                 "attention_norm.weight", "ffn_norm.weight",
+                 "attention.q_norm.weight", "attention.k_norm.weight", "attention_scale", "ffn_scale"]
+CODEC_PARTS = ["input_proj", "encoder_blocks", "decoder_blocks", "output_proj", "quantizer"]
+
+
+# ---------------------------------------------------------------- params.json
+
+def full_params() -> dict:
+    """params.json of Voxtral-4B-TTS-2603 (spec section 2), with no voices yet."""
+    return {
+        "dim": 3072, "n_layers": 26, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32, "n_kv_heads": 8,
+        "rope_theta": 1e6, "norm_eps": 1e-5, "vocab_size": 131072, "tied_embeddings": True, "use_biases": False,
+        "causal": True, "max_seq_len": 65536, "model_type": "voxtral_tts",
+        "multimodal": {
+            "bos_token_id": 1,
+            "audio_model_args": {
+                "semantic_codebook_size": 8192, "acoustic_codebook_size": 21, "n_acoustic_codebook": 36,
+                "audio_token_id": 24, "begin_audio_token_id": 25, "input_embedding_concat_type": "sum",
+                "p_uncond": 0.0, "condition_dropped_token_id": 42,
+                "audio_encoding_args": {"codebook_pattern": "parallel", "num_codebooks": 37, "sampling_rate": 24000,
+                                        "frame_rate": 12.5},
+                "acoustic_transformer_args": {
+                    "input_dim": 3072, "dim": 3072, "n_layers": 3, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32,
+                    "n_kv_heads": 8, "use_biases": False, "rope_theta": 1e4, "sigma": 1e-5, "sigma_max": 1.0},
+            },
+            "audio_tokenizer_args": {
+                "channels": 1, "sampling_rate": 24000, "pretransform_patch_size": 240, "patch_proj_kernel_size": 7,
+                "semantic_codebook_size": 8192, "semantic_dim": 256, "acoustic_codebook_size": 21, "acoustic_dim": 36,
+                "conv_weight_norm": True, "causal": True, "attn_sliding_window_size": 16,
+                "half_attn_window_upon_downsampling": True, "dim": 1024, "hidden_dim": 4096, "head_dim": 128,
+                "n_heads": 8, "n_kv_heads": 8, "qk_norm": True, "qk_norm_eps": 1e-6, "use_biases": False,
+                "norm_eps": 1e-2, "layer_scale": True, "layer_scale_init": 0.01,
+                "decoder_transformer_lengths_str": "2,2,2,2", "decoder_convs_kernels_str": "3,4,4,4",
+                "decoder_convs_strides_str": "1,2,2,2", "voice": {}},
+        },
+    }
+
+
+SMALL_BACKBONE = dict(dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=8, n_kv_heads=2, vocab_size=2048)
+SMALL_ACOUSTIC = dict(n_layers=3, head_dim=16, hidden_dim=128, n_heads=8, n_kv_heads=2)
+SMALL_CODEC = dict(dim=64, hidden_dim=128, head_dim=16, n_heads=4, n_kv_heads=4, semantic_codebook_size=64,
+                   semantic_dim=16)
+
+
+def small_params(backbone: dict | None = None, acoustic: dict | None = None, codec: dict | None = None) -> dict:
+    """full_params() at the SMALL_* sizes, updated with the keys given for the top level, `acoustic_transformer_args`
+    and `audio_tokenizer_args`; sizes that params.json states twice are kept equal. About 0.9 M parameters."""
+    raw = full_params()
+    audio, tokenizer = raw["multimodal"]["audio_model_args"], raw["multimodal"]["audio_tokenizer_args"]
+    raw.update(SMALL_BACKBONE | (backbone or {}))
+    tokenizer.update(SMALL_CODEC | (codec or {}))
+    width = {"input_dim": raw["dim"], "dim": raw["dim"]}  # its tokens are hidden states of the backbone
+    audio["acoustic_transformer_args"].update(SMALL_ACOUSTIC | width | (acoustic or {}))
+    audio["semantic_codebook_size"] = tokenizer["semantic_codebook_size"]
+    audio["acoustic_codebook_size"] = tokenizer["acoustic_codebook_size"]
+    audio["n_acoustic_codebook"] = tokenizer["acoustic_dim"]
+    audio["audio_encoding_args"]["num_codebooks"] = 1 + tokenizer["acoustic_dim"]
+    return raw
+
+
+# ---------------------------------------------------------------- names and shapes
+
+def released_layout(params: ModelParams) -> dict[str, tuple]:
+    """Tensor name -> shape of consolidated.safetensors, in file order (386 tensors at full size)."""
+    dim, acoustic_dim = params.acoustic.dim, params.codec.acoustic_dim
+    return {
+        TEXT_EMBEDDING_NAME: (params.vocab_size, params.dim),
+        EMBEDDING_NAME: (params.audio_embedding_size, params.dim),
+        **transformer_layout("", params.backbone),
+        "norm.weight": (params.dim,),
+        **transformer_layout("acoustic_transformer.", params.acoustic),
+        "acoustic_transformer.input_projection.weight": (dim, acoustic_dim),
+        "acoustic_transformer.llm_projection.weight": (dim, params.dim),
+        "acoustic_transformer.time_projection.weight": (dim, dim),
+        "acoustic_transformer.norm.weight": (dim,),
+        "acoustic_transformer.semantic_codebook_output.weight": (params.semantic_output_size, dim),
+        "acoustic_transformer.acoustic_codebook_output.weight": (acoustic_dim, dim),
+        **{name: shape for name, shape in codec_layout(params).items() if not name.startswith(ENCODER_PREFIXES)},
+    }
+
+
+def withheld_layout(params: ModelParams) -> dict[str, tuple]:
+    """Tensor name -> shape of the encoder, which the release leaves out (114 tensors at full size)."""
+    return {name: shape for name, shape in codec_layout(params).items() if name.startswith(ENCODER_PREFIXES)}
+
+
+def transformer_layout(prefix: str, sizes: TransformerParams) -> dict[str, tuple]:
+    """The layers of the backbone (prefix "") or of the acoustic transformer; no q/k norms and no layer scales there."""
+    width, kv_width = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
+    shapes = [(width, sizes.dim), (kv_width, sizes.dim), (kv_width, sizes.dim), (sizes.dim, width),
+              (sizes.hidden_dim, sizes.dim), (sizes.dim, sizes.hidden_dim), (sizes.hidden_dim, sizes.dim),
+              (sizes.dim,), (sizes.dim,)]
+    return {f"{prefix}layers.{i}.{name}": shape
+            for i in range(sizes.n_layers) for name, shape in zip(LAYER_TENSORS, shapes)}
+
+
+def codec_layout(params: ModelParams) -> dict[str, tuple]:
+    """All of the codec, encoder included, in file order."""
+    shapes = {CODEC_PREFIX + name: tuple(tensor.shape) for name, tensor in meta_codec(params).state_dict().items()}
+    return {name: shapes[name] for name in sorted(shapes, key=codec_file_order)}
+
+
+def meta_codec(params: ModelParams) -> VoxtralCodec:
+    """A codec without storage."""
+    with torch.device("meta"):
+        return VoxtralCodec(params.codec)
+
+
+def codec_file_order(name: str) -> tuple:
+    """Sort key: within a stack the first block, then all transformers, then the other convolutions."""
+    part, *rest = name.removeprefix(CODEC_PREFIX).split(".")
+    block = int(rest[0]) if part.endswith("_blocks") else 0
+    if "layers" in rest:  # BLOCK.layers.LAYER.TENSOR
+        return CODEC_PARTS.index(part), min(block, 1), block, int(rest[2]), LAYER_TENSORS.index(".".join(rest[3:]))
+    return CODEC_PARTS.index(part), 2 * min(block, 1), block
+
+
+# ---------------------------------------------------------------- weights
+
+def random_tensor(name: str, shape: tuple, seed: int = 0) -> Tensor:
+    """bf16 values at scales that keep activations finite through all layers, and decoded audio at about -20 dBFS.
+
+    Depends on (seed, name, shape) alone, not on what was drawn before.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    if name.endswith("cluster_usage"):
+        return (1 + 99 * torch.rand(shape, generator=generator)).bfloat16()
+    if name.endswith("embedding_sum"):
+        usage = random_tensor(name.replace("embedding_sum", "cluster_usage"), shape[:1], seed)
+        return (usage.float()[:, None] * torch.randn(shape, generator=generator)).bfloat16()
+    if name.endswith(("attention_scale", "ffn_scale")):  # from layer_scale_init on
+        return torch.empty(shape).uniform_(0.01, 0.1, generator=generator).bfloat16()
+    if name.endswith("norm.weight"):
+        return (1 + 0.1 * torch.randn(shape, generator=generator)).bfloat16()
+    if name.endswith("original0"):  # gain of a weight-normalised convolution
+        gain = 0.3 if "output_proj" in name else 1.0
+        return (gain * (1 + 0.1 * torch.randn(shape, generator=generator))).bfloat16()
+    std = 0.02 if "embeddings" in name else prod(shape[1:]) ** -0.5
+    tensor = torch.empty(shape, dtype=torch.bfloat16)
+    for rows in tensor.split(max(1, 2 ** 24 // prod(shape[1:]))):  # fp32 draws are fast; one chunk of them is small
+        rows.copy_(torch.randn(rows.shape, generator=generator).mul_(std))
+    return tensor
+
+
+def random_voice(params: ModelParams, n_rows: int, table: Tensor, seed: int = 0) -> Tensor:
+    """[n_rows, dim] bf16: n_rows - 1 frames of random codes, then the END_AUDIO frame (spec section 4)."""
+    sizes = params.codec
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, sizes.acoustic_dim, n_rows)
+    codes = torch.cat([torch.randint(sizes.semantic_codebook_size, (1, 1, n_rows), generator=generator),
+                       torch.randint(sizes.acoustic_codebook_size, shape, generator=generator)], dim=1)
+    codes[:, :, -1] = EMPTY_AUDIO - N_SPECIAL_IDS
+    codes[:, 0, -1] = END_AUDIO - N_SPECIAL_IDS
+    codec = meta_codec(params)
+    codec.audio_embedding = table
+    return codec.embed_codes(codes)[0].contiguous()
+
+
+# ---------------------------------------------------------------- files
+
+def write_tekken(path, n_text_tokens: int | None, voices: dict[str, int]) -> None:
+    """tekken.json (spec section 5) from the vocabulary that mistral_common ships.
+
+    n_text_tokens: how many of its first entries, at least 256 (the single bytes); None: all that its default size uses.
+    voices: name -> rows of the voice embedding. Raises UserError for a size that the vocabulary cannot give.
+    """
+    source = json.loads((files("mistral_common") / "data" / "tekken_240911.json").read_text(encoding="utf-8"))
+    largest = source["config"]["default_vocab_size"] - N_SPECIAL_TOKENS
+    n_text_tokens = largest if n_text_tokens is None else n_text_tokens
+    if not 256 <= n_text_tokens <= largest:
+        raise UserError(f"n_text_tokens is {n_text_tokens}, but the vocabulary gives 256 to {largest}.")
+    names = {token["rank"]: token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS} | SPEECH_TOKENS
+    write_text(path, json.dumps({
+        "config": {"pattern": source["config"]["pattern"], "num_vocab_tokens": n_text_tokens,
+                   "default_vocab_size": N_SPECIAL_TOKENS + n_text_tokens,
+                   "default_num_special_tokens": N_SPECIAL_TOKENS, "version": "v7"},
+        "vocab": source["vocab"][:n_text_tokens],
+        "special_tokens": [{"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
+                           for rank in range(N_SPECIAL_TOKENS)],
+        "audio": {"sampling_rate": 24000, "frame_rate": 12.5,
+                  "audio_encoding_config": {"num_mel_bins": 128, "hop_length": 160, "window_size": 400},
+                  "chunk_length_s": None, "voice_num_audio_tokens": voices},
+    }, ensure_ascii=False))
+
+
+def write_random_checkpoint(folder, raw_params: dict, voices: dict[str, int], seed: int = 0,
+                            n_text_tokens: int | None = None) -> None:
+    """A whole checkpoint folder with random weights and no encoder; one tensor is in memory at a time.
+
+    raw_params: full_params() or small_params(); voices: name -> rows (>= 2, the last one END_AUDIO), indices are given
+    in that order; n_text_tokens: entries of tekken.json, None: as many as vocab_size has room for.
+    """
+    folder = Path(folder)
+    raw = deepcopy(raw_params)
+    raw["multimodal"]["audio_tokenizer_args"]["voice"] = {name: index for index, name in enumerate(voices)}
+    params = parse_params(raw)
+    layout = released_layout(params)
+    write_safetensors(folder / "consolidated.safetensors", layout, lambda name: torch.bfloat16,
+                      lambda name: random_tensor(name, layout[name], seed), metadata={"format": "pt"})
+    write_text(folder / "params.json", json.dumps(raw, indent=2))
+    n_text_tokens = params.vocab_size - N_SPECIAL_TOKENS if n_text_tokens is None else n_text_tokens
+    write_tekken(folder / "tekken.json", n_text_tokens, voices)
+    table = random_tensor(EMBEDDING_NAME, layout[EMBEDDING_NAME], seed)
+    for index, (name, n_rows) in enumerate(voices.items()):
+        with atomic_path(folder / "voice_embedding" / f"{name}.pt") as temporary:
+            torch.save(random_voice(params, n_rows, table, seed + index), temporary)
