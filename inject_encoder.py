@@ -1,0 +1,117 @@
+"""Puts a trained encoder, and a LoRA adapter if there is one, into a Voxtral checkpoint, so that serving clones voices.
+
+The checkpoint is copied tensor by tensor (a few hundred MB of memory) and appears under its name when it is whole:
+interrupted at any moment, you have either the old one or the new one. params.json gains the key that serving's request
+gate looks for.
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from voxtral.checkpoint import SafetensorsFile
+from voxtral.codec import VoxtralCodec
+from voxtral.errors import UserError, one_sentence
+from voxtral.inject import eject, inject
+from voxtral.params import load_params
+from voxtral.reference import prepare_reference
+
+EXAMPLES = """examples:
+  # a new folder beside the checkpoint; what does not change is hard-linked
+  python inject_encoder.py --checkpoint Voxtral-4B-TTS-2603 --encoder runs/encoder/best/encoder.safetensors \\
+      --output Voxtral-4B-TTS-2603-clone
+
+  # the newest best encoder under runs/, merged with the adapter of phase 2, and checked on a clip
+  python inject_encoder.py --lora runs/full/best/adapter --output Voxtral-clone --verify assets/speech/k_af_heart_0.opus
+
+  # in the folder itself, and back again, byte for byte
+  python inject_encoder.py --in-place
+  python inject_encoder.py --eject
+"""
+
+
+def newest_encoder(runs: Path) -> Path:
+    """The encoder.safetensors written last among runs/*/best. Raises UserError when there is none."""
+    found = sorted(runs.glob("*/best/encoder.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"no {runs}/*/best/encoder.safetensors: train one with train_encoder.py, or pass --encoder.")
+    return found[-1]
+
+
+def changed_shares(codes: torch.Tensor, reference: torch.Tensor) -> str:
+    """Codes [1, 1 + acoustic_dim, L] -> how many differ, in words."""
+    differs = (codes != reference).float()
+    return f"{differs[:, 0].mean():.2%} of the semantic codes, {differs[:, 1:].mean():.2%} of the acoustic levels"
+
+
+@torch.no_grad()
+def verify(folder: Path, encoder: Path, clip: str) -> None:
+    """Reads the injected encoder back and compares it, and the codes of a clip, with the encoder file in fp32.
+
+    Raises UserError when what the folder holds is not the rounded encoder.
+    """
+    waveform = prepare_reference(clip).waveform
+    codec = VoxtralCodec.from_checkpoint(folder)
+    file = SafetensorsFile(encoder)
+    for name, tensor in codec.encoder_tensors().items():
+        if not torch.equal(tensor, file.read([name])[name].bfloat16().float()):
+            raise UserError(f"{folder}: {name} is not the tensor of {encoder}: inject it again.")
+    rounded = codec.encode(waveform)
+    with torch.autocast("cpu", torch.bfloat16):
+        served = codec.encode(waveform)
+    codec.load_encoder(file.read(file.entries), encoder)
+    exact = codec.encode(waveform)
+    n_frames = exact.shape[-1]
+    print(f"verified: all {len(file.entries)} encoder tensors are those of {encoder}, rounded to bf16; of {clip} "
+          f"({n_frames} frames), against fp32,")
+    print(f"  bf16 weights change {changed_shares(rounded, exact)}")
+    print(f"  bf16 weights under bf16 autocast, as in serving, change {changed_shares(served, exact)}")
+
+
+def lost_voices(checkpoint: str, output: Path) -> list[str]:
+    """Voices of an earlier --output that the checkpoint does not have, and that a new one therefore lacks."""
+    if not (output / "params.json").is_file():
+        return []
+    return sorted(set(load_params(output).codec.voice) - set(load_params(checkpoint).codec.voice))
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
+                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser.add_argument("--encoder", metavar="FILE", type=Path,
+                        help="encoder.safetensors of a run (default: the newest runs/*/best/encoder.safetensors)")
+    parser.add_argument("--lora", metavar="DIR", type=Path,
+                        help="peft adapter folder to merge into the attention weights")
+    parser.add_argument("--verify", metavar="CLIP", help="read the result back, compare the codes of this audio file")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", metavar="DIR", type=Path, help="folder to write; one of an earlier run is replaced")
+    where.add_argument("--in-place", action="store_true", help="change the checkpoint itself; --eject undoes it")
+    where.add_argument("--eject", action="store_true", help="undo an earlier --in-place")
+    options = parser.parse_args(arguments)
+
+    with one_sentence():
+        if not options.checkpoint:
+            raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
+        if options.eject:
+            print(f"{eject(options.checkpoint)} is again what it was before the injection")
+            return
+        encoder = options.encoder or newest_encoder(Path("runs"))
+        if options.encoder is None:
+            print(f"encoder: {encoder}")
+        lost = lost_voices(options.checkpoint, options.output) if options.output else []
+        folder = inject(options.checkpoint, encoder, options.lora, options.output)
+        print(f"{folder} now holds the encoder{' and the merged LoRA' if options.lora else ''}"
+              f"{'; --eject takes it out again' if options.in_place else ''}")
+        if lost:
+            print(f"voices of the earlier {folder} to be registered again (patch_tokenizer.py): {', '.join(lost)}",
+                  file=sys.stderr)
+        if options.verify:
+            verify(folder, encoder, options.verify)
+
+
+if __name__ == "__main__":
+    main()

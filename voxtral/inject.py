@@ -1,0 +1,367 @@
+"""Puts a trained encoder (and a LoRA) into a checkpoint folder, and takes it out again.
+
+The 8 GB are never rewritten in place and never in memory: a file is written anew beside the old one, the bytes of
+untouched tensors copied as they are, and renamed when it is whole. The encoder goes to the end of the last weight file.
+"""
+import ctypes
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from voxtral.checkpoint import (ENCODER_PREFIXES, TORCH_DTYPES, Checkpoint, Item, SafetensorsFile, Span, atomic_path,
+                                check_shapes, flush, read_json, remove_json, set_json, weight_files, write_items,
+                                write_safetensors, write_text)
+from voxtral.params import CheckpointError, ModelParams
+from voxtral.standin import released_layout, withheld_layout
+
+MARKER = "encoder_blocks.injected"  # serving's request gate wants a top-level key of this prefix (spec section 7)
+INDEX = "consolidated.safetensors.index.json"
+RECORD = "injection.json"           # what was injected; marks a folder as written by this module
+BACKUP = ".voxtral_original"        # what an in-place injection cannot find again in the new file
+SAVED_TENSORS = "attention.safetensors"  # in BACKUP: the weights that a LoRA was merged into
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+LORA_KEYS = {  # keys of adapter_config.json that are read, checked, or do not change what is merged
+    "peft_type", "r", "lora_alpha", "target_modules", "init_lora_weights", "lora_dropout", "inference_mode",
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+
+
+# ---------------------------------------------------------------- injecting
+
+def inject(checkpoint, encoder, lora=None, output=None) -> Path:
+    """Writes `checkpoint` with the encoder (fp32 .safetensors, full tensor names), and the peft adapter folder `lora`
+    merged into the attention, to the folder `output`; None: in place, from where eject() restores it.
+
+    An earlier injection is replaced, not added to. Returns the folder written. Raises CheckpointError, before anything
+    is written, when something does not fit. A kill at any moment leaves the old checkpoint or the new one.
+    """
+    source = Checkpoint(checkpoint)
+    folder = source.folder
+    layout = released_layout(source.params)
+    check_shapes({name: shape for name, shape in source.shapes.items() if name in layout}, layout, folder)
+    originals = original_files(folder)
+    merged = injection_record(folder).get("lora")
+    if merged and source.encoder_names and not (folder / BACKUP).is_dir():
+        raise CheckpointError(f"{folder} already has the LoRA {merged} merged: inject into the checkpoint that it was "
+                              "made from.")
+    changes = encoder_changes(encoder, source.params)
+    if lora is not None:
+        changes |= lora_changes(lora, originals, source.params)
+    targets = [changed(original, changes, last=original is originals[-1]) for original in originals]
+    record = json.dumps({"encoder": str(encoder), "lora": str(lora) if lora else None}, indent=2) + "\n"
+    if output is None:
+        _inject_in_place(source, originals, targets, record)
+        return folder
+    _inject_to(Path(output), source, targets, record)
+    return Path(output)
+
+
+def _inject_to(output: Path, source: Checkpoint, targets: list["Weights"], record: str) -> None:
+    """Fills a sibling of `output`, which takes its name when it is whole."""
+    folder = source.folder
+    check_replaceable(output, folder)
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    untouched = [target.path for target in targets if target.is_untouched]
+    written = {INDEX, RECORD, BACKUP, "params.json", *(target.path.name for target in targets)}
+    others = [path for path in folder.iterdir() if path.name not in written and not path.name.endswith(".tmp")]
+    linkable = os.stat(folder).st_dev == os.stat(output.parent).st_dev
+    size = sum(target.size for target in targets if not (linkable and target.is_untouched))
+    check_space(output.parent, size + (0 if linkable else sum(map(tree_size, others))))
+
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir()
+    try:
+        for path in [*others, *untouched]:
+            link_or_copy(path, temporary / path.name)
+        for target in targets:
+            if not target.is_untouched:
+                target.write(temporary / target.path.name)
+        write_index(folder, temporary, targets)
+        write_text(temporary / RECORD, record)
+        write_text(temporary / "params.json", set_json(read_json(folder / "params.json")[0], [MARKER], True))
+        flush(temporary)
+        if output.is_dir() and any(output.iterdir()):
+            exchange(output, temporary)
+        else:
+            os.replace(temporary, output)
+        flush(output.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _inject_in_place(source: Checkpoint, originals: list["Weights"], targets: list["Weights"], record: str) -> None:
+    """The rename of the one weight file that changes is the moment of the change. Before it the backup is whole; if the
+    process ends after it but before the marker is written, the next run writes the marker."""
+    folder = source.folder
+    pairs = [(old, new) for old, new in zip(originals, targets) if not new.is_untouched]
+    if len(pairs) > 1:
+        raise CheckpointError(f"{folder} has several shards that would change, which in place cannot happen in one "
+                              "moment: use --output.")
+    (original, target), = pairs
+    have_backup = bool(source.encoder_names)
+    if have_backup and original.is_untouched:
+        raise CheckpointError(f"{folder} holds an encoder, but not the original it was put into: use --output.")
+    remove_leftovers(folder, target.path.name)
+    merging = any(target.items[name] is not item for name, item in original.items.items() if name in target.items)
+    to_save = {}
+    if merging and not (have_backup and (folder / BACKUP / SAVED_TENSORS).is_file()):
+        # All of the attention, so that a later LoRA of other projections finds it complete.
+        attention = re.compile(r"layers\.\d+\.attention\.w.\.weight")
+        to_save = {name: item for name, item in original.items.items() if attention.fullmatch(name)}
+    check_space(folder, target.size + sum(item.size for item in to_save.values()))
+    if not have_backup:
+        temporary = folder / f"{BACKUP}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        with atomic_path(temporary / f"{target.path.name}.header") as path:
+            path.write_bytes(original.header)
+        if (folder / INDEX).is_file():
+            shutil.copy(folder / INDEX, temporary / INDEX)
+            flush(temporary / INDEX)
+        shutil.rmtree(folder / BACKUP, ignore_errors=True)  # without an encoder in the weights it is out of date
+        os.replace(temporary, folder / BACKUP)
+        flush(folder)
+    if to_save:
+        write_safetensors(folder / BACKUP / SAVED_TENSORS, {name: tuple(item.shape) for name, item in to_save.items()},
+                          lambda name: TORCH_DTYPES[to_save[name].dtype], lambda name: to_save[name].read())
+    write_text(folder / RECORD, record)
+    target.write(target.path)
+    write_index(folder, folder, targets)
+    write_text(folder / "params.json", set_json(read_json(folder / "params.json")[0], [MARKER], True))
+
+
+def eject(checkpoint) -> Path:
+    """Undoes an in-place injection: weights and params.json are again what they were, byte for byte (voices that were
+    registered since stay). Returns the folder. Raises CheckpointError when there is no original to go back to."""
+    folder = Checkpoint(checkpoint).folder
+    backup = folder / BACKUP
+    if not backup.is_dir():
+        raise CheckpointError(f"{folder} holds no original ({BACKUP}) to go back to: only an injection --in-place can "
+                              "be ejected.")
+    originals = [original for original in original_files(folder) if not original.is_untouched]
+    check_space(folder, sum(original.size for original in originals))
+    text, params = read_json(folder / "params.json")
+    if MARKER in params:  # first: weights with an encoder but no marker are a sound checkpoint, the reverse is not
+        write_text(folder / "params.json", remove_json(text, [MARKER]))
+    for original in originals:
+        remove_leftovers(folder, original.path.name)
+        original.write(original.path)
+    if (backup / INDEX).is_file():
+        with atomic_path(folder / INDEX) as temporary:
+            shutil.copy(backup / INDEX, temporary)
+    (folder / RECORD).unlink(missing_ok=True)
+    os.replace(backup, folder / f"{BACKUP}.tmp")
+    shutil.rmtree(folder / f"{BACKUP}.tmp")
+    return folder
+
+
+def injection_record(folder) -> dict:
+    """What inject() noted in a folder it wrote; empty for any other."""
+    path = Path(folder) / RECORD
+    return read_json(path)[1] if path.is_file() else {}
+
+
+# ---------------------------------------------------------------- weight files as lists of tensors
+
+@dataclass
+class Weights:
+    """A .safetensors file as it should be. `header`: its first bytes, when they are to be these and no others."""
+    path: Path                # where it lies in the source folder
+    items: dict[str, Item]    # in the order of the data
+    metadata: dict | None
+    header: bytes | None
+    is_untouched: bool        # the file at `path` is it already
+
+    @property
+    def size(self) -> int:
+        return sum(item.size for item in self.items.values())
+
+    def write(self, path) -> None:
+        """Streams the file to `path`, atomically."""
+        write_items(path, self.items, self.metadata, self.header)
+
+
+def original_files(folder) -> list[Weights]:
+    """The weight files of a checkpoint as they were before an in-place injection, if there was one.
+
+    A file without encoder tensors is an original. Raises CheckpointError for a backup that does not belong to its file.
+    """
+    originals = []
+    for path in weight_files(folder):
+        current = SafetensorsFile(path)
+        kept = Path(folder) / BACKUP / f"{path.name}.header"
+        holders, entries, metadata = [current], current.entries, current.metadata
+        with path.open("rb") as file:
+            header = file.read(current.data_start)
+        restoring = kept.is_file() and any(name.startswith(ENCODER_PREFIXES) for name in entries)
+        if restoring:
+            header = kept.read_bytes()
+            entries = json.loads(header[8:])
+            metadata = entries.pop("__metadata__", None)
+            saved = kept.parent / SAVED_TENSORS
+            holders = ([SafetensorsFile(saved)] if saved.is_file() else []) + holders
+        items = {}
+        for name, entry in sorted(entries.items(), key=lambda pair: pair[1]["data_offsets"][0]):
+            holder = next((holder for holder in holders if name in holder.entries), None)
+            if holder is None or any(holder.entries[name][key] != entry[key] for key in ("dtype", "shape")):
+                raise CheckpointError(f"{path} is not the file that {kept.parent} was kept for ({name}): "
+                                      f"delete {kept.parent} and download the checkpoint again.")
+            begin, end = holder.entries[name]["data_offsets"]
+            items[name] = Item(entry["dtype"], entry["shape"],
+                               Span(holder.path, holder.data_start + begin, end - begin))
+        originals.append(Weights(path, items, metadata, header, is_untouched=not restoring))
+    return originals
+
+
+def changed(original: Weights, changes: dict[str, Item], last: bool) -> Weights:
+    """`original` with the items of `changes` of the same name; an encoder goes to the end of the last file."""
+    items = {name: changes.get(name, item) for name, item in original.items.items()
+             if not name.startswith(ENCODER_PREFIXES)}
+    if last:
+        items |= {name: item for name, item in changes.items() if name.startswith(ENCODER_PREFIXES)}
+    if items == original.items:
+        return original
+    return Weights(original.path, items, original.metadata, header=None, is_untouched=False)
+
+
+# ---------------------------------------------------------------- what changes
+
+def encoder_changes(path, params: ModelParams) -> dict[str, Item]:
+    """The encoder's tensors, bf16. Raises CheckpointError unless all are there, fit, are finite and not all zero."""
+    file = SafetensorsFile(path)
+    layout = withheld_layout(params)
+    check_shapes({name: tuple(entry["shape"]) for name, entry in file.entries.items()}, layout, path)
+    for name in layout:
+        tensor = file.read([name])[name]
+        if not tensor.is_floating_point() or not tensor.bfloat16().isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds values that are no finite numbers: use an earlier encoder of "
+                                  "the run.")
+        if not tensor.any():
+            raise CheckpointError(f"{path}: {name} is all zero: this is no trained encoder.")
+    return {name: Item("BF16", list(shape), lambda name=name: file.read([name])[name].bfloat16())
+            for name, shape in layout.items()}
+
+
+def lora_changes(folder, originals: list[Weights], params: ModelParams) -> dict[str, Item]:
+    """W + alpha / r * B A, summed in fp32 and rounded to the stored dtype, for every projection that a peft adapter of
+    transformers' MistralModel holds. Raises CheckpointError for an adapter that does not fit or asks for more.
+    """
+    # transformers and peft take seconds to import, and most injections come without an adapter.
+    from peft import LoraConfig
+
+    from voxtral.backbone import halves_to_native, to_native_name
+    folder, defaults = Path(folder), LoraConfig().to_dict()
+    config = read_json(folder / "adapter_config.json")[1]
+    for key, value in config.items():
+        if key not in LORA_KEYS and value != defaults.get(key) and not (key not in defaults and not value):
+            raise CheckpointError(f"{folder / 'adapter_config.json'}: {key} is {value}, which cannot be merged: "
+                                  "train a plain LoRA of q_proj, k_proj, v_proj and o_proj.")
+    if config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise CheckpointError(f"{folder / 'adapter_config.json'} is not of a plain LoRA that starts from unchanged "
+                              "weights: train it with peft's LoraConfig and its default init_lora_weights.")
+
+    file = SafetensorsFile(folder / "adapter_model.safetensors")
+    shapes = {name: tuple(entry["shape"]) for name, entry in file.entries.items()}
+    weights = {name: item for original in originals for name, item in original.items.items()}
+    rank, sizes = config["r"], params.backbone
+    modules = [module for module in LORA_MODULES if any(f".{module}." in name for name in shapes)]
+    names, expected = {}, {}  # names: native weight -> what its adapter's two tensors have in common
+    for layer in range(sizes.n_layers):
+        for module in modules:
+            name = f"layers.{layer}.self_attn.{module}"
+            native = to_native_name(name + ".weight")
+            n_out, n_in = weights[native].shape
+            names[native] = f"base_model.model.{name}.lora_"
+            expected |= {names[native] + "A.weight": (rank, n_in), names[native] + "B.weight": (n_out, rank)}
+    if not modules:
+        raise CheckpointError(f"{file.path} holds no LoRA of {', '.join(LORA_MODULES)}.")
+    check_shapes(shapes, expected, file.path)
+    for name in expected:
+        if not file.read([name])[name].isfinite().all():
+            raise CheckpointError(f"{file.path}: {name} holds values that are no finite numbers.")
+
+    n_heads = {"wq": sizes.n_heads, "wk": sizes.n_kv_heads}
+
+    def merged(native: str) -> Tensor:
+        a, b = (file.read([names[native] + end])[names[native] + end].float() for end in ("A.weight", "B.weight"))
+        projection = native.split(".")[-2]
+        if projection in n_heads:  # the adapter saw rows in transformers' order
+            b = halves_to_native(b, n_heads[projection], sizes.head_dim)
+        weight = weights[native].read()
+        return torch.addmm(weight.float(), b, a, alpha=config["lora_alpha"] / rank).to(weight.dtype)
+
+    return {native: Item(weights[native].dtype, weights[native].shape, lambda native=native: merged(native))
+            for native in names}
+
+
+# ---------------------------------------------------------------- files and folders
+
+def write_index(source: Path, folder: Path, weights: list[Weights]) -> None:
+    """The index of sharded weights, where the source has one."""
+    if not (source / INDEX).is_file():
+        return
+    index = read_json(source / INDEX)[1]
+    index["weight_map"] = {name: part.path.name for part in weights for name in part.items}
+    if "total_size" in index.get("metadata", {}):
+        index["metadata"]["total_size"] = sum(part.size for part in weights)
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def check_replaceable(output: Path, source: Path) -> None:
+    """Raises CheckpointError unless `output` is new, empty, or was written by inject()."""
+    if output.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(output.resolve()):
+        raise CheckpointError(f"--output {output} and the checkpoint {source} lie in each other: choose another "
+                              "folder, or use --in-place.")
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"--output {output} is a file: name a folder.")
+    if output.is_dir() and any(output.iterdir()) and (not (output / RECORD).is_file() or (output / BACKUP).exists()):
+        raise CheckpointError(f"--output {output} holds files that are not of an earlier --output: choose another "
+                              "folder.")
+
+
+def check_space(folder: Path, n_bytes: int) -> None:
+    """Raises CheckpointError unless the disk of `folder` has room for this much, and a little more."""
+    free, needed = shutil.disk_usage(folder).free, n_bytes + 2 ** 26
+    if free < needed:
+        raise CheckpointError(f"{folder} needs {needed / 1e9:.1f} GB of disk for a second copy, but {free / 1e9:.1f} "
+                              "GB are free: make room, or write to another disk with --output.")
+
+
+def tree_size(path: Path) -> int:
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+
+
+def link_or_copy(source, destination) -> None:
+    """A file, or a folder of files, without a second copy of the bytes where the file system allows it."""
+    source = Path(source).resolve()  # not the links that a download cache consists of
+    if source.is_dir():
+        shutil.copytree(source, destination, copy_function=link_or_copy)
+        return
+    try:
+        os.link(source, destination)
+    except OSError:  # another disk, or a file system without hard links
+        shutil.copy2(source, destination)
+        flush(destination)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Temporary copies of `name` that a killed run left."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        path.unlink()
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Swaps the names of two folders in one moment, which no two renames can (Linux, renameat2)."""
+    here, rename_exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    library = ctypes.CDLL(None, use_errno=True)
+    names = here, os.fsencode(first), here, os.fsencode(second)
+    if not hasattr(library, "renameat2") or library.renameat2(*names, rename_exchange):
+        raise CheckpointError(f"this system cannot replace the folder {first} in one moment "
+                              f"({os.strerror(ctypes.get_errno())}): remove it first.")
