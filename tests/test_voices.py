@@ -1,0 +1,407 @@
+"""Registering voices: the three places, mistral_common's view of them, refusals, kills, and the script."""
+import base64
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from mistral_common.exceptions import InvalidRequestException
+from mistral_common.protocol.speech.request import SpeechRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+import patch_tokenizer
+from voxtral import voices
+from voxtral.checkpoint import Checkpoint, SafetensorsFile, save_tensors
+from voxtral.codec import VoxtralCodec
+from voxtral.inject import inject
+from voxtral.params import CheckpointError, load_params
+from voxtral.reference import prepare_reference
+from voxtral.standin import random_tensor, small_params, withheld_layout, write_random_checkpoint
+from voxtral.voices import (VoiceError, encode_reference, end_audio_row, list_voices, load_embedding, register, remove,
+                            voice_files)
+
+SPEECH = Path(__file__).parents[1] / "assets" / "speech" / "k_af_heart_0.opus"
+PRESETS = {"alpha": 20, "beta": 30}
+PLACES = ("voice_embedding/anna.pt", "tekken.json", "params.json")
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """A checkpoint with an encoder, as inject_encoder.py leaves it."""
+    base = tmp_path_factory.mktemp("pristine")
+    write_random_checkpoint(base / "released", small_params(), PRESETS)
+    layout = withheld_layout(load_params(base / "released"))
+    save_tensors(base / "encoder.safetensors", {name: random_tensor(name, shape).float() for name, shape in layout.items()})
+    return inject(base / "released", base / "encoder.safetensors", output=base / "checkpoint")
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def end_row(pristine):
+    return end_audio_row(pristine)
+
+
+def embedding(end_row, n_rows=40, seed=0):
+    """[n_rows, dim] that ends on the END_AUDIO row."""
+    rows = torch.randn(n_rows - 1, len(end_row), generator=torch.Generator().manual_seed(seed)) * 0.1
+    return torch.cat([rows, end_row[None]]).bfloat16()
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def tokens_of(folder, **request):
+    tokenizer = MistralTokenizer.from_file(folder / "tekken.json")
+    return tokenizer.encode_speech_request(SpeechRequest(input="the cat", **request)).tokens, tokenizer
+
+
+# ---------------------------------------------------------------- the three places
+
+def test_a_new_voice_stands_in_all_three_places_and_nothing_else_changes(folder, end_row):
+    before = contents(folder)
+    voice = embedding(end_row)
+    assert register(folder, "anna", voice, "anna.pt")
+    assert load_params(folder).codec.voice == {"alpha": 0, "beta": 1, "anna": 2}
+    tekken = json.loads((folder / "tekken.json").read_text())
+    assert tekken["audio"]["voice_num_audio_tokens"] == {**PRESETS, "anna": 40}
+    stored = torch.load(folder / "voice_embedding" / "anna.pt", weights_only=True)
+    assert stored.dtype == torch.bfloat16 and torch.equal(stored, voice)
+    after = contents(folder)
+    assert after.pop("voice_embedding/anna.pt") and after.pop(voices.RECORD)
+    assert after.pop("tekken.json").replace(b', "anna": 40', b"") == before.pop("tekken.json")
+    added = [line for line in after.pop("params.json").splitlines() if line not in before["params.json"].splitlines()]
+    assert [line.strip() for line in added if b"anna" in line] == [b'"anna": 2'] and len(added) <= 2
+    before.pop("params.json")
+    assert after == before
+
+
+def test_the_same_again_changes_nothing_and_another_one_replaces(folder, end_row):
+    register(folder, "anna", embedding(end_row), "anna.pt")
+    once = contents(folder)
+    assert not register(folder, "anna", embedding(end_row), "anna.pt") and contents(folder) == once
+    register(folder, "ben", embedding(end_row, 50), "ben.pt")
+    assert register(folder, "anna", embedding(end_row, 60, seed=1), "anna.pt")
+    found = {voice.name: voice for voice in list_voices(folder)}
+    assert (found["anna"].index, found["anna"].n_tokens, found["anna"].n_rows) == (2, 60, 60)
+    assert found["ben"].index == 3 and not any(voice.problem for voice in found.values())
+
+
+def test_removing_restores_every_byte(folder, end_row):
+    before = contents(folder)
+    register(folder, "anna", embedding(end_row), "anna.pt")
+    register(folder, "ben", embedding(end_row), "ben.pt")
+    remove(folder, "anna")
+    assert [voice.name for voice in list_voices(folder)] == ["alpha", "beta", "ben"]
+    remove(folder, "ben")
+    assert contents(folder) == before
+    with pytest.raises(VoiceError, match="has no voice ben"):
+        remove(folder, "ben")
+
+
+def test_presets_need_force(folder, end_row):
+    before = contents(folder)
+    with pytest.raises(VoiceError, match="alpha is a preset"):
+        register(folder, "alpha", embedding(end_row), "alpha.pt")
+    with pytest.raises(VoiceError, match="alpha is a preset"):
+        remove(folder, "alpha")
+    assert contents(folder) == before
+    register(folder, "alpha", embedding(end_row, 44), "alpha.pt", force=True)
+    assert load_params(folder).codec.voice == {"alpha": 0, "beta": 1} and list_voices(folder)[0].n_tokens == 44
+    remove(folder, "beta", force=True)
+    assert [voice.name for voice in list_voices(folder)] == ["alpha"]
+
+
+@pytest.mark.parametrize("name", ["Anna", "anna b", "", "änna", "a/b", "..", "anna\n"])
+def test_names_that_serving_cannot_find_are_refused(folder, end_row, name):
+    with pytest.raises(VoiceError, match="no voice name"):
+        register(folder, name, embedding(end_row), "x.pt")
+    assert len(list_voices(folder)) == 2
+
+
+@pytest.mark.parametrize("indent", [None, 1, 4, "\t"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_tekken_json_keeps_its_formatting(folder, end_row, indent, ascii_only):
+    content = json.loads((folder / "tekken.json").read_text(encoding="utf-8"))
+    content["vocab"][300]["token_str"] = "é"
+    before = json.dumps(content, indent=indent, ensure_ascii=ascii_only) + "\n"
+    (folder / "tekken.json").write_text(before, encoding="utf-8")
+    register(folder, "anna", embedding(end_row), "anna.pt")
+    content["audio"]["voice_num_audio_tokens"]["anna"] = 40
+    after = (folder / "tekken.json").read_text(encoding="utf-8")
+    assert after == json.dumps(content, indent=indent, ensure_ascii=ascii_only) + "\n"
+    remove(folder, "anna")
+    assert (folder / "tekken.json").read_text(encoding="utf-8") == before
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside: nothing after it runs."""
+
+
+@pytest.mark.parametrize("n_renames", range(4))
+@pytest.mark.parametrize("action", ["register", "remove"])
+def test_after_a_kill_list_shows_it_and_the_same_again_completes_it(folder, end_row, monkeypatch, action, n_renames):
+    """Dies before rename (or unlink) number n; the states between are the only ones a kill can leave."""
+    before = contents(folder)
+    work = {"register": lambda: register(folder, "anna", embedding(end_row), "anna.pt"), "remove": lambda: remove(folder, "anna")}
+    work["register"]()
+    registered = contents(folder)
+    if action == "register":
+        remove(folder, "anna")
+    left = [n_renames]
+    replace, unlink = os.replace, Path.unlink
+
+    def counted(function):
+        def call(*arguments, **options):
+            if not str(arguments[0]).endswith(".tmp") or function is replace:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+            return function(*arguments, **options)
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counted(replace))
+        patch.setattr(Path, "unlink", counted(unlink))
+        with pytest.raises(Killed):
+            work[action]()
+    anna = [voice for voice in list_voices(folder) if voice.name == "anna"]
+    assert all(voice.problem and not voice.is_preset for voice in anna) or contents(folder) == registered or not anna \
+        or n_renames == 3
+    tokens_of(folder, voice="alpha")
+    work[action]()
+    assert contents(folder) == (registered if action == "register" else before)
+
+
+def test_list_names_what_disagrees(folder, end_row):
+    register(folder, "anna", embedding(end_row), "anna.pt")
+    found = lambda: {voice.name: voice.problem for voice in list_voices(folder)}["anna"]  # noqa: E731
+    assert found() == ""
+    torch.save(embedding(end_row, 41), folder / "voice_embedding" / "anna.pt")
+    assert found() == "tekken.json says 40 rows, the file has 41"
+    (folder / "voice_embedding" / "anna.pt").write_bytes(b"no tensor")
+    assert "readable voice_embedding" in found()
+    register(folder, "anna", embedding(end_row), "anna.pt")
+    assert found() == ""
+    params = json.loads((folder / "params.json").read_text())
+    del params["multimodal"]["audio_tokenizer_args"]["voice"]["anna"]
+    (folder / "params.json").write_text(json.dumps(params))
+    assert found() == "not in params.json"
+
+
+def test_a_checkpoint_without_the_places_is_refused(folder, end_row):
+    (folder / "tekken.json").write_text('{"audio": {"voice_num_audio_tokens": null}}')
+    with pytest.raises(CheckpointError, match="tekken.json has no audio.voice_num_audio_tokens"):
+        register(folder, "anna", embedding(end_row), "anna.pt")
+    (folder / "tekken.json").unlink()
+    with pytest.raises(CheckpointError, match="tekken.json is missing"):
+        register(folder, "anna", embedding(end_row), "anna.pt")
+    assert not (folder / "voice_embedding" / "anna.pt").exists()
+
+
+# ---------------------------------------------------------------- mistral_common
+
+def test_mistral_common_builds_the_prompt_of_a_new_voice(folder, end_row):
+    presets = {name: tokens_of(folder, voice=name)[0] for name in PRESETS}
+    register(folder, "anna", embedding(end_row, 77), "anna.pt")
+    tokens, tokenizer = tokens_of(folder, voice="anna")
+    text = tokenizer.instruct_tokenizer.tokenizer.encode("the cat", bos=False, eos=False)
+    assert tokens == [1, 25] + [24] * 77 + [36] + text + [35, 25]
+    assert {name: tokens_of(folder, voice=name)[0] for name in PRESETS} == presets
+    with pytest.raises(InvalidRequestException, match="Unknown voice 'carl'"):
+        tokens_of(folder, voice="carl")
+    remove(folder, "anna")
+    with pytest.raises(InvalidRequestException, match="Unknown voice 'anna'"):
+        tokens_of(folder, voice="anna")
+
+
+def data_url(audio, rate, subtype="FLOAT"):
+    data = io.BytesIO()
+    soundfile.write(data, audio, rate, format="WAV", subtype=subtype)
+    return "data:audio/wav;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+@torch.no_grad()
+def test_reference_audio_has_as_many_positions_as_our_embedding_has_rows(folder):
+    codec = VoxtralCodec.from_checkpoint(folder)
+    tokenizer = MistralTokenizer.from_file(folder / "tekken.json")
+    noise = torch.randn(1, 1, 24000 * 25, generator=torch.Generator().manual_seed(0)) * 0.1
+    lengths = [1, 239, 240, 241, 1919, 1921, 5759, 5760, 5761, 13441, 24000, 71999, 72000, 72001, 105599, 599_999]
+    lengths += torch.randint(24000, 24000 * 6, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+    for length in lengths:
+        request = SpeechRequest(input="the cat", ref_audio=data_url(noise[0, 0, :length].numpy(), 24000))
+        n_audio = tokenizer.encode_speech_request(request).tokens.count(24)
+        assert n_audio == math.ceil(length / 24000 * 12.5) + 1 == len(codec.voice_embedding(noise[..., :length])), length
+
+
+@torch.no_grad()
+def test_prepared_references_agree_where_mistral_common_counts_one_too_many(folder, tmp_path):
+    """7 frames are ceil(13440 / 24000 * 12.5) = 8 to it; of the lengths up to 25 s, 13 whole numbers of frames are so."""
+    odd = [n for n in range(1920, 24000 * 25 + 1, 1920) if math.ceil(n / 24000 * 12.5) != n // 1920]
+    assert odd[0] == 13440 and 105_600 in odd
+    codec = VoxtralCodec.from_checkpoint(folder)
+    tokenizer = MistralTokenizer.from_file(folder / "tekken.json")
+    wanted = 105_600 - 7200  # and 0.3 s of pause
+    t = np.arange(wanted) / 24000
+    soundfile.write(tmp_path / "odd.wav", 0.2 * np.sign(np.sin(2 * np.pi * 150 * t)), 24000)
+    waveform = prepare_reference(tmp_path / "odd.wav").waveform
+    assert waveform.shape[-1] == 105_599
+    request = SpeechRequest(input="the cat", ref_audio=data_url(waveform[0, 0].numpy(), 24000))
+    assert tokenizer.encode_speech_request(request).tokens.count(24) == len(codec.voice_embedding(waveform)) == 56
+
+
+# ---------------------------------------------------------------- embeddings and audio
+
+def test_embeddings_from_both_kinds_of_file(folder, end_row, tmp_path):
+    params, voice = load_params(folder), embedding(end_row)
+    torch.save(voice.float(), tmp_path / "a.pt")
+    save_tensors(tmp_path / "b.safetensors", {"any name": voice})
+    torch.save(voice[:-1], tmp_path / "c.pt")
+    for name in ("a.pt", "b.safetensors"):
+        loaded, notes = load_embedding(tmp_path / name, params, end_row)
+        assert torch.equal(loaded, voice) and notes == []
+    loaded, notes = load_embedding(tmp_path / "c.pt", params, end_row)
+    assert torch.equal(loaded, voice) and len(notes) == 1 and "END_AUDIO" in notes[0]
+
+
+def test_the_presets_of_a_checkpoint_end_on_our_end_row(folder, end_row):
+    for name, n_rows in PRESETS.items():
+        loaded, notes = load_embedding(folder / "voice_embedding" / f"{name}.pt", load_params(folder), end_row)
+        assert notes == [] and len(loaded) == n_rows
+        assert torch.equal(loaded, torch.load(folder / "voice_embedding" / f"{name}.pt"))
+
+
+@pytest.mark.parametrize("tensor,message", [
+    (torch.zeros(40, 63), r"\[40, 63\]"), (torch.zeros(64), r"\[64\]"), (torch.zeros(1, 40, 64), r"\[1, 40, 64\]"),
+    (torch.zeros(40, 64, dtype=torch.long), "int64"), (torch.full((40, 64), float("nan")), "finite"),
+    (torch.zeros(12, 64), "13 rows"), (torch.zeros(314, 64), "315 rows"), (torch.zeros(0, 64), "1 rows"),
+    ({"voice": torch.zeros(40, 64)}, "dict"),
+])
+def test_embeddings_that_cannot_be_are_refused(folder, end_row, tmp_path, tensor, message):
+    torch.save(tensor, tmp_path / "voice.pt")
+    with pytest.raises(VoiceError, match=message):
+        load_embedding(tmp_path / "voice.pt", load_params(folder), end_row)
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(folder, end_row, tmp_path):
+    torch.save(Evil(tmp_path / "owned"), tmp_path / "evil.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
+    for name in ("evil.pt", "raw.pt"):
+        with pytest.raises(VoiceError, match="refused"):
+            load_embedding(tmp_path / name, load_params(folder), end_row)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_missing_and_damaged_files_are_refused(folder, end_row, tmp_path):
+    torch.save(embedding(end_row), tmp_path / "voice.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "voice.pt").read_bytes()[:500])
+    save_tensors(tmp_path / "two.safetensors", {"a": embedding(end_row), "b": embedding(end_row)})
+    (tmp_path / "empty.pt").touch()
+    for name, message in (("none.pt", "does not exist"), ("half.pt", "half.pt"), ("empty.pt", "empty.pt"),
+                          ("two.safetensors", "2 tensors")):
+        with pytest.raises(VoiceError, match=message):
+            load_embedding(tmp_path / name, load_params(folder), end_row)
+
+
+@torch.no_grad()
+def test_audio_is_prepared_and_encoded_with_the_checkpoints_encoder(folder, end_row, pristine):
+    codec = VoxtralCodec.from_checkpoint(folder)
+    rows, reference = encode_reference(codec, SPEECH)
+    assert torch.equal(rows, codec.voice_embedding(prepare_reference(SPEECH).waveform))
+    assert len(rows) == math.ceil(reference.seconds * 12.5) + 1 and torch.allclose(rows[-1], end_row, atol=1e-6)
+    with pytest.raises(VoiceError, match="inject_encoder.py"):
+        encode_reference(VoxtralCodec.from_checkpoint(pristine.parent / "released"), SPEECH)
+
+
+# ---------------------------------------------------------------- the script
+
+def run_script(capsys, *arguments):
+    """-> (exit code, stdout, stderr) of patch_tokenizer.py in this process."""
+    code = 0
+    try:
+        patch_tokenizer.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_script_registers_a_folder_of_voices(folder, end_row, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VOXTRAL_CKPT", str(folder))
+    monkeypatch.delenv("VOXTRAL_VOICE_DIR", raising=False)
+    code, _, error = run_script(capsys)
+    assert code == 2 and "VOXTRAL_VOICE_DIR" in error
+    directory = tmp_path / "my voices"
+    directory.mkdir()
+    shutil.copy(SPEECH, directory / "anna.opus")
+    torch.save(embedding(end_row)[:-1], directory / "ben.pt")
+    (directory / "readme.txt").write_text("not a voice")
+    monkeypatch.setenv("VOXTRAL_VOICE_DIR", str(directory))
+    code, out, error = run_script(capsys)
+    assert (code, error) == (0, "") and "high-pass" in out and "END_AUDIO row was missing" in out
+    code, out, _ = run_script(capsys, "--list")
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in rows[1:]] == ["alpha", "beta", "anna", "ben"] and all(row[-1] == "ok" for row in rows[1:])
+    assert rows[4][:3] == ["ben", "3", "40"] and rows[1][4:] == ["preset", "ok"] and rows[4][4:] == ["registered", "ok"]
+    before = contents(folder)
+    code, out, _ = run_script(capsys)
+    assert code == 0 and out.count("was registered so already") == 2 and contents(folder) == before
+    n_rows = json.loads((folder / "tekken.json").read_text())["audio"]["voice_num_audio_tokens"]["anna"]
+    assert tokens_of(folder, voice="anna")[0].count(24) == n_rows
+    assert run_script(capsys, "--remove", "anna", "--remove", "ben")[0] == 0
+    assert [voice.name for voice in list_voices(folder)] == ["alpha", "beta"]
+
+
+def test_script_writes_nothing_when_one_voice_is_bad(folder, end_row, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("VOXTRAL_VOICE_DIR", raising=False)
+    before = contents(folder)
+    torch.save(embedding(end_row), tmp_path / "good.pt")
+    good, here = f"anna={tmp_path / 'good.pt'}", ("--checkpoint", folder)
+    for voice, message in ((f"ben={tmp_path / 'none.wav'}", "does not exist"), (f"Ben={tmp_path / 'good.pt'}", "no voice name"),
+                           (f"alpha={tmp_path / 'good.pt'}", "preset"), ("ben", "NAME=FILE"), (good, "given twice")):
+        code, _, error = run_script(capsys, *here, "--voice", good, "--voice", voice)
+        assert code == 2 and message in error and error.count("\n") == 1
+        assert contents(folder) == before
+    assert run_script(capsys, *here, "--voice", good)[0] == 0
+    assert run_script(capsys, *here, "--voice", f"alpha={tmp_path / 'good.pt'}", "--force")[0] == 0
+    assert [voice.n_rows for voice in list_voices(folder)] == [40, 30, 40]
+
+
+def test_voice_folders_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(VoiceError, match="does not exist"):
+        voice_files(tmp_path / "none")
+    with pytest.raises(VoiceError, match="holds no"):
+        voice_files(tmp_path)
+    (tmp_path / "anna.wav").touch()
+    (tmp_path / "anna.pt").touch()
+    with pytest.raises(VoiceError, match="same voice"):
+        voice_files(tmp_path)
+
+
+def test_presets_stay_what_they_were_after_everything(folder, pristine, end_row):
+    register(folder, "anna", embedding(end_row), "anna.pt")
+    for name in PRESETS:
+        path = f"voice_embedding/{name}.pt"
+        assert (folder / path).read_bytes() == (pristine / path).read_bytes()
+    assert SafetensorsFile(folder / "consolidated.safetensors").path.read_bytes() == Checkpoint(pristine).files[0].path.read_bytes()

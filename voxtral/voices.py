@@ -1,0 +1,241 @@
+"""Named voices of a checkpoint. Serving finds a voice when three places agree (spec section 7): its index in
+params.json, its rows in voice_embedding/NAME.pt, and their number in tekken.json.
+
+They are written in the order file, tekken.json, params.json, each by renaming, and a voice removed in the reverse one:
+after a kill list_voices() shows what is missing, and the same command again completes it.
+"""
+import io
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from voxtral.checkpoint import (EMBEDDING_NAME, Checkpoint, SafetensorsFile, atomic_path, read_json, remove_json,
+                                set_json, write_text)
+from voxtral.codec import VoxtralCodec
+from voxtral.errors import UserError
+from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams, load_params
+from voxtral.reference import MAX_SEC, MIN_SPEECH_SEC, Reference, prepare_reference
+from voxtral.sources import AUDIO_SUFFIXES
+from voxtral.standin import meta_codec
+
+IN_PARAMS = ["multimodal", "audio_tokenizer_args", "voice"]
+IN_TEKKEN = ["audio", "voice_num_audio_tokens"]
+RECORD = "registered_voices.json"   # name -> file it was made from, of the voices that are no presets
+EMBEDDING_SUFFIXES = {".pt", ".safetensors"}
+MAX_END_ERROR = 0.05  # relative; bf16 sums differ by less than 0.02, other frames by about 1
+
+
+class VoiceError(UserError):
+    """A voice cannot be registered or removed; the message says what to do."""
+
+
+# ---------------------------------------------------------------- the three places
+
+@dataclass
+class Voice:
+    """What each place says of a voice; None: nothing."""
+    name: str
+    index: int | None        # params.json
+    n_tokens: int | None     # tekken.json
+    n_rows: int | None       # voice_embedding/NAME.pt
+    is_preset: bool
+
+    @property
+    def problem(self) -> str:
+        """What keeps serving from using it; empty: nothing."""
+        missing = [place for place, value in (("params.json", self.index), ("tekken.json", self.n_tokens),
+                                              ("a readable voice_embedding file", self.n_rows)) if value is None]
+        if missing:
+            return f"not in {', nor in '.join(missing)}"
+        if self.n_rows != self.n_tokens:
+            return f"tekken.json says {self.n_tokens} rows, the file has {self.n_rows}"
+        return ""
+
+
+def list_voices(folder) -> list[Voice]:
+    """Every voice that any of the three places knows, by index. Raises CheckpointError when one cannot be read."""
+    folder = Path(folder)
+    indices, tokens, registered = _params_voices(folder)[1], _tekken_voices(folder)[1], _registered(folder)
+    files = {path.stem: path for path in (folder / "voice_embedding").glob("*.pt") if not path.name.startswith(".")}
+    voices = []
+    for name in {**indices, **tokens, **files}:
+        n_rows = None
+        if name in files:
+            try:
+                n_rows = len(load_pt(files[name]))
+            except VoiceError:
+                pass  # `problem` tells
+        voices.append(Voice(name, indices.get(name), tokens.get(name), n_rows, name not in registered))
+    return sorted(voices, key=lambda voice: (math.inf if voice.index is None else voice.index, voice.name))
+
+
+def register(folder, name: str, embedding: Tensor, source: str, force: bool = False) -> bool:
+    """Makes `embedding` [N, dim] (from load_embedding or encode_reference) the voice `name`, in all three places.
+
+    source: what the record calls its origin. Returns False when everything was so already. Raises VoiceError for a name
+    that is not valid, or is a preset's and `force` is not given.
+    """
+    folder = Path(folder)
+    check_name(folder, name, force)
+    (params_text, indices), (tekken_text, tokens) = _params_voices(folder), _tekken_voices(folder)
+    registered = _registered(folder)
+    path = folder / "voice_embedding" / f"{name}.pt"
+    data = io.BytesIO()
+    torch.save(embedding.detach().to("cpu", torch.bfloat16).contiguous(), data)
+    index = indices.get(name, max(indices.values(), default=-1) + 1)
+    same_file = path.is_file() and path.read_bytes() == data.getvalue()
+    done = [same_file, tokens.get(name) == len(embedding), name in indices]
+    if registered.get(name) != source:
+        # First of all, so that after a kill the voice is not taken for a preset.
+        write_text(folder / RECORD, json.dumps({**registered, name: source}, indent=2) + "\n")
+    if not done[0]:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(data.getvalue())
+    if not done[1]:
+        write_text(folder / "tekken.json", set_json(tekken_text, [*IN_TEKKEN, name], len(embedding)))
+    if not done[2]:
+        write_text(folder / "params.json", set_json(params_text, [*IN_PARAMS, name], index))
+    return not all(done)
+
+
+def remove(folder, name: str, force: bool = False) -> None:
+    """Takes a voice out of all three places. Raises VoiceError when none knows it, or for a preset without `force`."""
+    folder = Path(folder)
+    (params_text, indices), (tekken_text, tokens) = _params_voices(folder), _tekken_voices(folder)
+    registered = _registered(folder)
+    path = folder / "voice_embedding" / f"{name}.pt"
+    if name not in registered and name not in indices and name not in tokens and not path.is_file():
+        raise VoiceError(f"{folder} has no voice {name}: its voices are {', '.join(indices)}.")
+    if name not in registered and not force:
+        raise VoiceError(f"{name} is a preset of the checkpoint: removing it needs --force.")
+    if name in indices:
+        write_text(folder / "params.json", remove_json(params_text, [*IN_PARAMS, name]))
+    if name in tokens:
+        write_text(folder / "tekken.json", remove_json(tekken_text, [*IN_TEKKEN, name]))
+    path.unlink(missing_ok=True)
+    registered.pop(name, None)
+    if registered:
+        write_text(folder / RECORD, json.dumps(registered, indent=2) + "\n")
+    else:
+        (folder / RECORD).unlink(missing_ok=True)
+
+
+def check_name(folder, name: str, force: bool = False) -> None:
+    """Raises VoiceError unless serving can find a voice of this name, and it is free or was registered here."""
+    if not re.fullmatch(r"[a-z0-9_-]+", name):
+        raise VoiceError(f"'{name}' is no voice name: use only a-z, 0-9, _ and - (requests are lower-cased before the "
+                         "look-up).")
+    known = {**_params_voices(Path(folder))[1], **_tekken_voices(Path(folder))[1]}
+    if name in known and name not in _registered(folder) and not force:
+        raise VoiceError(f"{name} is a preset of the checkpoint: choose another name, or replace it with --force.")
+
+
+def _params_voices(folder: Path) -> tuple[str, dict[str, int]]:
+    return _read_map(folder / "params.json", IN_PARAMS)
+
+
+def _tekken_voices(folder: Path) -> tuple[str, dict[str, int]]:
+    return _read_map(folder / "tekken.json", IN_TEKKEN)
+
+
+def _read_map(path: Path, keys: list[str]) -> tuple[str, dict[str, int]]:
+    """-> the file's text, the object at `keys` in it."""
+    text, value = read_json(path)
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} has no {'.'.join(keys)}: is it of a Voxtral TTS checkpoint?")
+    return text, value
+
+
+def _registered(folder) -> dict[str, str]:
+    path = Path(folder) / RECORD
+    return read_json(path)[1] if path.is_file() else {}
+
+
+# ---------------------------------------------------------------- embeddings
+
+def load_pt(path) -> Tensor:
+    """The tensor in a torch.save'd file. Raises VoiceError for anything else; code in the pickle is never run."""
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise VoiceError(f"{path} is refused: it is no plain tensor, loading it could run code.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        raise VoiceError(f"{path} cannot be read ({str(error).splitlines()[0] if str(error) else error!r}).") from error
+    if not isinstance(tensor, Tensor):
+        raise VoiceError(f"{path} holds a {type(tensor).__name__}: a voice is one tensor [N, dim].")
+    return tensor
+
+
+def load_embedding(path, params: ModelParams, end_row: Tensor) -> tuple[Tensor, list[str]]:
+    """A .pt or .safetensors file -> (embedding [N, dim] bf16 that ends on the END_AUDIO row, notes).
+
+    Raises VoiceError for another shape, values that are not finite, or a length that is no 1 to 25 s.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VoiceError(f"voice file {path} does not exist.")
+    if path.suffix == ".safetensors":
+        file = SafetensorsFile(path)
+        if len(file.entries) != 1:
+            raise VoiceError(f"{path} holds {len(file.entries)} tensors: a voice is one tensor [N, dim].")
+        (embedding,) = file.read(file.entries).values()
+    else:
+        embedding = load_pt(path)
+    if embedding.dim() != 2 or embedding.shape[1] != params.dim or not embedding.is_floating_point():
+        raise VoiceError(f"{path} holds {list(embedding.shape)} {embedding.dtype}: this checkpoint's voices are "
+                         f"[N, {params.dim}] floats.")
+    if not embedding.bfloat16().isfinite().all():
+        raise VoiceError(f"{path} holds values that are no finite numbers.")
+    notes = []
+    ends = len(embedding) and (embedding[-1].float() - end_row).norm() <= MAX_END_ERROR * end_row.norm()
+    if not ends:
+        embedding = torch.cat([embedding.float(), end_row[None]])
+        notes.append("the END_AUDIO row was missing and has been appended")
+    least, most = (math.ceil(seconds * params.codec.frame_rate_hz) + 1 for seconds in (MIN_SPEECH_SEC, MAX_SEC))
+    if not least <= len(embedding) <= most:
+        raise VoiceError(f"{path} has {len(embedding)} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are "
+                         f"{least} to {most}.")
+    return embedding.bfloat16(), notes
+
+
+def end_audio_row(folder) -> Tensor:
+    """[dim] float32: what a voice embedding ends on (spec section 4)."""
+    checkpoint = Checkpoint(folder)
+    codec = meta_codec(checkpoint.params)
+    codec.audio_embedding = checkpoint.read([EMBEDDING_NAME])[EMBEDDING_NAME].float()
+    codes = torch.full((1, checkpoint.params.codec.n_codebooks, 1), EMPTY_AUDIO - N_SPECIAL_IDS)
+    codes[:, 0] = END_AUDIO - N_SPECIAL_IDS
+    return codec.embed_codes(codes)[0, 0]
+
+
+@torch.no_grad()
+def encode_reference(codec: VoxtralCodec, path) -> tuple[Tensor, Reference]:
+    """An audio file -> (embedding [N, dim], the prepared reference). Raises VoiceError for a codec without encoder."""
+    if not codec.has_encoder:
+        raise VoiceError("the checkpoint has no encoder to make a voice of audio: put one in with inject_encoder.py.")
+    reference = prepare_reference(path)
+    return codec.voice_embedding(reference.waveform), reference
+
+
+def voice_files(folder) -> dict[str, Path]:
+    """Voice name -> file, of a folder of embeddings and audio. Raises VoiceError when it holds none or a name twice."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise VoiceError(f"voice folder {folder} does not exist: set --voice-dir (or VOXTRAL_VOICE_DIR).")
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in AUDIO_SUFFIXES | EMBEDDING_SUFFIXES and path.is_file():
+            if path.stem in files:
+                raise VoiceError(f"{path} and {files[path.stem].name} would be the same voice: keep one of them.")
+            files[path.stem] = path
+    if not files:
+        raise VoiceError(f"{folder} holds no .pt, .safetensors or audio file.")
+    return files
