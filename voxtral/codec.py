@@ -14,6 +14,9 @@ from voxtral.params import END_AUDIO, EMPTY_AUDIO, N_SPECIAL_IDS, CodecParams, i
 from voxtral.quantizer import QuantizationDraws, Quantizer
 
 
+ACOUSTIC_DEVIATION = 0.8  # before tanh, where 21 levels are used about alike
+
+
 @dataclass
 class CodecOutput:
     """What a training step needs of one pass through the codec (L frames, T = L * 1920 samples)."""
@@ -30,7 +33,8 @@ class VoxtralCodec(nn.Module):
         super().__init__()
         self.params = params
         self.has_encoder = False
-        self.input_proj = CausalConv1d(params.pretransform_patch_size, params.dim, params.patch_proj_kernel_size, pad_mode="reflect")
+        self.input_proj = CausalConv1d(params.pretransform_patch_size, params.dim, params.patch_proj_kernel_size,
+                                       pad_mode="reflect")
         self.encoder_blocks = nn.ModuleList()
         window = params.attn_sliding_window_size
         stages = list(zip(integers(params.encoder_transformer_lengths_str), integers(params.encoder_convs_kernels_str),
@@ -38,7 +42,8 @@ class VoxtralCodec(nn.Module):
         for i, (n_layers, kernel, stride) in enumerate(stages):
             last = i == len(stages) - 1
             self.encoder_blocks.append(Transformer(params, n_layers, window))
-            self.encoder_blocks.append(CausalConv1d(params.dim, params.latent_dim if last else params.dim, kernel, stride))
+            out_channels = params.latent_dim if last else params.dim
+            self.encoder_blocks.append(CausalConv1d(params.dim, out_channels, kernel, stride))
             window = window // 2 if stride > 1 else window
 
         self.quantizer = Quantizer(params)
@@ -51,7 +56,8 @@ class VoxtralCodec(nn.Module):
             self.decoder_blocks.append(CausalConv1d(params.latent_dim, params.dim, kernel, stride) if i == 0
                                        else CausalConvTranspose1d(params.dim, params.dim, kernel, stride))
             self.decoder_blocks.append(Transformer(params, n_layers, window))
-        self.output_proj = CausalConv1d(params.dim, params.pretransform_patch_size, params.patch_proj_kernel_size, pad_mode="reflect")
+        self.output_proj = CausalConv1d(params.dim, params.pretransform_patch_size, params.patch_proj_kernel_size,
+                                        pad_mode="reflect")
         # Part of the checkpoint, not of `audio_tokenizer.`: set by from_checkpoint, outside the state dict.
         self.register_buffer("audio_embedding", None, persistent=False)
 
@@ -66,21 +72,32 @@ class VoxtralCodec(nn.Module):
         codec = cls(checkpoint.params.codec)
         own = {CODEC_PREFIX + name: tuple(t.shape) for name, t in codec.state_dict().items()}
         codec.has_encoder = bool(checkpoint.encoder_names)
-        expected = {name: shape for name, shape in own.items() if codec.has_encoder or not name.startswith(ENCODER_PREFIXES)}
-        found = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(CODEC_PREFIX)}
+        expected = {name: shape for name, shape in own.items()
+                    if codec.has_encoder or not name.startswith(ENCODER_PREFIXES)}
+        found = {name: shape for name, shape in checkpoint.shapes.items()
+                 if name.startswith((CODEC_PREFIX, EMBEDDING_NAME))}
         embedding_shape = (checkpoint.params.audio_embedding_size, checkpoint.params.dim)
-        check_shapes({**found, EMBEDDING_NAME: checkpoint.shapes.get(EMBEDDING_NAME, ())},
-                     {**expected, EMBEDDING_NAME: embedding_shape}, checkpoint.folder)
+        check_shapes(found, {**expected, EMBEDDING_NAME: embedding_shape}, checkpoint.folder)
         tensors = checkpoint.read([*expected, EMBEDDING_NAME])
         codec.audio_embedding = tensors.pop(EMBEDDING_NAME)
-        codec.load_state_dict({name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}, strict=codec.has_encoder)
+        own_tensors = {name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}
+        codec.load_state_dict(own_tensors, strict=codec.has_encoder)
         return codec.to(device, dtype).eval()
 
     def load_encoder(self, tensors: dict[str, Tensor], where="the encoder file") -> None:
-        """Takes encoder tensors under their full checkpoint names. Raises CheckpointError unless all are there and fit."""
-        check_shapes({name: t.shape for name, t in tensors.items()}, {name: t.shape for name, t in self.encoder_tensors().items()}, where)
+        """Takes encoder tensors under their full checkpoint names. Raises CheckpointError unless all are there and
+        fit."""
+        expected = {name: t.shape for name, t in self.encoder_tensors().items()}
+        check_shapes({name: t.shape for name, t in tensors.items()}, expected, where)
         self.load_state_dict({name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}, strict=False)
         self.has_encoder = True
+
+    def load_decoder(self, tensors: dict[str, Tensor], where="the decoder file") -> None:
+        """Takes all other tensors of the codec under their full checkpoint names. Raises CheckpointError likewise."""
+        own = {CODEC_PREFIX + name: t.shape for name, t in self.state_dict().items()}
+        check_shapes({name: t.shape for name, t in tensors.items()},
+                     {name: shape for name, shape in own.items() if not name.startswith(ENCODER_PREFIXES)}, where)
+        self.load_state_dict({name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}, strict=False)
 
     def encoder_tensors(self) -> dict[str, Tensor]:
         """The encoder's tensors under their full checkpoint names (114 in the full model)."""
@@ -91,6 +108,30 @@ class VoxtralCodec(nn.Module):
         return [*self.input_proj.parameters(), *self.encoder_blocks.parameters()]
 
     # ------------------------------------------------------------ encoder
+
+    @torch.no_grad()
+    def scale_fresh_encoder(self, waveform: Tensor, lengths: Tensor) -> None:
+        """Sets the gains of a fresh encoder's convolutions so that on these clips every channel has deviation 1, and the
+        latents spread over the codebook and the levels.
+
+        Data-dependent initialisation of weight-normalised layers (Salimans & Kingma 2016). With PyTorch's own, speech
+        fades below the epsilon of the norms: its latents are level 10 everywhere, and take a thousand steps to grow.
+        """
+        wanted = {id(self.encoder_blocks[-1].conv): torch.cat([
+            # By the median: an entry that was never used may lie anywhere.
+            1.4826 * self.quantizer.semantic_codebook.embedding.abs().median(dim=0).values,
+            torch.full((self.params.acoustic_dim,), ACOUSTIC_DEVIATION)])}
+
+        def rescale(conv: nn.Module, _, output: Tensor) -> Tensor:
+            factor = wanted.get(id(conv), 1.0) / output.std(dim=(0, 2)).clamp(min=1e-6)
+            conv.parametrizations.weight.original0 *= factor[:, None, None]
+            return output * factor[:, None]
+
+        hooks = [module.conv.register_forward_hook(rescale) for module in (self.input_proj, *self.encoder_blocks)
+                 if isinstance(module, CausalConv1d)]
+        self.encode_latent(waveform, lengths)
+        for hook in hooks:
+            hook.remove()
 
     def encode_latent(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """[B, 1, T] -> [B, latent_dim, L], L = ceil(ceil(T / 240) / 8); nothing is squashed here.
@@ -133,9 +174,7 @@ class VoxtralCodec(nn.Module):
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Codes [B, 1 + acoustic_dim, L] -> [B, L, dim]: the sum of one table row per codebook (spec section 4)."""
-        levels = self.params.acoustic_codebook_size + N_SPECIAL_IDS
-        starts = self.params.semantic_codebook_size + N_SPECIAL_IDS + levels * torch.arange(self.params.acoustic_dim)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.long), starts]).to(codes.device)
+        offsets = codebook_offsets(self.params).to(codes.device)
         return F.embedding(codes.transpose(1, 2) + N_SPECIAL_IDS + offsets, self.audio_embedding).sum(dim=2)
 
     def voice_embedding(self, waveform: Tensor) -> Tensor:
@@ -156,6 +195,13 @@ class VoxtralCodec(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.output_proj.conv.parametrizations.weight.original1.dtype
+
+
+def codebook_offsets(params: CodecParams) -> Tensor:
+    """[1 + acoustic_dim] int64: the row of the audio embedding table where each codebook starts."""
+    levels = params.acoustic_codebook_size + N_SPECIAL_IDS
+    starts = params.semantic_codebook_size + N_SPECIAL_IDS + levels * torch.arange(params.acoustic_dim)
+    return torch.cat([torch.zeros(1, dtype=torch.long), starts])
 
 
 def ceil_div(a, b):

@@ -17,7 +17,8 @@ class CausalConv1d(nn.Module):
     outputs mirror inputs 1 ... kernel - 1: they do depend on that much of the future.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, pad_mode: str = "replicate"):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
+                 pad_mode: str = "replicate"):
         super().__init__()
         self.conv = weight_norm(nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, bias=False))
         self.kernel_size, self.stride, self.pad_mode = kernel_size, stride, pad_mode
@@ -52,7 +53,7 @@ def alibi_slopes(n_heads: int) -> Tensor:
     """
     power = 1 << (n_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * h / power) for h in range(power)]
-    slopes += [2.0 ** (-8 * h / (2 * power)) for h in range(0, 2 * power, 2)][:n_heads - power] if n_heads > power else []
+    slopes += [2.0 ** (-8 * h / (2 * power)) for h in range(0, 2 * power, 2)][:n_heads - power]
     return torch.tensor(slopes)
 
 
@@ -74,13 +75,14 @@ class WindowAttention(nn.Module):
         self.wo = nn.Linear(width, params.dim, bias=False)
         self.q_norm = nn.RMSNorm(width, eps=params.qk_norm_eps)
         self.k_norm = nn.RMSNorm(kv_width, eps=params.qk_norm_eps)
+        self.register_buffer("slopes", alibi_slopes(self.n_heads), persistent=False)
 
     def bias(self, n_blocks: int, device) -> Tensor:
-        """[n_blocks, n_heads, block, window + block] added to the scores: slope * (j - i), or -inf outside the window."""
+        """[n_blocks, n_heads, block, window + block] added to the scores: slope * (j - i), -inf outside the window."""
         query = torch.arange(self.block, device=device)[:, None]
         key = torch.arange(-self.window, self.block, device=device)[None, :]
         distance = (key - query).float()  # j - i <= 0
-        bias = alibi_slopes(self.n_heads).to(device)[:, None, None] * distance
+        bias = self.slopes.float()[:, None, None] * distance
         bias = bias.masked_fill((distance > 0) | (distance < -self.window), -torch.inf)
         bias = bias.expand(n_blocks, -1, -1, -1)
         before_start = (torch.arange(n_blocks, device=device)[:, None] == 0) & (key < 0)  # [n_blocks, window + block]
@@ -138,14 +140,30 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """[B, dim, T] -> [B, dim, T]: layers that all see the same window."""
+    """[B, dim, T] -> [B, dim, T]: layers that all see the same window.
+
+    Without gradients, a long clip is worked on piece by piece, each behind as much of its past as the layers see:
+    the same result, and the memory for hidden states does not grow with T.
+    """
+    PIECE = 4096  # positions
 
     def __init__(self, params: CodecParams, n_layers: int, window: int):
         super().__init__()
         self.layers = nn.ModuleList(TransformerLayer(params, window) for _ in range(n_layers))
+        self.past = n_layers * window
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.transpose(1, 2)
+        if torch.is_grad_enabled() or x.shape[1] <= self.PIECE:
+            return self.run(x).transpose(1, 2)
+        pieces = []
+        for start in range(0, x.shape[1], self.PIECE):
+            first = max(0, start - self.past)
+            pieces.append(self.run(x[:, first:start + self.PIECE])[:, start - first:])
+        return torch.cat(pieces, dim=1).transpose(1, 2)
+
+    def run(self, x: Tensor) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]"""
         for layer in self.layers:
             x = layer(x)
-        return x.transpose(1, 2)
+        return x

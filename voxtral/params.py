@@ -154,5 +154,5 @@ def load_params(folder) -> ModelParams:
         raise CheckpointError(f"{path} is missing: point `checkpoint` (or VOXTRAL_CKPT) at the folder of a Voxtral TTS checkpoint.")
     try:
         return parse_params(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from error

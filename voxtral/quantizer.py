@@ -30,6 +30,15 @@ class SemanticCodebook(nn.Module):
         return nn.functional.embedding(codes, self.embedding)
 
     @torch.no_grad()
+    def start_from(self, x: Tensor, generator: torch.Generator) -> None:
+        """Places every entry near one of the vectors [N, dim], before a whole codec is trained: entries that lie nowhere
+        near the encoder's latents would all be dead but one."""
+        chosen = x.float()[torch.randint(len(x), (len(self.cluster_usage),), generator=generator, device=x.device)]
+        noise = torch.randn(chosen.shape, generator=generator, device=x.device)
+        self.cluster_usage.fill_(1.0)
+        self.embedding_sum.copy_(chosen + 0.1 * x.float().std(dim=0) * noise)
+
+    @torch.no_grad()
     def update(self, x: Tensor, generator: torch.Generator, decay: float = 0.99, dead_share: float = 0.1):
         """EMA step towards the vectors [N, dim] that training saw (only when a whole codec is trained).
 
@@ -55,13 +64,14 @@ class SemanticCodebook(nn.Module):
 
 @dataclass
 class QuantizationDraws:
-    """The random choices of one training batch: `semantic`, `acoustic` [B] in [0, 1); `noise` [B, acoustic_dim, L] in [-1, 1)."""
+    """The random choices of a batch: `semantic`, `acoustic` [B] in [0, 1); `noise` [B, acoustic_dim, L] in [-1, 1)."""
     semantic: Tensor
     acoustic: Tensor
     noise: Tensor
 
     @staticmethod
-    def sample(seed: int, batch_size: int, acoustic_dim: int, n_frames: int, device, rank: int = 0, world_size: int = 1):
+    def sample(seed: int, batch_size: int, acoustic_dim: int, n_frames: int, device, rank: int = 0,
+               world_size: int = 1) -> "QuantizationDraws":
         """Draws for `batch_size` clips of this process; together the processes draw what one with all clips would."""
         generator = torch.Generator(device=device).manual_seed(seed)
         mine = slice(rank * batch_size, (rank + 1) * batch_size)
@@ -77,7 +87,8 @@ class Quantizer(nn.Module):
     def __init__(self, params: CodecParams):
         super().__init__()
         self.semantic_codebook = SemanticCodebook(params.semantic_codebook_size, params.semantic_dim)
-        self.semantic_dim, self.acoustic_dim, self.n_levels = params.semantic_dim, params.acoustic_dim, params.acoustic_codebook_size
+        self.semantic_dim, self.acoustic_dim = params.semantic_dim, params.acoustic_dim
+        self.n_levels = params.acoustic_codebook_size
 
     def levels(self, squashed: Tensor) -> Tensor:
         """tanh'd values in [-1, 1] -> levels 0 ... n_levels - 1, as float (round half to even, as torch does)"""
@@ -87,7 +98,8 @@ class Quantizer(nn.Module):
         """[B, semantic_dim + acoustic_dim, L] -> codes [B, 1 + acoustic_dim, L] int64. The only tanh is here."""
         latent = latent.float()
         semantic = self.semantic_codebook.encode(latent[:, :self.semantic_dim].transpose(1, 2))
-        acoustic = self.levels(latent[:, self.semantic_dim:].tanh()).long()
+        # A diverged encoder's NaN has no level: as an index it would end the process before the loss guard speaks.
+        acoustic = self.levels(latent[:, self.semantic_dim:].tanh()).nan_to_num().long()
         return torch.cat([semantic[:, None], acoustic], dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ import signal
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Callable
 
 import torch
@@ -50,7 +52,7 @@ class Process:
 
 
 def start_process(device: str) -> Process:
-    """Reads torchrun's variables, picks the device (auto, cpu, cuda) and opens the process group if there are several."""
+    """Reads torchrun's variables, picks the device (auto, cpu, cuda), opens the process group if there are several."""
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device}: it must be auto, cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
@@ -63,6 +65,18 @@ def start_process(device: str) -> Process:
     if world_size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
     return Process(rank, world_size, chosen)
+
+
+@contextmanager
+def training_process(device: str):
+    """Around a training: yields the Process, closes it, and ends a run that diverged with one line and exit code 1."""
+    process = start_process(device)
+    try:
+        yield process
+    except TrainingDiverged as error:
+        sys.exit(f"training stopped: {error}")
+    finally:
+        process.close()
 
 
 class StopSignal:
@@ -86,6 +100,28 @@ class StopSignal:
         return bool(received)
 
 
+class SideStream:
+    """`with side:` launches work that runs beside what follows, until wait(). On the CPU, things run in their order."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __enter__(self) -> None:
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            self.context = torch.cuda.stream(self.stream)
+            self.context.__enter__()
+
+    def __exit__(self, *error) -> None:
+        if self.stream:
+            self.context.__exit__(*error)
+
+    def wait(self) -> None:
+        """What is launched from now on comes after the work beside."""
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+
 # ---------------------------------------------------------------- schedules
 
 def cosine_with_warmup(step: int, warmup_steps: int, max_steps: int) -> float:
@@ -104,13 +140,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 # ---------------------------------------------------------------- the run folder
 
 class RunFolder:
-    """output_dir: config.yaml, environment.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, best/, samples/, plots/, tensorboard/."""
+    """output_dir: config.yaml, environment.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, best/, samples/, plots/,
+    tensorboard/."""
 
     def __init__(self, path, config, process: Process, resume: bool):
         """Raises ConfigError when the folder holds another run (resume=false)."""
         self.path, self.process = Path(path), process
         if self.latest() and not resume:
-            raise ConfigError(f"{self.path} already holds a run: continue it with resume=true, or choose another output_dir.")
+            raise ConfigError(f"{self.path} already holds a run: continue it with resume=true, "
+                              "or choose another output_dir.")
         process.wait()  # every process has looked before the first one writes
         if process.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -127,7 +165,7 @@ class RunFolder:
         return folders[-1] if folders else None
 
     def save_step(self, step: int, write: Callable[[Path], None], keep_last: int) -> Path:
-        """Fills checkpoints/step_XXXXXXXX/ through `write(folder)`; it appears only when it is whole. Drops the oldest."""
+        """Fills checkpoints/step_XXXXXXXX/ through `write(folder)`; it appears only when whole. Drops the oldest."""
         final = self.checkpoints / f"step_{step:08d}"
         temporary = self.checkpoints / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -147,10 +185,23 @@ class RunFolder:
         return final
 
     def truncate_metrics(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after `step`, which a resumed run will write again."""
+        """Drops the lines of metrics.jsonl after `step`, which the run will write again."""
         path = self.path / "metrics.jsonl"
         if path.is_file():
             write_text(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step))
+
+
+def load_state(path, parts: dict, device) -> dict:
+    """Gives every part its state from a run_state.pt; returns all of it. Raises ConfigError when one does not fit."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (LookupError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} is damaged or of a run with another configuration ({reason}): resume with that "
+                          "run's config.yaml, or choose another output_dir.") from error
+    return state
 
 
 def read_metrics(path) -> list[dict]:
@@ -175,7 +226,8 @@ class Logger:
     """Collects scalars on the device and writes them every few steps: one log line, metrics.jsonl, TensorBoard.
 
     Reading a device scalar waits for the device, so it happens once per `log_every_steps` for all of them. Then
-    every step's losses are checked: a NaN, or a total above max_total, raises TrainingDiverged with its step.
+    they are averaged over the processes and every step's losses are checked: a NaN, or a total above max_total,
+    raises TrainingDiverged with its step. Steps count from 1, so a checkpoint's rows end at its own number.
     """
 
     def __init__(self, run: RunFolder, max_steps: int, start_step: int, max_total: float):
@@ -187,7 +239,7 @@ class Logger:
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", disable=not interactive, dynamic_ncols=True)
         if self.is_main:
             self.file = (run.path / "metrics.jsonl").open("a", encoding="utf-8")
-            self.board = SummaryWriter(run.path / "tensorboard", purge_step=start_step)
+            self.board = SummaryWriter(run.path / "tensorboard", purge_step=start_step + 1)
         self.max_steps = max_steps
 
     def add(self, step: int, scalars: dict[str, Tensor]) -> None:
@@ -199,17 +251,23 @@ class Logger:
         """Reads and checks what was added; logs the last step with `extra` (tensors or numbers)."""
         if not self.pending:
             return
-        flat = torch.stack([value.detach().float().reshape(()) for _, scalars in self.pending for value in scalars.values()]).tolist()
-        values = iter(flat)
+        flat = torch.stack([value.detach().float().reshape(())
+                            for _, scalars in self.pending for value in scalars.values()])
+        if self.run.process.world_size > 1:
+            dist.all_reduce(flat)
+            flat /= self.run.process.world_size
+        values = iter(flat.tolist())
         rows = [(step, {name: next(values) for name in scalars}) for step, scalars in self.pending]
         for step, row in rows:
             broken = [name for name, value in row.items() if not math.isfinite(value)]
             if broken or row["loss/total"] > self.max_total:
                 losses = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-                what = f"{', '.join(broken)} not finite" if broken else f"loss/total above train.max_total_loss ({self.max_total:g})"
+                what = f"loss/total above train.max_total_loss ({self.max_total:g})"
+                what = f"{', '.join(broken)} not finite" if broken else what
                 kept = self.run.latest()
                 raise TrainingDiverged(f"step {step}: {what}; losses: {losses}. "
-                                       f"The last good checkpoint is {kept or 'none yet'}; lower optimizer.learning_rate and resume.")
+                                       f"The last good checkpoint is {kept or 'none yet'}; "
+                                       "lower optimizer.learning_rate and resume.")
         now = time.monotonic()
         step_sec = (now - self.last_flush) / len(self.pending)
         self.last_flush, self.pending = now, []
@@ -221,8 +279,8 @@ class Logger:
             row["time/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(rows[-1][0], row)
         shown = " ".join(f"{name.removeprefix('loss/')} {row[name]:.4f}" for name in row if name.startswith("loss/"))
-        eta = statistics.median(self.step_times[-20:]) * (self.max_steps - rows[-1][0] - 1)
-        self.say(f"step {rows[-1][0] + 1}/{self.max_steps}  {shown}  lr {row.get('optimizer/learning_rate', 0):.2e}  "
+        eta = statistics.median(self.step_times[-20:]) * (self.max_steps - rows[-1][0])
+        self.say(f"step {rows[-1][0]}/{self.max_steps}  {shown}  lr {row.get('optimizer/learning_rate', 0):.2e}  "
                  f"{row['time/step_ms']:.0f} ms/step  {row.get('time/audio_sec_per_sec', 0):.0f} audio s/s  eta {duration(eta)}")
 
     def write(self, step: int, row: dict) -> None:

@@ -20,7 +20,8 @@ class Encoded:
 
 
 @torch.no_grad()
-def evaluate_codec(codec: VoxtralCodec, batches: list[Batch], reference: list[Encoded] | None = None) -> tuple[dict, list[Encoded]]:
+def evaluate_codec(codec: VoxtralCodec, batches: list[Batch],
+                   reference: list[Encoded] | None = None) -> tuple[dict, list[Encoded]]:
     """Encodes every clip as if it were alone, decodes its codes, and measures.
 
     Returns (metrics: mel_distance, stft_distance (audiotools' definitions), semantic_used, semantic_perplexity,

@@ -1,0 +1,192 @@
+"""What training scripts share: schedules, the run folder, the log with its guard against divergence."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from voxtral.config import ConfigError, EncoderConfig, load_config
+from voxtral.run import (Logger, Process, RunFolder, TrainingDiverged, cosine_with_warmup, duration, read_metrics,
+                         set_learning_rate, start_process)
+
+ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path / "run", EncoderConfig(), ALONE, resume=False)
+
+
+def step_names(run):
+    return sorted(path.name for path in run.checkpoints.iterdir())
+
+
+# ---------------------------------------------------------------- schedules
+
+@pytest.mark.parametrize("step, factor", [(0, 0.25), (1, 0.5), (3, 1.0), (4, 1.0), (9, 0.5), (14, 0.0), (100, 0.0),
+                                          (13, 0.5 * (1 + math.cos(math.pi * 0.9)))])
+def test_cosine_with_warmup(step, factor):
+    """Four steps of warm-up, ten of cosine."""
+    assert cosine_with_warmup(step, 4, 14) == pytest.approx(factor, abs=1e-12)
+
+
+def test_cosine_without_warmup():
+    assert [cosine_with_warmup(step, 0, 2) for step in range(3)] == pytest.approx([1, 0.5, 0])
+    assert cosine_with_warmup(5, 5, 5) == 1  # nothing but warm-up
+
+
+def test_learning_rate_is_set_in_all_groups():
+    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)])
+    set_learning_rate(optimizer, 0.3)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
+
+
+def test_duration():
+    assert [duration(s) for s in (0, 61, 3723.9)] == ["0:00:00", "0:01:01", "1:02:03"]
+
+
+# ---------------------------------------------------------------- processes
+
+def test_device_must_be_known():
+    with pytest.raises(ConfigError, match="device is tpu: it must be auto, cpu or cuda"):
+        start_process("tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_cuda_without_a_gpu_is_an_error():
+    with pytest.raises(ConfigError, match="device is cuda, but PyTorch sees no GPU"):
+        start_process("cuda")
+    assert start_process("auto").device.type == "cpu"
+
+
+# ---------------------------------------------------------------- the run folder
+
+def test_run_folder_keeps_the_configuration_and_the_environment(run):
+    assert load_config(EncoderConfig, run.path / "config.yaml", []) == EncoderConfig()
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__ and environment["processes"] == 1
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_resumed(run):
+    run.save_step(5, lambda folder: (folder / "a").write_text("x"), keep_last=1)
+    before = (run.path / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="already holds a run: continue it with resume=true"):
+        RunFolder(run.path, EncoderConfig(seed=7), ALONE, resume=False)
+    assert (run.path / "config.yaml").read_bytes() == before
+    assert RunFolder(run.path, EncoderConfig(), ALONE, resume=True).latest().name == "step_00000005"
+
+
+def test_a_folder_without_checkpoints_may_be_used_again(run):
+    assert RunFolder(run.path, EncoderConfig(), ALONE, resume=False).latest() is None
+
+
+def test_rotation_drops_the_oldest(run):
+    for step in (900, 1000, 99_999, 100_000):
+        run.save_step(step, lambda folder: (folder / "a").write_text(folder.name), keep_last=2)
+    assert step_names(run) == ["step_00099999", "step_00100000"]
+    assert run.latest().name == "step_00100000"
+
+
+def test_a_failed_save_leaves_the_checkpoints_as_they_were(run):
+    run.save_step(1, lambda folder: (folder / "a").write_text("whole"), keep_last=1)
+
+    def fail(folder):
+        (folder / "a").write_text("half")
+        raise OSError("disk full")
+    for step in (1, 2):
+        with pytest.raises(OSError, match="disk full"):
+            run.save_step(step, fail, keep_last=1)
+    assert step_names(run) == ["step_00000001"]
+    assert (run.latest() / "a").read_text() == "whole"
+
+
+KILLED_SAVE = """
+import os, signal, sys, torch
+from voxtral.config import EncoderConfig
+from voxtral.run import Process, RunFolder
+run = RunFolder(sys.argv[1], EncoderConfig(), Process(0, 1, torch.device("cpu")), resume=True)
+def write(folder):
+    (folder / "a").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+run.save_step(2, write, keep_last=1)
+"""
+
+
+def test_a_save_that_is_killed_is_not_seen_and_is_cleared_by_the_next(run):
+    run.save_step(1, lambda folder: (folder / "a").write_text("whole"), keep_last=1)
+    killed = subprocess.run([sys.executable, "-c", KILLED_SAVE, str(run.path)], cwd=Path(__file__).parents[1])
+    assert killed.returncode == -9
+    assert len(step_names(run)) == 2 and run.latest().name == "step_00000001"
+    run.save_step(2, lambda folder: (folder / "b").write_text("whole"), keep_last=1)
+    assert step_names(run) == ["step_00000002"] and os.listdir(run.latest()) == ["b"]
+
+
+# ---------------------------------------------------------------- metrics
+
+def test_read_metrics_leaves_out_a_line_cut_by_a_kill(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": [1, 2]}\n{"step": 2, "a": [3, 4')
+    assert read_metrics(path) == [{"step": 1, "a": [1, 2]}]
+
+
+def test_truncate_metrics_drops_what_a_resumed_run_writes_again(run):
+    run.truncate_metrics(3)  # no file yet
+    path = run.path / "metrics.jsonl"
+    kept = '{"step": 1}\n{"step": 3, "kind": "training"}\n{"step": 3, "kind": "validation"}\n'
+    path.write_text(kept + '{"step": 4}\n{"st')
+    run.truncate_metrics(3)
+    assert path.read_text() == kept
+
+
+# ---------------------------------------------------------------- the log
+
+def scalars(**losses):
+    return {f"loss/{name}": torch.tensor(float(value)) for name, value in losses.items()}
+
+
+@pytest.fixture
+def log(run):
+    log = Logger(run, max_steps=10, start_step=0, max_total=100.0)
+    yield log
+    log.close()
+
+
+def test_a_flush_writes_the_last_step_with_its_extras(log, run, capsys):
+    log.add(1, scalars(total=3, l1=1))
+    log.add(2, scalars(total=2, l1=0.5))
+    log.flush({"code/levels": torch.tensor([0.25, 0.75]), "optimizer/learning_rate": 0.1}, audio_sec_per_step=4.0)
+    row, = read_metrics(run.path / "metrics.jsonl")
+    assert (row["step"], row["loss/total"], row["loss/l1"]) == (2, 2, 0.5)
+    assert (row["code/levels"], row["optimizer/learning_rate"]) == ([0.25, 0.75], 0.1)
+    assert row["time/audio_sec_per_sec"] == pytest.approx(4000 / row["time/step_ms"])
+    assert "step 2/10" in capsys.readouterr().out
+    log.flush()
+    assert len(read_metrics(run.path / "metrics.jsonl")) == 1  # nothing new to say
+
+
+@pytest.mark.parametrize("losses, what", [({"total": 5, "asr": math.nan}, "loss/asr not finite"),
+                                          ({"total": math.inf, "asr": 1}, "loss/total not finite"),
+                                          ({"total": 101, "asr": 1}, "loss/total above train.max_total_loss (100)")])
+def test_divergence_stops_with_the_step_and_its_losses(log, run, losses, what):
+    run.save_step(1, lambda folder: (folder / "a").write_text("x"), keep_last=1)
+    log.add(1, scalars(total=1, asr=1))
+    log.add(2, scalars(**losses))
+    log.add(3, scalars(total=math.nan, asr=math.nan))
+    with pytest.raises(TrainingDiverged) as error:
+        log.flush()
+    message = str(error.value)
+    assert message.startswith("step 2: ") and what in message and "\n" not in message
+    for name, value in losses.items():
+        assert f"loss/{name} {value:.4g}" in message
+    assert "step_00000001" in message
+    assert read_metrics(run.path / "metrics.jsonl") == []
+
+
+def test_a_gradient_that_is_not_finite_counts_as_divergence(log):
+    log.add(1, {**scalars(total=1), "grad/encoder": torch.tensor(math.nan)})
+    with pytest.raises(TrainingDiverged, match="grad/encoder not finite.*none yet"):
+        log.flush()
