@@ -14,8 +14,8 @@ metrics.jsonl, plots/, samples/ and tensorboard/.
 """
 import argparse
 import json
-import sys
 from contextlib import nullcontext
+from functools import partial
 
 import soundfile
 import torch
@@ -28,15 +28,15 @@ from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors, wri
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder, load_config
 from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, make_loader, steps_per_epoch, validation_batches
-from voxtral.discriminator import Discriminators
+from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
 from voxtral.errors import one_sentence
-from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebook_scale, commitment_loss, discriminator_hinge_loss,
-                            diversity_loss, feature_matching_loss, l1_loss, stft_loss)
+from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebook_scale, commitment_loss, diversity_loss,
+                            l1_loss, stft_loss)
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run, save_figure, spectrogram_figure
 from voxtral.quantizer import QuantizationDraws
-from voxtral.run import (Logger, Process, RunFolder, StopSignal, TrainingDiverged, cosine_with_warmup, read_metrics,
-                         set_learning_rate, start_process)
+from voxtral.run import (Logger, Process, RunFolder, SideStream, StopSignal, cosine_with_warmup, load_state, read_metrics,
+                         set_learning_rate, training_process)
 from voxtral.sources import find_clips, split_validation
 from voxtral.speaker import SpeakerEncoder, speaker_loss
 from voxtral.validation import embedding_norm, evaluate_codec
@@ -48,14 +48,13 @@ class TrainingModel(nn.Module):
     def __init__(self, codec: VoxtralCodec, whisper_width: int | None):
         super().__init__()
         self.codec = codec
-        self.asr_projection = nn.Linear(codec.params.semantic_dim, whisper_width) if whisper_width else None
+        self.asr_projection = nn.Linear(codec.params.semantic_dim, whisper_width) if whisper_width else nn.Identity()
 
-    def forward(self, waveform, lengths, draws) -> tuple[CodecOutput, torch.Tensor | None]:
-        """-> (codec output, projected semantic embeddings [B, whisper_width, L] or None)"""
-        output = self.codec(waveform, lengths, draws)
-        if self.asr_projection is None:
-            return output, None
-        return output, self.asr_projection(output.semantic_quantized.transpose(1, 2)).transpose(1, 2)
+    def forward(self, waveform, lengths, semantic_draws, acoustic_draws, noise) -> tuple[torch.Tensor, ...]:
+        """-> fields of CodecOutput, projected semantic embeddings [B, whisper_width, L]. Tensors only: it may be a graph."""
+        output = self.codec(waveform, lengths, QuantizationDraws(semantic_draws, acoustic_draws, noise))
+        projected = self.asr_projection(output.semantic_quantized.transpose(1, 2)).transpose(1, 2)
+        return output.reconstruction, output.latent, output.codes, output.semantic_quantized, projected
 
 
 def train(config: EncoderConfig, process: Process) -> None:
@@ -63,7 +62,8 @@ def train(config: EncoderConfig, process: Process) -> None:
     check_encoder_config(config)
     settings, weights = config.train, vars(config.loss)
     on_cuda = process.device.type == "cuda"
-    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    # No cache of cast weights: a CUDA graph would keep the ones it was captured with.
+    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False)
     torch.manual_seed(config.seed)
 
     # ---- 2. checkpoint ---------------------------------------------------------------------------------------------
@@ -83,6 +83,12 @@ def train(config: EncoderConfig, process: Process) -> None:
     train_clips, validation_clips = split_validation(sources, config.data.validation)
     train_clips = [clip for source in train_clips for clip in source]
     fixed = validation_batches(validation_clips, config.data)
+    if not codec.has_encoder:
+        codec.scale_fresh_encoder(fixed[0].waveform, fixed[0].lengths)
+        if "codebook" in settings.trainable:
+            with torch.no_grad():
+                latent = codec.encode_latent(fixed[0].waveform, fixed[0].lengths)[:, :params.semantic_dim]
+            codec.quantizer.semantic_codebook.start_from(latent.transpose(1, 2).flatten(0, 1), torch.Generator().manual_seed(config.seed))
     per_epoch = steps_per_epoch(train_clips, config.data, process.world_size, settings.accumulation)
     max_steps = settings.max_steps or max(1, round(settings.epochs * per_epoch))
     global_batch = config.data.batch_size * process.world_size
@@ -96,14 +102,27 @@ def train(config: EncoderConfig, process: Process) -> None:
     balancer = Balancer(config.balancer.decay) if config.balancer.enabled else None
     model = TrainingModel(codec, teacher.width if teacher else None).to(process.device).train()
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+    beside = SideStream(process.device)
     scale = codebook_scale(codec.quantizer.semantic_codebook.embedding)
-    if settings.compile:
-        model.compile()
+    # Thousands of small launches a step become one each. Recorded here, before the loader's threads use the GPU too.
+    recording = settings.cuda_graphs and on_cuda
+    graphed = torch.cuda.make_graphed_callables if recording else lambda function, samples: function
+    if teacher and recording:
+        teacher.record(config.data.batch_size)
+    wrap = partial(DistributedDataParallel, broadcast_buffers=False) if process.world_size > 1 else lambda module: module
+    n_samples, crop_samples = (round(min(sec, config.data.max_sec) * SAMPLE_RATE)
+                               for sec in (config.data.max_sec, config.discriminator.crop_sec))
+    audio = torch.zeros(config.data.batch_size, 1, n_samples, device=process.device)
+    audio_crop, lengths = audio[..., :crop_samples].clone(), torch.full((len(audio),), n_samples, device=process.device)
+    draws = QuantizationDraws.sample(0, len(audio), params.acoustic_dim, n_frames, process.device)
+    with autocast:
+        parallel_model = wrap(graphed(model, (audio, lengths, *vars(draws).values())))
         if discriminators:
-            for discriminator in discriminators.discriminators:
-                discriminator.compile()
-    wrap = (lambda module: DistributedDataParallel(module, broadcast_buffers=False)) if process.world_size > 1 else (lambda module: module)
-    parallel_model, parallel_discriminators = wrap(model), wrap(discriminators) if discriminators else None
+            hinge_loss = graphed(DiscriminatorLoss(discriminators), (audio_crop, audio_crop.clone(), lengths / n_samples))
+            real = [m.detach().clone() for m in hinge_loss(audio_crop, audio_crop, lengths / n_samples)[1:]]
+            matching_loss = graphed(partial(feature_loss, discriminators),
+                                    (audio_crop.clone().requires_grad_(), lengths / n_samples, *real))
+            hinge_loss = wrap(hinge_loss)
 
     # ---- 5. optimizers ---------------------------------------------------------------------------------------------
     def adamw(module, learning_rate):
@@ -112,6 +131,9 @@ def train(config: EncoderConfig, process: Process) -> None:
 
     optimizer = adamw(model, config.optimizer.learning_rate)
     discriminator_optimizer = adamw(discriminators, config.discriminator.learning_rate) if discriminators else None
+    optimizers = [o for o in (optimizer, discriminator_optimizer) if o]
+    for parameter in (p for o in optimizers for group in o.param_groups for p in group["params"]):
+        parameter.grad = torch.zeros_like(parameter)  # of its own: a graph would lend the memory that it writes next time
 
     # ---- 6. run folder, resuming -----------------------------------------------------------------------------------
     run = RunFolder(config.output_dir, config, process, config.resume)
@@ -120,12 +142,10 @@ def train(config: EncoderConfig, process: Process) -> None:
     stateful = {name: part for name, part in stateful.items() if part is not None}
     start_step, best = 0, float("inf")
     if config.resume and run.latest():
-        state = torch.load(run.latest() / "run_state.pt", map_location=process.device, weights_only=True)
-        for name, part in stateful.items():
-            part.load_state_dict(state[name])
+        state = load_state(run.latest() / "run_state.pt", stateful, process.device)
         start_step, best = state["step"], state["best"]
-        if process.is_main:
-            run.truncate_metrics(start_step)
+    if process.is_main:
+        run.truncate_metrics(start_step)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
     bad_clips = BadClipLog(run.path)
     for line in absent:
@@ -148,54 +168,49 @@ def train(config: EncoderConfig, process: Process) -> None:
                      "diversity": lambda: diversity_loss(semantic, codec.quantizer.semantic_codebook.embedding, scale, frames)}
         return {name: functions[name]() for name in names if name in functions}
 
-    def discriminator_pass(reconstruction, target, share):
-        """Hinge loss backward; returns (loss, real feature maps) for the generator's pass with the same weights."""
-        with autocast:
-            maps = parallel_discriminators(torch.cat([target, reconstruction.detach()]))
-        real = [[m[:len(target)] for m in one] for one in maps]
-        loss = discriminator_hinge_loss([one[-1] for one in real], [one[-1][len(target):] for one in maps], share)
-        (loss / settings.accumulation).backward()
-        return loss.detach(), [[m.detach() for m in one[:-1]] for one in real]
-
-    def feature_loss(reconstruction, real, share):
-        discriminators.requires_grad_(False)
-        with autocast:
-            fake = [one[:-1] for one in discriminators(reconstruction)]
-        discriminators.requires_grad_(True)
-        return feature_matching_loss(real, fake, share)
-
     def micro_step(step: int, micro: int, batch: Batch, log_zero_weights: bool) -> tuple[dict, CodecOutput, torch.Tensor]:
         """Forward and backward of one micro-batch: (scalars, codec output, frames per clip)."""
-        draws = QuantizationDraws.sample(hash((config.seed, step, micro)) & 0x7FFFFFFF, config.data.batch_size, params.acoustic_dim,
-                                         n_frames, process.device, process.rank, process.world_size)
+        seed = hash((config.seed, step, micro)) & 0x7FFFFFFF
+        draws = QuantizationDraws.sample(seed, config.data.batch_size, params.acoustic_dim, n_frames, process.device,
+                                         process.rank, process.world_size)
         lengths, frames = batch.lengths, ceil_div(batch.lengths, params.frame_size)
-        share = lengths / batch.waveform.shape[-1]
+        if teacher:  # hears the batch beside all else, on a stream of its own
+            with beside:
+                targets = teacher(batch.waveform, lengths, n_frames)
         with autocast:
-            output, projected = parallel_model(batch.waveform, lengths, draws)
+            *fields, projected = parallel_model(batch.waveform, lengths, *vars(draws).values())
+        output = CodecOutput(*fields)
         reconstruction = mask_samples(output.reconstruction, lengths)
         active = {name: w * (settings.reconstruction_decay ** step if name in DECAYING else 1.0) for name, w in weights.items() if w}
 
         losses, scalars = {}, {}
         if discriminators:
-            scalars["loss/discriminator"], real = discriminator_pass(reconstruction, batch.waveform, share)
+            starts, share = random_crops(lengths, crop_samples, seed + 1, process.rank, process.world_size)
+            fake_crop = crop(reconstruction, starts, crop_samples)
+            with autocast:
+                hinge, *maps = hinge_loss(crop(batch.waveform, starts, crop_samples), fake_crop.detach(), share)
+            (hinge / settings.accumulation).backward()
+            scalars["loss/discriminator"] = hinge.detach().clone()
             if step < config.discriminator.warmup_steps:
                 active.pop("feature")
             else:
-                losses["feature"] = feature_loss(reconstruction, real, share)
+                with autocast:
+                    losses["feature"] = matching_loss(fake_crop, share, *(m.detach() for m in maps))
         losses |= waveform_losses(active, reconstruction, batch.waveform, lengths) | latent_losses(active, output, frames)
         if "speaker" in active:
             with torch.no_grad():
                 wanted = speaker_encoder(batch.waveform, lengths)
             losses["speaker"] = speaker_loss(speaker_encoder(reconstruction, lengths), wanted)
         if "asr" in active:
-            losses["asr"] = asr_distillation_loss(projected.float(), teacher(batch.waveform, lengths, n_frames))
+            beside.wait()
+            losses["asr"] = asr_distillation_loss(projected.float(), targets)
 
         total = sum(active[name] * loss for name, loss in losses.items())
         if balancer:
             on_waveform = {name: loss for name, loss in losses.items() if name in ON_WAVEFORM}
             rest = sum(active[name] * loss for name, loss in losses.items() if name not in ON_WAVEFORM)
             gradient = balancer.gradient(on_waveform, active, reconstruction)
-            total_backward = (reconstruction * gradient.detach()).sum() + rest
+            total_backward = (reconstruction * gradient.detach()).sum() / len(lengths) + rest  # a mean over clips, as all losses
         else:
             total_backward = total
         (total_backward / settings.accumulation).backward()
@@ -204,7 +219,7 @@ def train(config: EncoderConfig, process: Process) -> None:
             idle = [name for name, w in weights.items() if not w]
             with torch.no_grad():
                 losses |= waveform_losses(idle, reconstruction, batch.waveform, lengths) | latent_losses(idle, output, frames)
-        scalars |= {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        scalars |= {f"loss/{name}": loss.detach().clone() for name, loss in losses.items()}  # a graph reuses its memory
         return {"loss/total": total.detach(), **scalars}, output, frames
 
     def validate(step: int) -> float:
@@ -262,14 +277,13 @@ def train(config: EncoderConfig, process: Process) -> None:
             codec.quantizer.semantic_codebook.update(output.latent[:, :params.semantic_dim].transpose(1, 2)[valid],
                                                      codebook_generator.manual_seed(step))
         scalars["grad/encoder"] = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad()
         if discriminators:
             scalars["grad/discriminator"] = nn.utils.clip_grad_norm_(discriminators.parameters(), settings.gradient_clip)
-            discriminator_optimizer.step()
-            discriminator_optimizer.zero_grad()
+        for each in optimizers:
+            each.step()
+            each.zero_grad(set_to_none=False)
         averaged.update_parameters(codec)
-        log.add(step, scalars)
+        log.add(step + 1, scalars)
 
         stopping = (logging or process.world_size == 1) and stop.agreed(process)
         ending = stopping or step + 1 == max_steps
@@ -309,13 +323,8 @@ def main(arguments=None) -> None:
     options = parser.parse_args(arguments)
     with one_sentence():
         config = load_config(EncoderConfig, options.config, options.overrides)
-        process = start_process(config.device)
-        try:
+        with training_process(config.device) as process:
             train(config, process)
-        except TrainingDiverged as error:
-            sys.exit(f"training stopped: {error}")
-        finally:
-            process.close()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ POSITIONS_PER_SEC = whisper.audio.TOKENS_PER_SECOND  # 50: the encoder makes one
 SAMPLES_PER_POSITION = 480  # at 24 kHz
 POSITIONS_PER_FRAME = 4     # codec frames have 12.5 Hz
 MEDIAN_WIDTH = 7            # positions, as in openai-whisper's word timing
+warnings.filterwarnings("ignore", message=".*batching rule for aten::stft.*")  # its loop is no slower than ours
 
 
 @dataclass
@@ -78,11 +79,30 @@ class WhisperTeacher(nn.Module):
                     module.half()
         self.heads = self.model.alignment_heads.indices().T.tolist()  # (layer, head) pairs
         self.resample = torchaudio.transforms.Resample(24_000, 16_000).to(device)
+        self.tokenizer = get_tokenizer(self.model.is_multilingual, num_languages=self.model.num_languages,
+                                       language=self.language, task="transcribe")
+        prefix = self.tokenizer.sot_sequence_including_notimestamps
+        self.n_prefix = len(prefix)
+        for name, values in (("prefix", torch.tensor(prefix)), ("suppressed", self.suppressed_logits()),
+                             ("languages", torch.tensor(self.tokenizer.all_language_tokens))):
+            self.register_buffer(name, values.to(self.model.device), persistent=False)
+        self.recorded = None  # `listen` as a CUDA graph
 
     @property
     def width(self) -> int:
         """Size of the hidden states."""
         return self.model.dims.n_text_state
+
+    def suppressed_logits(self) -> Tensor:
+        """[2, n_vocab]: what the library adds to the logits of the first text token, and of the later ones; beyond
+        it, tokens above the end of text (timestamps), which carry no text."""
+        options = whisper.DecodingOptions(language=self.tokenizer.language, without_timestamps=True, fp16=False)
+        logits = torch.zeros(2, 1, self.model.dims.n_vocab)
+        for row, n_tokens in enumerate((self.n_prefix, self.n_prefix + 1)):
+            for rule in whisper.decoding.DecodingTask(self.model, options).logit_filters:
+                rule.apply(logits[row], torch.zeros(1, n_tokens))
+        logits[:, :, self.tokenizer.eot + 1:] = -torch.inf
+        return logits[:, 0]
 
     @torch.no_grad()
     def forward(self, waveform: Tensor, lengths: Tensor, n_frames: int) -> AsrTargets:
@@ -90,13 +110,17 @@ class WhisperTeacher(nn.Module):
         if waveform.shape[-1] > self.max_samples:
             raise ValueError(f"{waveform.shape[-1]} samples a clip exceed data.max_sec, {self.max_samples}.")
         with torch.autocast(waveform.device.type, enabled=False):
-            features = self.model.encoder(self.mel(waveform, lengths).to(self.dtype))  # [B, n_audio_ctx, W]
-            prefixes, texts = self.transcribe(features)
-            hidden, scores = self.read(prefixes, texts, features)
-            n_text = torch.tensor([len(text) for text in texts], device=features.device)
+            mel = self.mel(waveform, lengths).to(self.dtype)
+            hidden, scores, n_text = (self.recorded or self.listen)(mel)
             alignment = soft_alignment(scores, n_text, ceil_div(lengths, SAMPLES_PER_POSITION), n_frames)
-            mask = torch.arange(hidden.shape[1], device=features.device) < n_text[:, None]
+            mask = torch.arange(hidden.shape[1], device=hidden.device) < n_text[:, None]
             return AsrTargets(hidden, alignment, mask)
+
+    def record(self, n_clips: int) -> None:
+        """Makes one CUDA graph of what is otherwise a hundred small launches a token, for batches of n_clips."""
+        dims = self.model.dims
+        mel = torch.zeros(n_clips, dims.n_mels, 2 * dims.n_audio_ctx, dtype=self.dtype, device=self.model.device)
+        self.recorded = torch.cuda.make_graphed_callables(self.listen, (mel,))
 
     def mel(self, waveform: Tensor, lengths: Tensor) -> Tensor:
         """[B, 1, T] at 24 kHz -> [B, n_mels, 2 * n_audio_ctx]: the clip and silence after it."""
@@ -104,34 +128,53 @@ class WhisperTeacher(nn.Module):
         dims = self.model.dims
         audio = whisper.pad_or_trim(audio, dims.n_audio_ctx * whisper.audio.N_SAMPLES_PER_TOKEN)
         # One by one: the library sets its floor relative to the loudest value of all that it is given.
-        return torch.stack([whisper.log_mel_spectrogram(clip, dims.n_mels) for clip in audio])
+        return torch.vmap(lambda clip: whisper.log_mel_spectrogram(clip, dims.n_mels))(audio)
 
-    def transcribe(self, features: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Greedy decoding -> per clip: <|startoftranscript|> ... <|notimestamps|>, and the text tokens."""
-        options = whisper.DecodingOptions(language=self.language, without_timestamps=True,
-                                          sample_len=self.max_tokens, fp16=self.dtype == torch.float16)
-        prefixes, texts = [], []
-        for result in whisper.decode(self.model, features, options):
-            tokenizer = self.tokenizer(result.language)
-            # Where nobody speaks, Whisper makes words up; this is how whisper.transcribe tells silence.
-            silent = result.no_speech_prob > 0.6 and result.avg_logprob < -1.0
-            prefixes.append(list(tokenizer.sot_sequence_including_notimestamps))
-            texts.append([] if silent else [token for token in result.tokens if token < tokenizer.eot])
-        return prefixes, texts
+    @torch.no_grad()
+    def listen(self, mel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, n_mels, 2 * n_audio_ctx] -> hidden [B, N, W], scores [B, heads, N + 1, n_audio_ctx], n_text [B]."""
+        features = self.model.encoder(mel)
+        tokens, n_text = self.transcribe(features)
+        return *self.read(tokens, features), n_text
 
-    def tokenizer(self, language: str | None):
-        """The library's (cached) tokenizer for one language."""
-        return get_tokenizer(self.model.is_multilingual, num_languages=self.model.num_languages,
-                             language=language, task="transcribe")
+    def transcribe(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Greedy decoding, as whisper.decode without timestamps -> tokens [B, n_prefix + N] with <|endoftext|> after
+        the text, number of text tokens [B]; N = max_tokens, or fewer on the CPU where all have ended.
 
-    def read(self, prefixes: list, texts: list, features: Tensor) -> tuple[Tensor, Tensor]:
-        """One teacher-forced pass -> hidden [B, N, W], scores [B, heads, N + 1, n_audio_ctx]; float32.
+        Without a key-value cache: shapes stay the same, so that it can be one CUDA graph, and short texts bear it.
+        """
+        n_clips, eot = len(features), self.tokenizer.eot
+        tokens = self.prefix.repeat(n_clips, 1)
+        if self.language is None:
+            logits = self.model.decoder(tokens[:, :1], features)[:, 0]
+            tokens[:, 1] = self.languages[logits[:, self.languages].argmax(dim=1)]
+        tokens = F.pad(tokens, (0, self.max_tokens), value=eot)
+        total = torch.zeros(n_clips, device=features.device)  # of the log probabilities
+        ended = torch.zeros(n_clips, dtype=torch.bool, device=features.device)
+        for i in range(self.max_tokens):
+            last = self.n_prefix - 1 + i
+            logits = self.model.decoder(tokens, features)
+            if i == 0:
+                no_speech = logits[:, 0].softmax(dim=-1)[:, self.tokenizer.no_speech]
+            best, token = (logits[:, last] + self.suppressed[min(i, 1)]).log_softmax(dim=-1).max(dim=-1)
+            total += torch.where(ended, 0.0, best)
+            tokens[:, last + 1] = torch.where(ended, eot, token)
+            ended = ended | (token == eot)
+            if not features.is_cuda and ended.all():
+                tokens = tokens[:, :last + 1]
+                break
+        n_text = (tokens[:, self.n_prefix:] != eot).sum(dim=1)
+        # Where nobody speaks, Whisper makes words up; this is how whisper.transcribe tells silence.
+        silent = (no_speech > 0.6) & (total / (n_text + 1) < -1.0)
+        return tokens, torch.where(silent, 0, n_text)
+
+    def read(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """One teacher-forced pass over what transcribe() gave -> hidden [B, N, W], scores [B, heads, N + 1,
+        n_audio_ctx]; float32.
 
         The state that predicts a token stands one position before it: token l is predicted where token l - 1
-        is the input, the first one at <|notimestamps|>. Row len(text) predicts the end of the text.
+        is the input, the first one at <|notimestamps|>. Row n_text predicts the end of the text.
         """
-        eot, n_tokens, first = self.tokenizer(None).eot, max(1, *map(len, texts)), len(prefixes[0]) - 1
-        rows = [prefix + text + [eot] * (n_tokens - len(text)) for prefix, text in zip(prefixes, texts)]
         states, scores = [], {}
         with ExitStack() as hooks, disable_sdpa():  # the fused attention does not return its scores
             hooks.enter_context(self.model.decoder.ln.register_forward_hook(
@@ -139,9 +182,10 @@ class WhisperTeacher(nn.Module):
             for layer in {layer for layer, _ in self.heads}:
                 hooks.enter_context(self.model.decoder.blocks[layer].cross_attn.register_forward_hook(
                     lambda module, inputs, output, layer=layer: scores.update({layer: output[1]})))
-            self.model.decoder(torch.tensor(rows, device=features.device), features)
+            self.model.decoder(tokens, features)
+        first = self.n_prefix - 1
         picked = torch.stack([scores[layer][:, head, first:] for layer, head in self.heads], dim=1)
-        return states[0][:, first:first + n_tokens].float(), picked.float()
+        return states[0][:, first:-1].float(), picked.float()
 
 
 def soft_alignment(scores: Tensor, n_text: Tensor, n_positions: Tensor, n_frames: int) -> Tensor:

@@ -4,18 +4,22 @@ An unknown key at any depth, or a value of a wrong type, is an error that names 
 """
 import difflib
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, is_dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, Dict, Iterator, List, Optional, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from voxtral.asr import AsrConfig
-from voxtral.data import DataConfig
+from voxtral.data import SAMPLE_RATE, DataConfig
 from voxtral.discriminator import DiscriminatorConfig
 from voxtral.errors import UserError
-from voxtral.losses import LossWeights
+from voxtral.losses import ON_WAVEFORM, LossWeights
+from voxtral.sources import check_config
 from voxtral.speaker import SpeakerConfig
 
 PARTS = ("encoder", "codebook", "decoder")
@@ -32,7 +36,7 @@ class TrainConfig:
     max_steps: Optional[int] = None       # optimizer steps; null: from epochs
     accumulation: int = 1                 # micro-batches per optimizer step
     precision: str = "bf16"               # bf16 (autocast) or fp32; spectral losses are always fp32
-    compile: bool = True                  # torch.compile of the codec and the discriminators
+    cuda_graphs: bool = True              # replay recorded launches on a GPU; false: launch kernel by kernel
     reconstruction_decay: float = 0.9999  # gamma: l1 and stft weigh gamma^step
     stft_fft_sizes: List[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
     ema_decay: float = 0.999              # of the weights that are validated and saved; 0 turns averaging off
@@ -77,6 +81,22 @@ class EncoderConfig:
     balancer: BalancerConfig = field(default_factory=BalancerConfig)
 
 
+@dataclass
+class StandinSizes:
+    """What a stand-in checkpoint has in place of the release's sizes; see voxtral.standin.small_params for the rest."""
+    codec: Dict[str, Any] = field(default_factory=dict)     # keys of params.json, multimodal.audio_tokenizer_args
+    backbone: Dict[str, Any] = field(default_factory=dict)  # keys of its top level
+    acoustic: Dict[str, Any] = field(default_factory=dict)  # keys of its acoustic_transformer_args
+    n_text_tokens: int = 1048                               # text tokens of tekken.json
+    voices: Dict[str, str] = field(default_factory=dict)    # preset name -> training speaker
+
+
+@dataclass
+class StandinConfig(EncoderConfig):
+    """Everything make_standin.py can be told: a training run of the whole codec, and the sizes."""
+    standin: StandinSizes = field(default_factory=StandinSizes)
+
+
 def load_config(schema: type, path, overrides: list[str]):
     """YAML at `path` merged into the dataclass `schema`, then `a.b=value` overrides. Returns an instance of `schema`."""
     path = Path(path)
@@ -84,23 +104,29 @@ def load_config(schema: type, path, overrides: list[str]):
         raise ConfigError(f"config {path} does not exist: pass --config with one of configs/*.yaml.")
     merged = OmegaConf.structured(schema)
     try:
-        layers = [(OmegaConf.load(path), str(path))]
+        layer = OmegaConf.load(path)
     except Exception as error:  # PyYAML's and OmegaConf's parsers raise many types; all mean the same to the user
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+        raise ConfigError(f"{path} is no valid YAML: {_one_line(error)}") from error
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{path} is a list: a config is a mapping of keys such as data: and train:.")
+    changes = [(str(path), partial(OmegaConf.update, merged, str(key), value))
+               for key, value in OmegaConf.to_container(layer).items()]
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"'{override}' is no override: write key=value, for example train.max_steps=1000.")
+        changes.append((f"the override {override}", partial(merged.merge_with_dotlist, [override])))
+    for where, change in changes:
         try:
-            layers.append((OmegaConf.from_dotlist([override]), f"the override {override}"))
-        except Exception as error:
-            raise ConfigError(f"'{override}' cannot be read as key=value: {error}") from error
-    for layer, where in layers:
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except ConfigKeyError as error:
-            raise ConfigError(_unknown_key(schema, str(error.full_key), where)) from error
+            change()
+        except (ConfigKeyError, ConfigAttributeError) as error:
+            key, known = _key_of(schema, error), [name for name, _ in _all_keys(schema)]
+            nearest = difflib.get_close_matches(re.sub(r"\[\d+\]", "[]", key), known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{where}: unknown key '{key}'; the nearest valid key is '{nearest}'.") from error
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{where}: {error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
+            reason = str(error.msg or error).splitlines()[0]
+            raise ConfigError(f"{where}: {_key_of(schema, error)}: {reason}") from error
+        except Exception as error:  # see above
+            raise ConfigError(f"{where}: cannot be read as a value: {_one_line(error)}") from error
     try:
         OmegaConf.resolve(merged)
         return OmegaConf.to_object(merged)
@@ -108,19 +134,26 @@ def load_config(schema: type, path, overrides: list[str]):
         raise ConfigError(f"{path}: {error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
 
 
-def _unknown_key(schema: type, full_key: str, where: str) -> str:
-    known = sorted(_all_keys(OmegaConf.structured(schema)))
-    nearest = difflib.get_close_matches(full_key, known, n=1, cutoff=0.0)
-    return f"{where}: unknown key '{full_key}'; the nearest valid key is '{nearest[0]}'."
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
-def _all_keys(config: DictConfig, prefix: str = "") -> list[str]:
-    keys = []
-    for key in config:
-        keys.append(prefix + key)
-        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
-            keys += _all_keys(config[key], f"{prefix}{key}.")
-    return keys
+def _key_of(schema: type, error: OmegaConfBaseException) -> str:
+    """The full key that an error is about; for a key in a list, OmegaConf knows only its last part."""
+    key = str(error.full_key)
+    if "." in key or error.object_type in (schema, list):
+        return key
+    owners = (name for name, owner in _all_keys(schema) if owner is error.object_type)
+    return next(owners, key).rpartition(".")[0] + "." + key
+
+
+def _all_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """(full key, dataclass that owns it); elements of lists as `data.sources[].kind`."""
+    for name, kind in get_type_hints(schema).items():
+        yield prefix + name, schema
+        inner = next(iter(get_args(kind)), kind)
+        if is_dataclass(inner):
+            yield from _all_keys(inner, f"{prefix}{name}{'' if inner is kind else '[]'}.")
 
 
 def dump_config(config, path) -> None:
@@ -137,28 +170,41 @@ def checkpoint_folder(config) -> str:
 
 
 def check_encoder_config(config: EncoderConfig) -> None:
-    """Raises ConfigError for values that parse but make no sense, naming the key."""
+    """Raises ConfigError (for the data block DataError) for values that parse but make no sense, naming the key."""
+    check_config(config.data)
     train = config.train
     unknown = [part for part in train.trainable if part not in PARTS]
     if unknown or not train.trainable:
         raise ConfigError(f"train.trainable: {unknown or 'nothing'} is not one of {', '.join(PARTS)}.")
     if train.precision not in ("bf16", "fp32"):
         raise ConfigError(f"train.precision is {train.precision}: it must be bf16 or fp32.")
-    positive = {"train.epochs": train.epochs, "train.accumulation": train.accumulation, "train.log_every_steps": train.log_every_steps,
-                "train.validate_every_steps": train.validate_every_steps, "train.save_every_steps": train.save_every_steps,
-                "train.keep_last": train.keep_last, "optimizer.learning_rate": config.optimizer.learning_rate,
-                "discriminator.channels": config.discriminator.channels}
+    positive = ["train.epochs", "train.accumulation", "train.log_every_steps", "train.validate_every_steps",
+                "train.save_every_steps", "train.keep_last", "train.gradient_clip", "train.max_total_loss", "train.reconstruction_decay",
+                "optimizer.learning_rate", "discriminator.channels", "discriminator.crop_sec",
+                "discriminator.learning_rate"]
+    not_negative = ["seed", "train.n_samples", "optimizer.warmup_steps", "optimizer.weight_decay",
+                    "discriminator.warmup_steps", *(f"loss.{name}" for name in vars(config.loss))]
     if train.max_steps is not None:
-        positive["train.max_steps"] = train.max_steps
-    for key, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"{key} is {value}: it must be above 0.")
-    if not 0 <= train.ema_decay < 1:
-        raise ConfigError(f"train.ema_decay is {train.ema_decay}: it must be at least 0 and below 1.")
+        positive.append("train.max_steps")
+    for key in positive + not_negative:
+        value = attrgetter(key)(config)
+        if not 0 <= value < float("inf") or value == 0 and key in positive:
+            raise ConfigError(f"{key} is {value}: it must be {'above 0' if key in positive else '0 or more'}.")
+    if train.reconstruction_decay > 1:
+        raise ConfigError(f"train.reconstruction_decay is {train.reconstruction_decay}: it must be at most 1.")
+    for key, value in (("train.ema_decay", train.ema_decay), ("balancer.decay", config.balancer.decay),
+                       *(("optimizer.betas", beta) for beta in config.optimizer.betas)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"{key} is {value}: it must be at least 0 and below 1.")
     if len(config.optimizer.betas) != 2:
         raise ConfigError(f"optimizer.betas is {config.optimizer.betas}: it must be two numbers.")
-    for name, weight in vars(config.loss).items():
-        if not 0 <= weight < float("inf"):
-            raise ConfigError(f"loss.{name} is {weight}: a weight is 0 or more.")
+    max_sec, discriminator = config.data.max_sec, config.discriminator
+    for key, sizes, sec in (("train.stft_fft_sizes", train.stft_fft_sizes, max_sec),
+                            ("discriminator.fft_sizes", discriminator.fft_sizes, min(discriminator.crop_sec, max_sec))):
+        largest = 2 * round(sec * SAMPLE_RATE) - 1  # an STFT mirrors half a window at the ends
+        if not sizes or not 4 <= min(sizes) <= max(sizes) <= largest:
+            raise ConfigError(f"{key} is {sizes}: of {sec:g} s it must be FFT sizes from 4 to {largest} samples.")
     if not any(vars(config.loss).values()):
         raise ConfigError("loss: all weights are 0, nothing would be learnt.")
+    if config.balancer.enabled and not any(getattr(config.loss, name) for name in ON_WAVEFORM if name != "feature"):
+        raise ConfigError("balancer.enabled: no loss on the waveform (l1, stft, mel, speaker) has a weight above 0.")

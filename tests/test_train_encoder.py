@@ -1,0 +1,458 @@
+"""train_encoder.py end to end on a tiny random checkpoint and real speech: what is saved, resuming, mistakes."""
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import train_encoder
+from voxtral.codec import VoxtralCodec
+from voxtral.config import EncoderConfig, load_config
+from voxtral.data import validation_batches
+from voxtral.losses import LOSS_NAMES
+from voxtral.params import load_params
+from voxtral.quantizer import QuantizationDraws
+from voxtral.run import Logger, read_metrics
+from voxtral.sources import find_clips, split_validation
+from voxtral.standin import small_params, withheld_layout, write_random_checkpoint
+from voxtral.validation import evaluate_codec
+
+ROOT = Path(__file__).parents[1]
+SPEECH = sorted((ROOT / "assets" / "speech").glob("*.opus"))[:7]
+
+
+def tampered(folder, target, change):
+    """A copy of a checkpoint folder with `change` applied to its tensors."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "consolidated.safetensors")
+    change(tensors)
+    save_file(tensors, target / "consolidated.safetensors")
+    return target
+
+
+def shrink_codebook(tensors):
+    """To the size of a fresh encoder's latents, which otherwise all have the same code."""
+    tensors["audio_tokenizer.quantizer.semantic_codebook.embedding_sum"] *= 0.01
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, whisper_checkpoint, speaker_checkpoint):
+    """The whole set of losses on two clips of half a second a step; six steps, a checkpoint after three."""
+    folder = tmp_path_factory.mktemp("training")
+    write_random_checkpoint(folder / "random", small_params(), {"alpha": 5})
+    tampered(folder / "random", folder / "checkpoint", shrink_codebook)
+    (folder / "speech").mkdir()
+    for path in SPEECH:
+        shutil.copy(path, folder / "speech")
+    audio, rate = soundfile.read(SPEECH[0])
+    soundfile.write(folder / "speech" / "short.wav", audio[rate // 2:rate * 4 // 5], rate)  # 0.3 s: padded, masked
+    return {
+        "checkpoint": str(folder / "checkpoint"), "device": "cpu", "seed": 3,
+        "data": {"data_root": str(folder), "sources": [{"kind": "folder", "path": "speech"}],
+                 "validation": {"clips": 2}, "batch_size": 2, "max_sec": 0.5, "num_workers": 0},
+        "train": {"max_steps": 6, "precision": "fp32", "stft_fft_sizes": [256, 64], "ema_decay": 0.5, "n_samples": 1,
+                  "log_every_steps": 1, "validate_every_steps": 3, "save_every_steps": 3, "keep_last": 1},
+        "optimizer": {"warmup_steps": 2, "learning_rate": 1e-3},
+        "loss": {"l1": 1.0, "stft": 1.0, "mel": 1.0, "feature": 1.0, "asr": 1.0, "commit": 0.1, "diversity": 0.1,
+                 "speaker": 1.0},
+        "discriminator": {"fft_sizes": [78, 334], "channels": 2, "crop_sec": 0.3, "warmup_steps": 2},
+        "asr": {"model": whisper_checkpoint, "language": "en", "context_sec": 1.26},
+        "speaker": {"model": speaker_checkpoint},
+        "balancer": {"enabled": True},
+    }
+
+
+ONLY_CHEAP = ["loss.feature=0", "loss.asr=0", "loss.speaker=0", "loss.mel=0", "loss.diversity=0",
+              "balancer.enabled=false"]
+
+
+@pytest.fixture(scope="module")
+def command(settings, tmp_path_factory):
+    """command(output folder, overrides...) -> arguments of train_encoder.py"""
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return lambda output, *overrides: ["--config", str(path), f"output_dir={output}", *overrides]
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """A training run takes SIGINT and SIGTERM over; pytest wants them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train_encoder.main(command(folder))
+    return folder
+
+
+def encoder_of(folder):
+    return load_file(folder / "encoder.safetensors")
+
+
+def metrics(folder, prefixes=("loss/", "grad/", "code/", "optimizer/", "validation/", "data/")):
+    """(step, name -> value) of every row, without times."""
+    return [(row["step"], {name: value for name, value in row.items() if name.startswith(prefixes)})
+            for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def losses(folder):
+    return {step: row for step, row in metrics(folder, ("loss/", "grad/")) if row}
+
+
+def subprocess_environment():
+    """As many threads as here: sums depend on it in their last bit."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+
+
+# ---------------------------------------------------------------- an uninterrupted run
+
+def test_saved_tensors_have_exactly_the_withheld_names(whole, settings):
+    layout = withheld_layout(load_params(settings["checkpoint"]))
+    for folder in (whole / "checkpoints" / "step_00000006", whole / "best"):
+        tensors = encoder_of(folder)
+        assert {name: tuple(t.shape) for name, t in tensors.items()} == layout
+        assert all(t.isfinite().all() and t.dtype == torch.float32 for t in tensors.values())
+        assert not (folder / "decoder.safetensors").exists()
+
+
+def test_run_folder_holds_all_that_a_run_leaves(whole):
+    def names(folder):
+        return {path.name for path in (whole / folder).iterdir()}
+    assert names(".") == {"best", "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "plots", "samples",
+                          "tensorboard"}
+    assert names("checkpoints") == {"step_00000006"}  # keep_last is 1
+    assert names("checkpoints/step_00000006") == {"encoder.safetensors", "run_state.pt"}
+    assert names("samples/step_00000003") == {"clip_0.png", "clip_0_source.wav", "clip_0_reconstruction.wav"}
+    assert {"losses.png", "codes.png", "validation.png", "levels.png"} <= names("plots")
+    assert not list(whole.rglob("*.tmp"))
+
+
+def test_every_loss_is_logged_at_every_step(whole):
+    rows = [(step, row) for step, row in metrics(whole) if "loss/total" in row]
+    assert [step for step, _ in rows] == [1, 2, 3, 4, 5, 6]
+    for step, row in rows:
+        names = set(LOSS_NAMES) - ({"feature"} if step <= 2 else set())  # the discriminators' warm-up
+        names |= {"total", "discriminator"}
+        assert {name.removeprefix("loss/") for name in row if name.startswith("loss/")} == names
+        assert {"grad/encoder", "grad/discriminator", "optimizer/learning_rate", "code/semantic_used",
+                "code/semantic_perplexity", "code/extremes_share", "code/level_histogram",
+                "code/embedding_norm"} <= set(row)
+        assert all(math.isfinite(value) for name, value in row.items() if isinstance(value, float))
+        assert row["grad/encoder"] > 0 and row["grad/discriminator"] > 0
+    assert [row["optimizer/learning_rate"] for _, row in rows] == pytest.approx(
+        [1e-3 * f for f in (0.5, 1, 1, *(0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3)))])
+
+
+def test_total_is_the_weighted_sum_with_decay(whole):
+    for step, row in losses(whole).items():
+        decay = 0.9999 ** (step - 1)
+        weight = {"commit": 0.1, "diversity": 0.1, "l1": decay, "stft": decay}
+        total = sum(weight.get(name, 1.0) * row.get(f"loss/{name}", 0.0) for name in LOSS_NAMES)
+        assert row["loss/total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_validation_is_the_averaged_encoder_with_hard_codes_on_fixed_clips(whole, settings, command):
+    """What was saved last gives the last row of validation; the raw weights, which are trained on, do not."""
+    config = load_config(EncoderConfig, *((arguments := command(whole))[1], arguments[2:]))
+    codec = VoxtralCodec.from_checkpoint(settings["checkpoint"])
+    clips = split_validation(find_clips(config.data)[0], config.data.validation)[1]
+    batches = validation_batches(clips, config.data)
+    row = [row for _, row in metrics(whole) if "validation/mel_distance" in row][-1]
+    codec.load_encoder(encoder_of(whole / "checkpoints" / "step_00000006"))
+    again = evaluate_codec(codec, batches)[0]
+    assert {name: row[f"validation/{name}"] for name in again} == again
+    state = torch.load(whole / "checkpoints" / "step_00000006" / "run_state.pt", weights_only=True)
+    raw = {f"audio_tokenizer.{name.removeprefix('codec.')}": t for name, t in state["model"].items()}
+    codec.load_encoder({name: raw[name] for name in codec.encoder_tensors()})
+    assert evaluate_codec(codec, batches)[0]["mel_distance"] != again["mel_distance"]
+
+
+def test_best_is_the_lowest_mel_distance(whole):
+    name = "validation/mel_distance"
+    distances = {step: row[name] for step, row in metrics(whole) if name in row}
+    assert sorted(distances) == [3, 6]
+    best = json.loads((whole / "best" / "metrics.json").read_text())
+    assert best["mel_distance"] == min(distances.values()) == distances[best["step"]]
+    if best["step"] == 6:
+        assert (whole / "best" / "encoder.safetensors").read_bytes() == \
+            (whole / "checkpoints" / "step_00000006" / "encoder.safetensors").read_bytes()
+
+
+def test_training_changes_the_encoder_and_nothing_else(whole, settings):
+    state = torch.load(whole / "checkpoints" / "step_00000006" / "run_state.pt", weights_only=True)
+    torch.manual_seed(settings["seed"])
+    start = VoxtralCodec.from_checkpoint(settings["checkpoint"]).state_dict()
+    changed = {name for name, t in start.items() if not torch.equal(t, state["model"][f"codec.{name}"])}
+    assert changed == {name for name in start if name.startswith(("input_proj.", "encoder_blocks."))}
+
+
+# ---------------------------------------------------------------- interrupted runs
+
+KILLED = """
+import os, signal, sys
+import train_encoder
+from voxtral.run import Logger
+add = Logger.add
+def add_or_die(self, step, scalars):
+    add(self, step, scalars)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+Logger.add = add_or_die
+train_encoder.main(sys.argv[1:])
+"""
+
+
+def assert_same_run(folder, whole):
+    assert metrics(folder) == metrics(whole)
+    for name in ("checkpoints/step_00000006", "best"):
+        file = Path(name) / "encoder.safetensors"
+        assert (folder / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(whole, command, tmp_path):
+    """Killed with data workers at step 5, of which the metrics hold 4; goes on from the checkpoint after step 3."""
+    folder = tmp_path / "run"
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command(folder, "data.num_workers=2")], cwd=ROOT,
+                            env=subprocess_environment(), capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
+    assert [step for step, _ in metrics(folder)] == [1, 2, 3, 3, 4]
+    train_encoder.main(command(folder, "resume=true", "data.num_workers=1"))
+    assert_same_run(folder, whole)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, command, tmp_path, monkeypatch):
+    folder, add = tmp_path / "run", Logger.add
+
+    def add_or_fail(self, step, scalars):
+        if step == 3:
+            raise KeyboardInterrupt
+        add(self, step, scalars)
+    monkeypatch.setattr(Logger, "add", add_or_fail)
+    with pytest.raises(KeyboardInterrupt):
+        train_encoder.main(command(folder))
+    monkeypatch.undo()
+    assert [step for step, _ in metrics(folder)] == [1, 2]
+    train_encoder.main(command(folder, "train.max_steps=1", "resume=true", *ONLY_CHEAP))
+    assert [step for step, row in metrics(folder)] == [1, 1]
+
+
+def test_sigterm_saves_and_resuming_loses_nothing(whole, command, tmp_path, monkeypatch, capsys):
+    folder, add = tmp_path / "run", Logger.add
+
+    def add_and_ask_to_stop(self, step, scalars):
+        add(self, step, scalars)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(Logger, "add", add_and_ask_to_stop)
+    train_encoder.main(command(folder))
+    monkeypatch.undo()
+    assert "stopped after step 4; go on with resume=true" in capsys.readouterr().out
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000004"]
+    train_encoder.main(command(folder, "resume=true"))
+    assert_same_run(folder, whole)
+
+
+# ---------------------------------------------------------------- processes
+
+def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, tmp_path):
+    """The whole set of losses, balanced, two micro-batches a step: sums over processes differ by rounding only."""
+    few = ["train.max_steps=3", "train.validate_every_steps=9", "train.accumulation=2", "discriminator.warmup_steps=1",
+           "discriminator.learning_rate=5e-3"]
+    arguments = command(tmp_path / "two", *few, "data.batch_size=1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = subprocess.run([*torchrun, "train_encoder.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                         env=subprocess_environment() | {"OMP_NUM_THREADS": "1"})
+    assert two.returncode == 0, two.stderr
+    train_encoder.main(command(tmp_path / "one", *few))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert sorted(one) == sorted(two) == [1, 2, 3]
+    for step in one:
+        assert one[step].keys() == two[step].keys()
+        for name, value in one[step].items():
+            tolerance = 2e-2 if name == "grad/discriminator" else 1e-4  # it is a small difference of large numbers
+            assert two[step][name] == pytest.approx(value, rel=tolerance, abs=1e-6), (step, name)
+    a, b = (encoder_of(tmp_path / name / "checkpoints" / "step_00000003") for name in ("one", "two"))
+    assert all((a[name] - b[name]).norm() <= 1e-4 * a[name].norm() for name in a)
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_their_union(command, tmp_path, monkeypatch):
+    """Without the random choices, which each micro-batch has of its own."""
+    def pass_through(seed, batch_size, acoustic_dim, n_frames, *others):
+        never = torch.full((batch_size,), 0.9)
+        return QuantizationDraws(never, never, torch.zeros(batch_size, acoustic_dim, n_frames))
+    monkeypatch.setattr(QuantizationDraws, "sample", pass_through)
+    gradients = []
+    for batch_size, accumulation in ((4, 1), (2, 2)):
+        folder = tmp_path / f"{accumulation}"
+        train_encoder.main(command(folder, *ONLY_CHEAP, f"train.accumulation={accumulation}", "train.max_steps=1",
+                                   f"data.batch_size={batch_size}", "train.n_samples=0"))
+        gradients.append(losses(folder)[1]["grad/encoder"])
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-4)
+
+
+# ---------------------------------------------------------------- other ways to train
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_whole_codec_trains_by_the_same_script(command, settings, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(Path(settings["data"]["data_root"]) / "speech", tmp_path / "speech")
+    for i in range(3):
+        (tmp_path / "speech" / f"broken_{i}.wav").write_bytes(b"RIFF but no sound")
+    train_encoder.main(command(folder, *ONLY_CHEAP, "train.trainable=[encoder,codebook,decoder]", "train.max_steps=3",
+                               "train.ema_decay=0", "data.batch_size=6", f"data.data_root={tmp_path}", "loss.mel=1",
+                               "train.n_samples=0", "train.precision=bf16"))
+    saved = folder / "checkpoints" / "step_00000003"
+    state = torch.load(saved / "run_state.pt", weights_only=True)["model"]
+    tensors = encoder_of(saved) | load_file(saved / "decoder.safetensors")
+    assert tensors.keys() == {f"audio_tokenizer.{name.removeprefix('codec.')}" for name in state}
+    for name, tensor in tensors.items():  # without averaging, what is saved is what is trained
+        assert torch.equal(tensor, state[f"codec.{name.removeprefix('audio_tokenizer.')}"]), name
+    start = VoxtralCodec.from_checkpoint(settings["checkpoint"]).state_dict()
+    assert not any(torch.equal(t, state[f"codec.{name}"]) for name, t in start.items())
+    listed = (folder / "bad_files.txt").read_text()
+    assert "broken_" in listed and "unreadable" in listed
+    assert {"loss/mel", "loss/diversity"} <= set(losses(folder)[1])  # cheap losses of weight 0 are shown all the same
+
+
+# ---------------------------------------------------------------- divergence, and other runs that go on
+
+@pytest.fixture(scope="module")
+def halfway_original(command, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("halfway") / "run"
+    train_encoder.main(command(folder, *ONLY_CHEAP, "train.max_steps=2", "train.n_samples=0"))
+    return folder
+
+
+@pytest.fixture
+def halfway(halfway_original, tmp_path):
+    """A cheap run that has two steps and a checkpoint behind it."""
+    return shutil.copytree(halfway_original, tmp_path / "run")
+
+
+def test_a_worse_validation_leaves_best_alone(halfway, command):
+    state_file = halfway / "checkpoints" / "step_00000002" / "run_state.pt"
+    torch.save(torch.load(state_file, weights_only=True) | {"best": 0.5}, state_file)
+    before = {path.name: path.read_bytes() for path in (halfway / "best").iterdir()}
+    train_encoder.main(command(halfway, *ONLY_CHEAP, "resume=true", "train.max_steps=3", "train.n_samples=0"))
+    assert {path.name: path.read_bytes() for path in (halfway / "best").iterdir()} == before
+    state = torch.load(halfway / "checkpoints" / "step_00000003" / "run_state.pt", weights_only=True)
+    assert (state["step"], state["best"]) == (3, 0.5)
+
+
+def refused(arguments, capsys, code=2):
+    """The one line with which train_encoder.py ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_encoder.main(arguments)
+    if code == 2:
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+        return message
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code  # Python prints it and exits with 1
+    return stop.value.code
+
+
+@pytest.mark.parametrize("name, broken", [("loss/commit", math.nan), ("loss/commit", math.inf)])
+def test_a_loss_that_is_not_finite_stops_the_run(halfway, command, capsys, monkeypatch, name, broken):
+    saved = halfway / "checkpoints" / "step_00000002"
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    monkeypatch.setattr(train_encoder, "commitment_loss", lambda semantic, *others: semantic.square().mean() * broken)
+    message = refused(command(halfway, *ONLY_CHEAP, "resume=true", "train.max_steps=4"), capsys, code=1)
+    assert message.startswith("training stopped: step 3: ") and str(saved) in message
+    assert f"{name} {broken}" in message and "loss/l1 0." in message
+    assert [path.name for path in (halfway / "checkpoints").iterdir()] == ["step_00000002"]
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert "NaN" not in (halfway / "metrics.jsonl").read_text()
+
+
+def test_an_absurd_learning_rate_stops_the_run(halfway, command, capsys):
+    rare = ["train.max_steps=100", "train.validate_every_steps=100", "train.save_every_steps=100"]
+    arguments = command(halfway, *ONLY_CHEAP, "resume=true", *rare, "optimizer.learning_rate=1e6")
+    message = refused(arguments, capsys, code=1)
+    assert re.match(r"training stopped: step \d+: .*losses: loss/total", message)
+    assert [path.name for path in (halfway / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+# ---------------------------------------------------------------- mistakes
+
+DECODER = "audio_tokenizer.decoder_blocks.0.conv.parametrizations.weight.original1"
+
+
+def test_mistakes_end_in_one_sentence_and_leave_nothing(command, settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("VOXTRAL_CKPT", raising=False)
+    checkpoint = Path(settings["checkpoint"])
+    cut = shutil.copytree(checkpoint, tmp_path / "cut")
+    (cut / "consolidated.safetensors").write_bytes((checkpoint / "consolidated.safetensors").read_bytes()[:-1000])
+    misshapen = tampered(checkpoint, tmp_path / "misshapen", lambda tensors: tensors.update({DECODER: torch.zeros(2)}))
+    incomplete = tampered(checkpoint, tmp_path / "incomplete", lambda tensors: tensors.pop(DECODER))
+    (tmp_path / "empty").mkdir()
+    mistakes = {
+        "checkpoint=/nowhere": "/nowhere does not exist",
+        "checkpoint=null": "VOXTRAL_CKPT",
+        f"checkpoint={tmp_path / 'empty'}": "params.json is missing",
+        f"checkpoint={cut}": "consolidated.safetensors is truncated",
+        f"checkpoint={misshapen}": f"{DECODER} has shape [2]",
+        f"checkpoint={incomplete}": f"lacks the tensor {DECODER}",
+        "train.max_stps=3": "unknown key 'train.max_stps'; the nearest valid key is 'train.max_steps'",
+        "data.sources.0.pth=x": "unknown key 'data.sources[0].pth'",
+        "train.max_steps=soon": "train.max_steps",
+        "data.max_sec=0.07": "data.max_sec is 0.07; a codec frame is 0.08 s",
+        "data.sources=[]": "data.sources is empty",
+        "data.sources.0.path=nothing": "no clip",
+        "data.validation.clips=100": "data.validation holds out all 8 clips",
+        "device=abacus": "device is abacus",
+        "asr.model=/nowhere.pt": "asr.model is '/nowhere.pt'",
+        "asr.context_sec=1.0": "asr.context_sec is 1.0",
+        "speaker.model=/nowhere.pt": "speaker.model: /nowhere.pt",
+    }
+    for override, expected in mistakes.items():
+        message = refused(command(tmp_path / "run", override), capsys)
+        assert expected.lower() in message.lower(), message
+        assert not (tmp_path / "run").exists()
+
+
+def test_speaker_loss_without_its_weights_is_an_error(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("voxtral.speaker.importlib.util.find_spec", lambda name: None)
+    assert "loss.speaker" in refused(command(tmp_path / "run", "speaker.model=resemblyzer"), capsys)
+
+
+def test_an_output_folder_that_cannot_be_one(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert str(tmp_path / "file") in refused(command(output, *ONLY_CHEAP), capsys)
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(halfway, command, capsys):
+    before = {path: path.read_bytes() for path in halfway.rglob("*") if path.is_file()}
+    assert "already holds a run" in refused(command(halfway, *ONLY_CHEAP), capsys)
+    message = refused(command(halfway, "resume=true"), capsys)  # more losses, whose state it does not have
+    assert "run_state.pt is damaged or of a run with another configuration" in message
+    (halfway / "checkpoints" / "step_00000002" / "run_state.pt").write_bytes(b"cut")
+    assert "run_state.pt is damaged" in refused(command(halfway, *ONLY_CHEAP, "resume=true"), capsys)
+    untouched = {path for path in before if path.name not in ("config.yaml", "environment.json", "run_state.pt")}
+    assert all(path.read_bytes() == before[path] for path in untouched)
+
+
+def test_a_mistake_in_a_real_process_has_no_traceback(command, tmp_path):
+    arguments = command(tmp_path / "run", "checkpoint=/nowhere")
+    result = subprocess.run([sys.executable, "train_encoder.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "error: checkpoint folder /nowhere does not exist: set `checkpoint` (or VOXTRAL_CKPT).\n"
