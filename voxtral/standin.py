@@ -211,24 +211,31 @@ def write_tekken(path, n_text_tokens: int | None, voices: dict[str, int]) -> Non
     }, ensure_ascii=False))
 
 
-def write_random_checkpoint(folder, raw_params: dict, voices: dict[str, int], seed: int = 0,
-                            n_text_tokens: int | None = None) -> None:
+def write_random_checkpoint(folder, raw_params: dict, voices: dict[str, int | Tensor], seed: int = 0,
+                            n_text_tokens: int | None = None, trained: dict[str, Tensor] | None = None) -> None:
     """A whole checkpoint folder with random weights and no encoder; one tensor is in memory at a time.
 
-    raw_params: full_params() or small_params(); voices: name -> rows (>= 2, the last one END_AUDIO), indices are given
-    in that order; n_text_tokens: entries of tekken.json, None: as many as vocab_size has room for.
+    raw_params: full_params() or small_params(); voices: name -> rows of a random one (>= 2, the last one END_AUDIO), or
+    its embedding [N, dim], indices are given in that order; n_text_tokens: entries of tekken.json, None: as many as
+    vocab_size has room for; trained: tensors, by name, that take the place of random ones.
     """
-    folder = Path(folder)
+    folder, trained = Path(folder), trained or {}
     raw = deepcopy(raw_params)
     raw["multimodal"]["audio_tokenizer_args"]["voice"] = {name: index for index, name in enumerate(voices)}
     params = parse_params(raw)
     layout = released_layout(params)
-    write_safetensors(folder / "consolidated.safetensors", layout, lambda name: torch.bfloat16,
-                      lambda name: random_tensor(name, layout[name], seed), metadata={"format": "pt"})
+
+    def tensor(name: str) -> Tensor:
+        return trained[name] if name in trained else random_tensor(name, layout[name], seed)
+
+    write_safetensors(folder / "consolidated.safetensors", layout, lambda name: torch.bfloat16, tensor,
+                      metadata={"format": "pt"})
     write_text(folder / "params.json", json.dumps(raw, indent=2))
+    table = tensor(EMBEDDING_NAME)
+    embeddings = {name: random_voice(params, voice, table, seed + index) if isinstance(voice, int) else voice
+                  for index, (name, voice) in enumerate(voices.items())}
     n_text_tokens = params.vocab_size - N_SPECIAL_TOKENS if n_text_tokens is None else n_text_tokens
-    write_tekken(folder / "tekken.json", n_text_tokens, voices)
-    table = random_tensor(EMBEDDING_NAME, layout[EMBEDDING_NAME], seed)
-    for index, (name, n_rows) in enumerate(voices.items()):
+    write_tekken(folder / "tekken.json", n_text_tokens, {name: len(voice) for name, voice in embeddings.items()})
+    for name, voice in embeddings.items():
         with atomic_path(folder / "voice_embedding" / f"{name}.pt") as temporary:
-            torch.save(random_voice(params, n_rows, table, seed + index), temporary)
+            torch.save(voice.to(torch.bfloat16).contiguous(), temporary)
