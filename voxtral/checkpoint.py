@@ -2,6 +2,7 @@
 
 A tensor is read only when asked for, and a file is written tensor by tensor, so an 8 GB checkpoint never sits in memory.
 """
+import errno
 import json
 import os
 import struct
@@ -23,7 +24,7 @@ TEXT_EMBEDDING_NAME = "mm_audio_embeddings.tok_embeddings.weight"
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64",
                torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-COPY_CHUNK_BYTES = 16 * 2 ** 20
+COPY_CHUNK_BYTES, KERNEL_CHUNK_BYTES = 2 ** 24, 2 ** 30
 
 
 class SafetensorsFile:
@@ -248,15 +249,29 @@ def join_spans(parts: list) -> list:
 
 def copy_bytes(span: Span, file) -> None:
     """Appends the bytes of `span` to the open `file`. Raises CheckpointError when there are fewer."""
+    file.flush()
     with span.path.open("rb", buffering=0) as source:
         source.seek(span.start)
-        buffer, left = memoryview(bytearray(COPY_CHUNK_BYTES)), span.size
+        left = span.size
         while left:
-            count = source.readinto(buffer[:left])
+            count = _copy_some(source, file, left)
             if not count:
                 raise CheckpointError(f"{span.path} ends too early: download or copy it again.")
-            file.write(buffer[:count])
             left -= count
+
+
+def _copy_some(source, file, left: int) -> int:
+    """Copies up to `left` bytes, inside the kernel where it can (Linux; a third of the time); returns how many."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source.fileno(), file.fileno(), min(left, KERNEL_CHUNK_BYTES))
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+    data = source.read(min(left, COPY_CHUNK_BYTES))
+    file.write(data)
+    file.flush()
+    return len(data)
 
 
 def save_tensors(path, tensors: dict[str, Tensor]) -> None:

@@ -240,10 +240,11 @@ def encoder_changes(path, params: ModelParams) -> dict[str, Item]:
     check_shapes({name: tuple(entry["shape"]) for name, entry in file.entries.items()}, layout, path)
     for name in layout:
         tensor = file.read([name])[name]
-        if not tensor.is_floating_point() or not tensor.bfloat16().isfinite().all():
+        extremes = torch.stack(tensor.aminmax()).bfloat16()
+        if not tensor.is_floating_point() or not extremes.isfinite().all():  # NaN is an extreme, too
             raise CheckpointError(f"{path}: {name} holds values that are no finite numbers: use an earlier encoder of "
                                   "the run.")
-        if not tensor.any():
+        if not extremes.any():
             raise CheckpointError(f"{path}: {name} is all zero: this is no trained encoder.")
     return {name: Item("BF16", list(shape), lambda name=name: file.read([name])[name].bfloat16())
             for name, shape in layout.items()}
