@@ -222,7 +222,7 @@ def encode_reference(codec: VoxtralCodec, path) -> tuple[Tensor, Reference]:
     if not codec.has_encoder:
         raise VoiceError("the checkpoint has no encoder to make a voice of audio: put one in with inject_encoder.py.")
     reference = prepare_reference(path)
-    return codec.voice_embedding(reference.waveform), reference
+    return codec.voice_embedding(reference.waveform.to(codec.audio_embedding.device)), reference
 
 
 def voice_files(folder) -> dict[str, Path]:

@@ -1,0 +1,171 @@
+"""Speaks texts with a cloned voice: a reference recording, or a voice that the checkpoint knows by name.
+
+No server is needed. The reference is cleaned and cut to at most 25 s, and encoded by the encoder that
+inject_encoder.py put into the checkpoint.
+"""
+import argparse
+import os
+import sys
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import soundfile
+import torch
+from torch import Tensor
+
+from voxtral.checkpoint import atomic_path
+from voxtral.codec import VoxtralCodec
+from voxtral.errors import UserError, one_sentence
+from voxtral.run import start_process
+from voxtral.streaming import StreamingDecoder
+from voxtral.text import read_text, split_text
+from voxtral.tts import TTS, Request, named_voice
+from voxtral.voices import check_name, encode_reference, register
+
+EXAMPLES = """examples:
+  # a sentence in the voice of a recording (3 to 25 s of one clean speaker)
+  python clone_voice.py --checkpoint Voxtral-clone --reference anna.wav --text "It works without a server." \\
+      --output hello.wav
+
+  # a whole chapter; the voice is kept as `anna`, for serving and for next time
+  python clone_voice.py --checkpoint Voxtral-clone --reference anna.wav --text-file chapter.txt --output chapter.flac \\
+      --save-voice anna
+
+  # several texts in one batch: hello-1.wav, hello-2.wav
+  python clone_voice.py --checkpoint Voxtral-clone --voice anna --text "Good morning." --text "Good night." \\
+      --output hello.wav
+"""
+FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS")}
+BATCH_SIZE = 16      # pieces of text spoken at once
+PAUSE_SEC = 0.2      # between the pieces of a long text
+
+
+class Piece(NamedTuple):
+    """What is spoken in one go: `file` counts the outputs."""
+    file: int
+    text: str
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """out.wav, or out-1.wav, out-2.wav, … Raises UserError for a format that is not written."""
+    if output.suffix.lower() not in FORMATS:
+        raise UserError(f"--output {output}: the name must end in {', '.join(FORMATS)}.")
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, count + 1)]
+
+
+def reference_voice(checkpoint: str, path: str, device: torch.device) -> Tensor:
+    """Recording -> voice embedding [N, dim] in bfloat16, as registered voices are; prints what was done to it."""
+    embedding, reference = encode_reference(VoxtralCodec.from_checkpoint(checkpoint, device), path)
+    print(f"reference: {path}, {reference.seconds:.2f} s, {len(embedding)} rows")
+    for line in [*reference.notes, *(f"warning: {warning}" for warning in reference.warnings)]:
+        print(f"  {line}")
+    return embedding.bfloat16()
+
+
+def speak(tts: TTS, pieces: list[Piece], voice: Tensor, seed: int, max_frames: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields (index of the piece, samples [n] float32) in order, at least once per piece; the audio of the first piece
+    of every batch while it is still being generated."""
+    for start in range(0, len(pieces), BATCH_SIZE):
+        batch = pieces[start:start + BATCH_SIZE]
+        requests = [Request(piece.text, voice, (seed, start + i)) for i, piece in enumerate(batch)]
+        decoder = StreamingDecoder(tts.codec)
+        for takes in tts.takes(requests, max_frames):
+            for samples in decoder.extend(takes[0].codes[None]):
+                yield start, samples[0]
+        for i, take in enumerate(takes):
+            yield start + i, torch.zeros(0)
+            if i > 0:
+                for samples in StreamingDecoder(tts.codec).extend(take.codes[None]):
+                    yield start + i, samples[0]
+            if not take.ended:
+                limit_sec = max_frames / tts.codec.params.frame_rate_hz
+                print(f"warning: no END_AUDIO within {limit_sec:.0f} s, cut off there: {batch[i].text[:60]}",
+                      file=sys.stderr)
+            elif not take.codes.shape[1]:
+                print(f"warning: END_AUDIO came at once, there is no audio: {batch[i].text[:60]}", file=sys.stderr)
+
+
+def write_all(tts: TTS, paths: list[Path], pieces: list[Piece], voice: Tensor, seed: int, max_frames: int) -> None:
+    """Speaks all pieces and writes one file after the other; prints the speed."""
+    rate, started, first_audio_sec, total = tts.codec.params.sampling_rate, time.perf_counter(), None, 0
+    spoken = speak(tts, pieces, voice, seed, max_frames)
+    for number, chunks in groupby(spoken, key=lambda chunk: pieces[chunk[0]].file):
+        path, n_samples, last = paths[number], 0, None
+        container, subtype = FORMATS[path.suffix.lower()]
+        with atomic_path(path) as temporary:
+            with soundfile.SoundFile(temporary, "w", rate, 1, format=container, subtype=subtype) as file:
+                for index, samples in chunks:
+                    if last not in (None, index):
+                        file.write(torch.zeros(round(PAUSE_SEC * rate)).numpy())
+                    file.write(samples.clamp(-1, 1).numpy())
+                    n_samples, last = n_samples + len(samples), index
+                    if len(samples) and first_audio_sec is None:
+                        first_audio_sec = time.perf_counter() - started
+        total += n_samples
+        print(f"{path}: {n_samples / rate:.2f} s of audio")
+    elapsed = time.perf_counter() - started
+    if total:
+        print(f"{elapsed:.2f} s for {total / rate:.2f} s of audio: real-time factor {elapsed * rate / total:.3f}, "
+              f"first audio after {1000 * first_audio_sec:.0f} ms")
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
+                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--reference", metavar="FILE", help="recording of the voice; needs an injected encoder")
+    who.add_argument("--voice", metavar="NAME", help="voice of the checkpoint; patch_tokenizer.py --list shows them")
+    parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="what to say; repeatable")
+    parser.add_argument("--text-file", metavar="FILE", action="append", default=[],
+                        help="one text in a UTF-8 file; long texts are split at sentences; repeatable")
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True,
+                        help=".wav, .flac or .ogg; several texts get -1, -2, … before the suffix")
+    parser.add_argument("--save-voice", metavar="NAME", help="register the reference as a voice of the checkpoint")
+    parser.add_argument("--max-sec", type=float, default=60.0, help="longest audio of a piece of about 300 characters, "
+                        "for speech that finds no end (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another reading (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    options = parser.parse_args(arguments)
+
+    with one_sentence():
+        if not options.checkpoint:
+            raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
+        texts = [*options.text, *(read_text(path) for path in options.text_file)]
+        pieces = [Piece(i, piece) for i, text in enumerate(texts) for piece in split_text(text)]
+        if len({piece.file for piece in pieces}) < max(1, len(texts)):
+            raise UserError("nothing to say: pass --text or --text-file with some text in it.")
+        paths = output_paths(options.output, len(texts))
+        if options.seed < 0:
+            raise UserError(f"--seed is {options.seed}; it must be 0 or more.")
+        if options.save_voice and not options.reference:
+            raise UserError("--save-voice needs --reference: a named voice is there already.")
+        if options.save_voice:
+            check_name(options.checkpoint, options.save_voice)
+        device = start_process(options.device).device
+
+        if options.reference:
+            voice = reference_voice(options.checkpoint, options.reference, device)
+        else:
+            voice = named_voice(options.checkpoint, options.voice)
+        if options.save_voice:
+            register(options.checkpoint, options.save_voice, voice, Path(options.reference).name)
+            print(f"{options.save_voice}: registered; restart the server to use it")
+
+        tts = TTS.from_checkpoint(options.checkpoint, device)
+        max_frames = round(options.max_sec * tts.codec.params.frame_rate_hz)
+        if max_frames < 1:
+            frame_sec = 1 / tts.codec.params.frame_rate_hz
+            raise UserError(f"--max-sec is {options.max_sec:g}; one frame is {frame_sec:.2f} s, the least.")
+        if device.type == "cuda":
+            tts.warm_up([Request(piece.text, voice) for piece in pieces[:BATCH_SIZE]], max_frames)
+        write_all(tts, paths, pieces, voice, options.seed, max_frames)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The acoustic transformer against numbers that the serving engine's own module produced."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from voxtral.acoustic import AcousticTransformer
+from voxtral.checkpoint import save_tensors
+from voxtral.params import CheckpointError, parse_params
+from voxtral.standin import full_params, released_layout, small_params
+
+GOLDEN = Path(__file__).parent / "data" / "acoustic_small.safetensors"
+
+
+def write_golden(folder, change=lambda tensors: None):
+    """A checkpoint folder with the golden weights, and nothing else."""
+    with safe_open(GOLDEN, framework="pt") as file:
+        sizes = json.loads(file.metadata()["multimodal.audio_model_args"])
+    raw = small_params({"dim": sizes["acoustic_transformer_args"]["dim"]}, sizes["acoustic_transformer_args"],
+                       {"semantic_codebook_size": sizes["semantic_codebook_size"]})
+    folder.mkdir(exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(raw))
+    tensors = {name: tensor for name, tensor in load_file(GOLDEN).items() if not name.startswith("io.")}
+    change(tensors)
+    save_tensors(folder / "consolidated.safetensors", tensors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return {name.removeprefix("io."): tensor for name, tensor in load_file(GOLDEN).items() if name.startswith("io.")}
+
+
+@pytest.fixture
+def acoustic(tmp_path):
+    return AcousticTransformer.from_checkpoint(write_golden(tmp_path / "golden"), dtype=torch.float32)
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def test_velocity_equals_serving(acoustic, golden):
+    velocity = acoustic.velocity(golden["x_t"], golden["t"], golden["hidden"])
+    assert relative_error(velocity, golden["velocity"]) < 1e-5
+    flat = acoustic.velocity(golden["x_t"], golden["t"][:, 0], golden["hidden"])
+    assert torch.equal(flat, velocity)
+
+
+def test_frame_equals_serving(acoustic, golden):
+    assert relative_error(acoustic.semantic_codebook_output(golden["hidden"]), golden["semantic_logits"]) < 1e-5
+    ids = acoustic.frame(golden["hidden"], golden["x_0"])
+    assert ids.dtype == torch.int64 and torch.equal(ids, golden["codes"].long())
+
+
+@pytest.mark.parametrize("n_steps", [1, 4])
+def test_steps_are_guided_euler_steps_as_many_as_params_say(acoustic, golden, n_steps):
+    acoustic.params = replace(acoustic.params, acoustic=replace(acoustic.params.acoustic, n_decoding_steps=n_steps))
+    x, hidden = golden["x_0"], golden["hidden"]
+    for step in range(n_steps):
+        t = torch.full((len(x),), step / n_steps)
+        x = x + (2 * acoustic.velocity(x, t, hidden) - acoustic.velocity(x, t, torch.zeros_like(hidden))) / n_steps
+    ids = acoustic.frame(hidden, golden["x_0"], cfg_alpha=2.0)
+    assert torch.equal(ids[:, 1:], ((x.clamp(-1, 1) + 1) * 10).round().long() + 2)
+    assert not torch.equal(ids, acoustic.frame(hidden, golden["x_0"]))
+
+
+def test_seven_steps_where_params_are_silent():
+    raw = full_params()
+    assert "n_decoding_steps" not in raw["multimodal"]["audio_model_args"]["acoustic_transformer_args"]
+    assert parse_params(raw).acoustic.n_decoding_steps == 7
+
+
+def test_end_audio_is_allowed_but_neither_empty_audio_nor_padding(acoustic, golden):
+    hidden = golden["hidden"]
+    head = acoustic.semantic_codebook_output.weight
+    head[1] = hidden[2] / hidden[2].norm() * 100
+    ids = acoustic.frame(hidden, golden["x_0"])
+    assert ids[2].tolist() == [1] + [2] * 36
+    head[0], head[42:] = head[1] * 2, head[1] * 3
+    assert torch.equal(acoustic.frame(hidden, golden["x_0"]), ids)
+    assert (ids[:, 0] != 1).any() and (ids[ids[:, 0] != 1, 1:] != 2).any()
+
+
+def test_items_of_a_batch_do_not_see_each_other(acoustic, golden):
+    together = acoustic.frame(golden["hidden"], golden["x_0"])
+    alone = [acoustic.frame(golden["hidden"][i:i + 1], golden["x_0"][i:i + 1]) for i in range(5)]
+    assert torch.equal(torch.cat(alone), together)
+
+
+def test_without_noise_given_it_is_drawn(acoustic, golden):
+    torch.manual_seed(3)
+    first, second = acoustic.frame(golden["hidden"]), acoustic.frame(golden["hidden"])
+    torch.manual_seed(3)
+    assert torch.equal(acoustic.frame(golden["hidden"]), first) and not torch.equal(first, second)
+    assert torch.equal(first[:, 0], second[:, 0])
+
+
+def test_names_are_the_checkpoints():
+    params = parse_params(full_params())
+    with torch.device("meta"):
+        model = AcousticTransformer(params)
+    prefix = "acoustic_transformer."
+    assert {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()} == \
+           {name: shape for name, shape in released_layout(params).items() if name.startswith(prefix)}
+
+
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
+    name = "acoustic_transformer.layers.1.attention.wk.weight"
+    missing = write_golden(tmp_path / "missing", lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=name):
+        AcousticTransformer.from_checkpoint(missing)
+    wrong = write_golden(tmp_path / "wrong", lambda t: t.update({"acoustic_transformer.norm.weight": torch.ones(31)}))
+    with pytest.raises(CheckpointError, match=r"norm.weight has shape \[31\]"):
+        AcousticTransformer.from_checkpoint(wrong)
+
+
+def test_loads_in_the_dtype_asked_for_and_frozen(tmp_path, golden):
+    acoustic = AcousticTransformer.from_checkpoint(write_golden(tmp_path / "golden"))
+    assert {(p.dtype, p.requires_grad) for p in acoustic.parameters()} == {(torch.bfloat16, False)}
+    ids = acoustic.frame(golden["hidden"].bfloat16(), golden["x_0"])
+    assert (ids == golden["codes"]).float().mean() > 0.8  # rounding moves some levels by one

@@ -1,0 +1,136 @@
+"""Clips that the model itself speaks, as training data: which ones, which are fit, and a folder that survives a kill.
+
+A clip is FOLDER/VOICE/00012.flac with its codes in 00012.npy (int16 [37, L]). It counts once its line stands in
+records-RANK.jsonl, which comes last. manifest.jsonl lists the clips that were kept.
+"""
+import json
+import os
+import random
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from filelock import FileLock
+from torch import Tensor
+
+from voxtral.checkpoint import atomic_path, write_text
+from voxtral.errors import UserError
+from voxtral.tts import Take
+
+MIN_SEC = 0.4             # less is no sentence
+SILENT_DBFS = -50.0       # level of the whole clip; speech is around -25
+MAX_SAME_FRAMES = 25      # 2 s of one semantic code: the model is stuck; pauses between words are shorter
+
+
+@dataclass(frozen=True)
+class PlannedClip:
+    """`name`: VOICE/NUMBER, path without suffix; `seed`: what the noise hangs on."""
+    name: str
+    voice: str
+    language: str
+    text: str
+    seed: tuple[int, ...]
+
+
+def plan(voices: list[str], sentences: list[tuple[str, str]], per_voice: int, seed: int) -> list[PlannedClip]:
+    """per_voice clips of every voice. More voices or more clips extend a plan, and change nothing that was in it.
+
+    Voices named like de_female speak the sentences of their language, all others English, besides those without a
+    language; where there are none of these, a voice speaks all. After the last sentence the first one comes again,
+    with other noise.
+    """
+    languages = {language for language, _ in sentences}
+    clips = []
+    for voice in voices:
+        prefix = voice.partition("_")[0]
+        spoken = {"", prefix if prefix in languages else "en"}
+        texts = [sentence for sentence in sentences if sentence[0] in spoken] or sentences
+        key = zlib.crc32(voice.encode())
+        for number in range(per_voice):
+            turn, place = divmod(number, len(texts))
+            order = random.Random(f"{seed}/{voice}/{turn}").sample(range(len(texts)), len(texts))
+            language, text = texts[order[place]]
+            clips.append(PlannedClip(f"{voice}/{number:05d}", voice, language, text, (seed, key, number)))
+    return clips
+
+
+def defect(take: Take, samples: Tensor, sample_rate_hz: int) -> str:
+    """What makes a clip unfit for training; empty: nothing. samples: [L * 1920] of the take's codes [37, L]."""
+    if not take.ended:
+        return "no END_AUDIO"
+    if len(samples) < MIN_SEC * sample_rate_hz:
+        return "too short"
+    if longest_run(take.codes[0]) > MAX_SAME_FRAMES:
+        return "repeated frames"
+    if not samples.square().mean().sqrt().item() > 10 ** (SILENT_DBFS / 20):  # nor NaN
+        return "silence"
+    return ""
+
+
+def longest_run(values: Tensor) -> int:
+    """[L] -> length of the longest stretch of equal values."""
+    longest = run = 0
+    previous = None
+    for value in values.tolist():
+        run = run + 1 if value == previous else 1
+        longest, previous = max(longest, run), value
+    return longest
+
+
+class ClipFolder:
+    """The output folder, for one of several processes. `records`: name -> what became of a clip, of all processes that
+    ever wrote here."""
+
+    def __init__(self, path, rank: int = 0):
+        self.path, self.own = Path(path), Path(path) / f"records-{rank}.jsonl"
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.own.is_file():  # a kill may have left half a line at the end
+            written = self.own.read_bytes()
+            os.truncate(self.own, written.rfind(b"\n") + 1)
+        self.records = self._read()
+
+    def _read(self) -> dict[str, dict]:
+        rows = [json.loads(line) for path in sorted(self.path.glob("records-*.jsonl"))
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        return {row["name"]: row for row in rows}
+
+    def missing(self, clips: list[PlannedClip]) -> list[PlannedClip]:
+        """Those without a record. Raises UserError when the folder was begun with other sentences or another seed."""
+        for clip in clips:
+            record = self.records.get(clip.name)
+            if record and (record["text"], record["seed"]) != (clip.text, list(clip.seed)):
+                raise UserError(f"{self.path} was begun with other sentences or another seed ({clip.name} differs): go "
+                                "on with the same ones, or choose another --output.")
+        return [clip for clip in clips if clip.name not in self.records]
+
+    def save_audio(self, clip: PlannedClip, codes: Tensor, samples: Tensor, sample_rate_hz: int) -> None:
+        """Codes [37, L] and samples [L * 1920], each file atomically."""
+        with atomic_path(self.path / f"{clip.name}.flac") as temporary:
+            soundfile.write(temporary, samples.clamp(-1, 1).numpy(), sample_rate_hz, format="FLAC", subtype="PCM_16")
+        with atomic_path(self.path / f"{clip.name}.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, codes.numpy().astype(np.int16))
+
+    def record(self, clips: list[PlannedClip], defects: list[str], seconds: list[float]) -> None:
+        """Once their files are whole. A clip with a defect is recorded too, and not made again."""
+        rows = [{"name": clip.name, "voice": clip.voice, "language": clip.language, "text": clip.text,
+                 "seed": list(clip.seed), "seconds": round(length, 2), "dropped": reason}
+                for clip, reason, length in zip(clips, defects, seconds)]
+        with self.own.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.update((row["name"], row) for row in rows)
+
+    def write_manifest(self) -> Counter:
+        """manifest.jsonl of all kept clips so far, of all processes; returns how many were dropped, by reason."""
+        with FileLock(self.path / ".lock"):  # who comes last has seen every record
+            self.records = self._read()
+            kept = [row for _, row in sorted(self.records.items()) if not row["dropped"]]
+            write_text(self.path / "manifest.jsonl", "".join(
+                json.dumps({"path": f"{row['name']}.flac", "codes": f"{row['name']}.npy", "voice": row["voice"],
+                            "language": row["language"], "text": row["text"], "seconds": row["seconds"]},
+                           ensure_ascii=False) + "\n" for row in kept))
+        return Counter(row["dropped"] for row in self.records.values() if row["dropped"])
