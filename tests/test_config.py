@@ -188,7 +188,7 @@ NONSENSE = ["train.trainable=[]", "train.trainable=[encoder,wheels]", "train.pre
             "train.stft_fft_sizes=[1000000]", "optimizer.learning_rate=0", "optimizer.learning_rate=.nan",
             "optimizer.learning_rate=.inf", "optimizer.betas=[0.8]", "optimizer.betas=[0.8,1]", "optimizer.betas=[]",
             "optimizer.weight_decay=-1", "optimizer.warmup_steps=-1", "loss.l1=-1", "loss.asr=.inf", "loss.mel=.nan",
-            "discriminator.channels=0", "discriminator.warmup_steps=-1", "discriminator.fft_sizes=[]",
+            "discriminator.channels=0", "discriminator.crop_sec=0", "discriminator.warmup_steps=-1", "discriminator.fft_sizes=[]",
             "discriminator.learning_rate=0", "balancer.decay=1", "seed=-1", "data.max_sec=0.05", "data.max_sec=.nan",
             "data.batch_size=0", "data.num_workers=-1", "data.validation.clips=0"]
 
@@ -208,6 +208,10 @@ def test_source_values_that_make_no_sense_are_named(load):
 def test_nothing_to_learn_or_to_balance_is_an_error(load):
     zeros = [f"loss.{f.name}=0" for f in fields(EncoderConfig().loss)]
     assert "all weights are 0" in message_of(lambda: check_encoder_config(load("", *zeros)))
+    only_feature = load("", *zeros, "loss.feature=1")
+    assert "only feature has a weight" in message_of(lambda: check_encoder_config(only_feature))
+    only_feature.discriminator.warmup_steps = 0
+    check_encoder_config(only_feature)
     balanced = load("", *zeros, "loss.asr=1", "loss.feature=1", "balancer.enabled=true")
     assert "balancer.enabled" in message_of(lambda: check_encoder_config(balanced))
     balanced.loss.mel = 1.0

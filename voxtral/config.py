@@ -206,5 +206,7 @@ def check_encoder_config(config: EncoderConfig) -> None:
             raise ConfigError(f"{key} is {sizes}: of {sec:g} s it must be FFT sizes from 4 to {largest} samples.")
     if not any(vars(config.loss).values()):
         raise ConfigError("loss: all weights are 0, nothing would be learnt.")
+    if config.discriminator.warmup_steps and not any(w for name, w in vars(config.loss).items() if name != "feature"):
+        raise ConfigError("loss: only feature has a weight, and nothing would be learnt for discriminator.warmup_steps.")
     if config.balancer.enabled and not any(getattr(config.loss, name) for name in ON_WAVEFORM if name != "feature"):
         raise ConfigError("balancer.enabled: no loss on the waveform (l1, stft, mel, speaker) has a weight above 0.")

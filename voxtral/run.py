@@ -279,9 +279,10 @@ class Logger:
             row["time/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(rows[-1][0], row)
         shown = " ".join(f"{name.removeprefix('loss/')} {row[name]:.4f}" for name in row if name.startswith("loss/"))
+        memory = f"  {row['time/peak_memory_gib']:.1f} GiB" if "time/peak_memory_gib" in row else ""
         eta = statistics.median(self.step_times[-20:]) * (self.max_steps - rows[-1][0])
         self.say(f"step {rows[-1][0]}/{self.max_steps}  {shown}  lr {row.get('optimizer/learning_rate', 0):.2e}  "
-                 f"{row['time/step_ms']:.0f} ms/step  {row.get('time/audio_sec_per_sec', 0):.0f} audio s/s  eta {duration(eta)}")
+                 f"{row['time/step_ms']:.0f} ms/step  {row.get('time/audio_sec_per_sec', 0):.0f} audio s/s{memory}  eta {duration(eta)}")
 
     def write(self, step: int, row: dict) -> None:
         """One row of metrics.jsonl, its scalars in TensorBoard."""

@@ -1,0 +1,113 @@
+"""make_standin.py: a whole codec is trained, cut in two, and the halves fit together."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import make_standin
+from voxtral.checkpoint import ENCODER_PREFIXES, Checkpoint
+from voxtral.codec import VoxtralCodec
+from voxtral.params import load_params
+from voxtral.reference import prepare_reference
+from voxtral.standin import released_layout, withheld_layout
+
+ROOT = Path(__file__).parents[1]
+CLIPS = ["k_af_heart_0.opus", "k_am_adam_0.opus", "m_f12_0.opus"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Three clips of three speakers, one held out; two steps at the smallest sizes."""
+    folder = tmp_path_factory.mktemp("standin")
+    for name in CLIPS:
+        shutil.copy(ROOT / "assets" / "speech" / name, folder)
+    rows = "".join(f"{name},{name[:-7]}\n" for name in CLIPS)
+    (folder / "train.csv").write_text("path,speaker\n" + rows)
+    content = yaml.safe_load((ROOT / "configs" / "standin_small.yaml").read_text())
+    content |= {"output_dir": str(folder / "run"), "device": "cpu",
+                "standin": {"codec": {"dim": 32, "hidden_dim": 48, "head_dim": 8, "semantic_codebook_size": 40},
+                            "n_text_tokens": 300, "voices": {"low": "k_am_adam", "high": "k_af_heart"}},
+                "optimizer": {"warmup_steps": 1}, "loss": {"mel": 1.0, "feature": 0.0, "asr": 0.0}}
+    content["data"] |= {"data_root": str(folder), "batch_size": 2, "num_workers": 0, "max_sec": 0.48,
+                        "validation": {"clips": 1, "speakers": ["m_f12"]}}
+    content["train"] |= {"max_steps": 2, "precision": "fp32", "validate_every_steps": 2, "save_every_steps": 2}
+    path = folder / "standin.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(config):
+    make_standin.main(["--config", str(config)])
+    return config.parent / "run"
+
+
+def test_released_folder_lacks_exactly_the_encoder(made):
+    params = load_params(made / "released")
+    assert Checkpoint(made / "released").shapes == released_layout(params)
+    withheld = load_file(made / "withheld_encoder.safetensors")
+    assert {name: tuple(t.shape) for name, t in withheld.items()} == withheld_layout(params)
+    assert all(name.startswith(ENCODER_PREFIXES) and t.dtype == torch.bfloat16 for name, t in withheld.items())
+
+
+def test_every_part_of_the_codec_was_trained(made):
+    before, after = (VoxtralCodec.from_checkpoint(made / name) for name in ("initial", "released"))
+    for name in ("decoder_blocks.0.conv.parametrizations.weight.original1", "output_proj.conv.parametrizations.weight.original1",
+                 "quantizer.semantic_codebook.embedding_sum"):
+        assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
+    best = load_file(made / "best" / "encoder.safetensors")
+    assert all(torch.equal(t, best[name].bfloat16()) for name, t in load_file(made / "withheld_encoder.safetensors").items())
+
+
+def test_presets_are_embeddings_of_training_speakers_by_the_true_encoder(made):
+    codec = VoxtralCodec.from_checkpoint(made / "released")
+    codec.load_encoder(load_file(made / "withheld_encoder.safetensors"))
+    waveform = prepare_reference(ROOT / "assets" / "speech" / "k_am_adam_0.opus").waveform
+    voice = torch.load(made / "released" / "voice_embedding" / "low.pt", weights_only=True)
+    with torch.no_grad():
+        assert torch.equal(voice, codec.voice_embedding(waveform).bfloat16())
+    assert load_params(made / "released").codec.voice == {"low": 0, "high": 1}
+    rows = json.loads((made / "released" / "tekken.json").read_text())["audio"]["voice_num_audio_tokens"]
+    assert rows["low"] == len(voice)
+
+
+def test_a_codebook_to_be_trained_starts_among_the_latents(made):
+    """Entries far from every latent would all be dead but one."""
+    usage = VoxtralCodec.from_checkpoint(made / "released").quantizer.semantic_codebook.cluster_usage
+    assert (usage > 0.5 * usage.median()).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["standin.codec.dims=3"], "standin.codec.dims"),
+    (["standin.voices.low=nobody"], "standin.voices.low"),
+    (["standin.voices.low=m_f12"], "no training clip is of the speaker m_f12"),
+    (["data.data_root=nowhere"], "nowhere/train.csv"),
+])
+def test_mistakes_are_named_before_anything_is_written(config, tmp_path, capsys, overrides, message):
+    with pytest.raises(SystemExit) as end:
+        make_standin.main(["--config", str(config), f"output_dir={tmp_path / 'run'}", *overrides])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--random"], ["--random", "--config", "x.yaml"],
+                                       ["--config", "configs/standin_small.yaml", "--output", "x"],
+                                       ["--random", "--output", "x", "train.max_steps=1"]])
+def test_arguments_that_do_not_fit_together(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        make_standin.main(arguments)
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("size, dim, n_voices", [("small", 64, 20)])
+def test_random_checkpoint(tmp_path, size, dim, n_voices):
+    make_standin.main(["--random", "--size", size, "--output", str(tmp_path / "random")])
+    params = load_params(tmp_path / "random")
+    assert params.codec.dim == dim and len(params.codec.voice) == n_voices
+    rows = [len(torch.load(path, weights_only=True)) for path in (tmp_path / "random" / "voice_embedding").iterdir()]
+    assert min(rows) == 67 and max(rows) == 218
