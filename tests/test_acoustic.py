@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from voxtral.acoustic import AcousticTransformer
 from voxtral.checkpoint import save_tensors
+from voxtral.layout import released_layout
 from voxtral.params import CheckpointError, parse_params
-from voxtral.standin import full_params, released_layout, small_params
+from voxtral.standin import full_params, small_params
 
 GOLDEN = Path(__file__).parent / "data" / "acoustic_small.safetensors"
 

@@ -10,8 +10,9 @@ import torch
 import clone_voice
 from voxtral.checkpoint import save_tensors
 from voxtral.inject import inject
+from voxtral.layout import withheld_layout
 from voxtral.params import load_params
-from voxtral.standin import random_tensor, small_params, withheld_layout, write_random_checkpoint
+from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 from voxtral.text import split_text
 from voxtral.tts import TTS, Request, named_voice
 

@@ -21,8 +21,9 @@ from voxtral.backbone import Backbone
 from voxtral.checkpoint import Checkpoint, SafetensorsFile, remove_json, save_tensors, set_json
 from voxtral.codec import VoxtralCodec
 from voxtral.inject import BACKUP, INDEX, MARKER, RECORD, eject, inject
+from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import CheckpointError, load_params
-from voxtral.standin import random_tensor, released_layout, small_params, withheld_layout, write_random_checkpoint
+from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CLIP = str(ROOT / "assets" / "speech" / "k_af_heart_0.opus")

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 import make_standin
 from voxtral.checkpoint import ENCODER_PREFIXES, Checkpoint
 from voxtral.codec import VoxtralCodec
+from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import load_params
 from voxtral.reference import prepare_reference
-from voxtral.standin import released_layout, withheld_layout
 
 ROOT = Path(__file__).parents[1]
 CLIPS = ["k_af_heart_0.opus", "k_am_adam_0.opus", "m_f12_0.opus"]

@@ -13,9 +13,9 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from voxtral.checkpoint import EMBEDDING_NAME, Checkpoint, SafetensorsFile
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError
+from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import load_params, parse_params
-from voxtral.standin import (full_params, random_tensor, released_layout, small_params, withheld_layout,
-                             write_random_checkpoint, write_tekken)
+from voxtral.standin import full_params, random_tensor, small_params, write_random_checkpoint, write_tekken
 
 LAYOUT = json.loads((Path(__file__).parent / "data" / "checkpoint_layout.json").read_text())
 VOICES = {"alpha": 12, "beta": 7}

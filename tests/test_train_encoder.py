@@ -19,12 +19,13 @@ import train_encoder
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, load_config
 from voxtral.data import validation_batches
+from voxtral.layout import withheld_layout
 from voxtral.losses import LOSS_NAMES
 from voxtral.params import load_params
 from voxtral.quantizer import QuantizationDraws
 from voxtral.run import Logger, read_metrics
 from voxtral.sources import find_clips, split_validation
-from voxtral.standin import small_params, withheld_layout, write_random_checkpoint
+from voxtral.standin import small_params, write_random_checkpoint
 from voxtral.validation import evaluate_codec
 
 ROOT = Path(__file__).parents[1]

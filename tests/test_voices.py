@@ -21,9 +21,10 @@ from voxtral import voices
 from voxtral.checkpoint import Checkpoint, SafetensorsFile, save_tensors
 from voxtral.codec import VoxtralCodec
 from voxtral.inject import inject
+from voxtral.layout import withheld_layout
 from voxtral.params import CheckpointError, load_params
 from voxtral.reference import prepare_reference
-from voxtral.standin import random_tensor, small_params, withheld_layout, write_random_checkpoint
+from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 from voxtral.voices import (VoiceError, encode_reference, end_audio_row, list_voices, load_embedding, register, remove,
                             voice_files)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from voxtral.checkpoint import (ENCODER_PREFIXES, TORCH_DTYPES, Checkpoint, Item, SafetensorsFile, Span, atomic_path,
                                 check_shapes, flush, read_json, remove_json, set_json, weight_files, write_items,
                                 write_safetensors, write_text)
+from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import CheckpointError, ModelParams
-from voxtral.standin import released_layout, withheld_layout
 
 MARKER = "encoder_blocks.injected"  # serving's request gate wants a top-level key of this prefix (spec section 7)
 INDEX = "consolidated.safetensors.index.json"

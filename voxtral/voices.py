@@ -19,10 +19,10 @@ from voxtral.checkpoint import (EMBEDDING_NAME, Checkpoint, SafetensorsFile, ato
                                 set_json, write_text)
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError
+from voxtral.layout import meta_codec
 from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams, load_params
 from voxtral.reference import MAX_SEC, MIN_SPEECH_SEC, Reference, prepare_reference
 from voxtral.sources import AUDIO_SUFFIXES
-from voxtral.standin import meta_codec
 
 IN_PARAMS = ["multimodal", "audio_tokenizer_args", "voice"]
 IN_TEKKEN = ["audio", "voice_num_audio_tokens"]
