@@ -214,3 +214,12 @@ def test_restarts_repeat_by_generator_and_differ_from_each_other():
         update(book, x)
     assert torch.equal(books[0].embedding, books[1].embedding)
     assert len({tuple(entry) for entry in books[0].embedding.tolist()}) > 10
+
+
+def test_a_codebook_to_be_trained_starts_near_the_vectors():
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 5.0, 0.2]) + 7
+    book = codebook([[0.0, 0, 0]] * 40)
+    book.start_from(x, torch.Generator().manual_seed(0))
+    nearest = torch.cdist(book.embedding, x).amin(dim=1)
+    assert nearest.max() < 3 and (book.cluster_usage == 1).all()
+    assert len(book.encode(x).unique()) > 15 and len(book.embedding.unique(dim=0)) == 40
