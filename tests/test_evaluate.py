@@ -1,0 +1,424 @@
+"""evaluate.py: scores against values worked out by hand, degradations in order, a whole run on a tiny checkpoint."""
+import csv
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import evaluate
+from voxtral.checkpoint import save_tensors
+from voxtral.codec import VoxtralCodec
+from voxtral.data import load_segment
+from voxtral.degrade import CHAINS, DEGRADATIONS, band_limit, opus, order, white_noise
+from voxtral.evaluation import (AGREEMENT, CODES, METRICS, Agreement, Averages, Encoded, Sample, all_codes,
+                                clip_codes, compare_voices, encode_all, fresh_encoder, gap_closed, voice_statistics)
+from voxtral.layout import withheld_layout
+from voxtral.params import load_params
+from voxtral.scores import SCORES, Scorer, estoi, pesq_wb, si_sdr, word_error_rate
+from voxtral.sources import Clip
+from voxtral.standin import random_tensor, small_params, write_random_checkpoint
+
+SPEECH = Path(__file__).parents[1] / "assets" / "speech"
+SPEAKERS = {"anna": "k_af_heart_0.opus", "ben": "k_am_adam_0.opus"}
+
+
+def noise(n, seed=0):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+@pytest.fixture(scope="module")
+def speech():
+    """Two clips of 2 s."""
+    return [torch.from_numpy(load_segment(str(SPEECH / name), 0.0, 2.0)[0]) for name in SPEAKERS.values()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, speech):
+    """anna/0.wav, ben/0.wav, anna/short.wav, and a file that is no audio."""
+    folder = tmp_path_factory.mktemp("speech")
+    for name, waveform in zip(SPEAKERS, speech):
+        (folder / name).mkdir()
+        soundfile.write(folder / name / "0.wav", waveform.numpy(), 24000)
+    soundfile.write(folder / "anna" / "short.wav", speech[0][:20_000].numpy(), 24000)
+    (folder / "ben" / "broken.wav").write_text("no audio")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("released")
+    write_random_checkpoint(folder, small_params(), {"alpha": 12, "beta": 9})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoders(released, tmp_path_factory):
+    """Two random encoders, as files."""
+    layout, base = withheld_layout(load_params(released)), tmp_path_factory.mktemp("encoders")
+    for seed in (1, 2):
+        save_tensors(base / f"{seed}.safetensors", {n: random_tensor(n, s, seed).float() for n, s in layout.items()})
+    return [base / "1.safetensors", base / "2.safetensors"]
+
+
+@pytest.fixture
+def codec(released):
+    torch.manual_seed(0)
+    return VoxtralCodec.from_checkpoint(released)
+
+
+def samples_of(waveforms):
+    return [Sample(Clip(f"{i}.wav", f"speaker {i}", 0), waveform, 24000) for i, waveform in enumerate(waveforms)]
+
+
+def run(*arguments):
+    evaluate.main([*map(str, arguments), "--device", "cpu"])
+
+
+def report_of(output):
+    return json.loads((output / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    return message
+
+
+# ---------------------------------------------------------------- scores
+
+def test_si_sdr_values():
+    n = torch.arange(2400)
+    sine, cosine = (2 * math.pi * n / 24).sin(), (2 * math.pi * n / 24).cos()  # orthogonal, equally strong, no mean
+    assert si_sdr(3 * sine + 0.3 * cosine, sine) == pytest.approx(20, abs=1e-3)
+    assert si_sdr(3 * sine + 0.3 * cosine + 5, sine) == pytest.approx(20, abs=1e-3)
+    assert si_sdr(sine, sine) == 100 and si_sdr(torch.zeros(2400), sine) == -100
+    assert math.isnan(si_sdr(sine, torch.zeros(2400)))
+
+
+def test_word_error_rate_counts_words_as_whisper_normalises_them():
+    assert word_error_rate("Hello, Mr. World!", "hello mister world", "en") == (0, 3)
+    assert word_error_rate("one two three four", "one too four", "fr") == (pytest.approx(2 / 4), 4)
+    assert word_error_rate("你好世界", "你好时界", "zh") == (pytest.approx(1 / 4), 4)  # characters
+    assert word_error_rate("a b", "a b c d e f", "de")[0] == pytest.approx(2)
+    rate, words = word_error_rate("...", "something", "en")
+    assert math.isnan(rate) and words == 0
+
+
+def test_scores_that_a_clip_does_not_have_are_nan():
+    pytest.importorskip("pesq", reason="PESQ is optional: pip install pesq")
+    pytest.importorskip("pystoi", reason="ESTOI is optional: pip install pystoi")
+    short = noise(3000).numpy()
+    assert math.isnan(pesq_wb(short, short)) and math.isnan(estoi(short, short, 24000))
+    assert math.isnan(pesq_wb(np.zeros(32000, np.float32), noise(32000).numpy()))
+
+
+def test_every_score_is_of_the_own_source(speech, speaker_checkpoint, whisper_checkpoint):
+    scorer = Scorer(["mel", "stft", "sisdr", "wer", "speaker"], 24000, "cpu", whisper_checkpoint, speaker_checkpoint)
+    source = scorer.listen(speech[0][:24_000])
+    same, other = (scorer.score(source, x[:24_000]) for x in speech)
+    assert list(same) == ["mel", "stft", "sisdr", "wer", "speaker", "words", "text"]
+    assert (same["mel"], same["stft"], same["sisdr"], same["text"]) == (0, 0, 100, source.text)
+    assert same["speaker"] == pytest.approx(1, abs=1e-5) and other["speaker"] < same["speaker"]
+    assert other["mel"] > 0.5 and other["sisdr"] < 0 and (same["wer"] == 0 or same["words"] == 0)
+
+
+def test_reconstructions_are_transcribed_in_the_language_of_the_source(speech, whisper_checkpoint, monkeypatch):
+    scorer = Scorer(["wer"], 24000, "cpu", whisper_checkpoint)
+    asked, texts = [], iter(["Ein kleiner Test.", "ein Test"])
+
+    def transcribe(audio, language, **options):
+        asked.append((len(audio), language))
+        return {"text": next(texts), "language": "de"}
+
+    monkeypatch.setattr(scorer.whisper, "transcribe", transcribe)
+    row = scorer.score(scorer.listen(speech[0]), speech[1])
+    assert asked == [(32000, None), (32000, "de")]  # 2 s at 16 kHz
+    assert row == {"wer": pytest.approx(1 / 3), "words": 3, "text": "ein Test"}
+
+
+# ---------------------------------------------------------------- degradations
+
+def test_degradations_are_what_their_names_say(speech):
+    x = speech[0]
+    assert all(len(degrade(x)) == len(x) for degrade in DEGRADATIONS.values())
+    assert torch.equal(DEGRADATIONS["identity"](x), x)
+    assert si_sdr(white_noise(x, 20), x) == pytest.approx(20, abs=0.1)
+    above_8k = slice(round(8500 / 24000 * len(x)), None)
+    hiss, window = noise(len(x)), torch.hann_window(len(x))
+    kept, before = (torch.fft.rfft(audio * window)[above_8k].norm() for audio in (band_limit(hiss), hiss))
+    assert kept < 1e-3 * before
+    assert set(DEGRADATIONS) == {name for chain in CHAINS.values() for name in chain}
+
+
+@pytest.mark.parametrize("kbps", [6, 12, 24])
+def test_opus_files_have_the_rate(speech, kbps, monkeypatch):
+    written, write = [], soundfile.write
+    monkeypatch.setattr(soundfile, "write", lambda file, *a, **k: (write(file, *a, **k), written.append(file.tell())))
+    opus(speech[0], kbps)
+    assert kbps - 1 < written[0] * 8 / (len(speech[0]) / 24) < kbps + 5  # and the container
+
+
+@pytest.mark.parametrize("name", ["mel", "stft", "sisdr", "pesq", "estoi", "speaker"])
+def test_scores_order_degradations_rightly(speech, name):
+    for package in SCORES[name].packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{name} is optional: {SCORES[name].install}")
+    scorer = Scorer([name], 24000, "cpu")
+    source = scorer.listen(speech[1])
+    values = {key: scorer.score(source, degrade(speech[1]))[name] for key, degrade in DEGRADATIONS.items()}
+    assert order(values, SCORES[name].higher_is_better) == {chain: "right" for chain in CHAINS}, values
+
+
+def test_dnsmos_hears_noise(speech):
+    for package in SCORES["dnsmos"].packages:
+        pytest.importorskip(package, reason=f"DNSMOS is optional: {SCORES['dnsmos'].install}")
+    scorer = Scorer(["dnsmos"], 24000, "cpu")
+    source = scorer.listen(speech[1])
+    noisy = scorer.score(source, DEGRADATIONS["noise_10db"](speech[1]))["dnsmos"]
+    assert 1 <= noisy < source.dnsmos - 0.5 and source.dnsmos <= 5
+
+
+def test_order_tells_ties_and_wrong_steps():
+    values = dict.fromkeys(DEGRADATIONS, 0.0) | {"identity": 3.0, "opus_24k": 2.0, "opus_12k": 1.0, "opus_6k": 0.5}
+    values |= {"band_limit_16k": 3.0, "noise_10db": 1.0}
+    assert order(values, True) == {"band": "tie", "opus": "right", "noise": "wrong"}
+    assert order(values, False) == {"band": "tie", "opus": "wrong", "noise": "wrong"}
+
+
+# ---------------------------------------------------------------- codes and embeddings
+
+def test_every_clip_is_encoded_as_if_alone_in_fp32(codec, speech):
+    clips = [speech[0], speech[1][:20_001]]
+    for clip, (encoded, decoded) in zip(clips, encode_all(codec, samples_of(clips))):
+        with torch.no_grad():
+            codes = codec.encode(clip[None, None])
+            assert torch.equal(encoded.codes, codes[0]) and encoded.latent.dtype == torch.float32
+            assert torch.equal(decoded, codec.decode(codes)[0, 0, :len(clip)])
+            rows = codec.voice_embedding(clip[None, None])[:-1]  # what serving would show the LLM
+        measured = clip_codes(codec, encoded)
+        assert measured["frames"] == len(rows) == math.ceil(len(clip) / 1920)
+        assert measured["embedding_norm"] == pytest.approx(rows.norm(dim=1).mean().item(), rel=1e-5)
+        assert measured["semantic_per_clip"] == len(set(codes[0, 0].tolist()))
+        assert measured["extremes_share"] == pytest.approx(((codes[0, 1:] == 0) | (codes[0, 1:] == 20)).float().mean())
+
+
+def test_codes_of_all_clips_together(codec):
+    codes = torch.full((37, 4), 10)
+    codes[0] = torch.tensor([1, 1, 2, 2])
+    more = codes[:, :2].clone()
+    more[1:] = 20
+    result = all_codes(codec, [Encoded(torch.zeros(1), codes), Encoded(torch.zeros(1), more)])
+    assert (result["frames"], result["semantic_used"], result["semantic_dead_share"]) == (6, 2, 1 - 2 / 64)
+    entropy = -(4 / 6 * math.log(4 / 6) + 2 / 6 * math.log(2 / 6))
+    assert result["semantic_perplexity"] == pytest.approx(math.exp(entropy))
+    assert [result["level_histogram"][level] for level in (10, 20)] == pytest.approx([4 / 6, 2 / 6])
+
+
+def test_agreement_by_hand(codec):
+    codebook, agreement = codec.quantizer.semantic_codebook.embedding, Agreement(codec)
+    third = (codebook - codebook[5]).norm(dim=1).argsort()[2].item()  # third nearest to entry 5, itself the first
+    shift = 0.1 * torch.ones(36, 1)  # one level after tanh
+
+    def clip(semantic, level):
+        acoustic = torch.atanh(torch.tensor(level * 2 / 20 - 1)) * torch.ones(36, 1)
+        latent = torch.cat([codebook[semantic][:, None], acoustic]).repeat(1, 3)
+        return Encoded(latent, codec.quantizer.encode(latent[None])[0])
+
+    own, reference = clip(5, 12.0), clip(third, 11.0)
+    perfect = {"semantic_equal": 1, "semantic_rank": 1, "levels_equal": 1, "levels_within_1": 1, "semantic_distance": 0,
+               "acoustic_distance": 0, "embedding_cosine": 1}
+    assert agreement(own, own) == pytest.approx(perfect, abs=1e-5)
+    measured = agreement(own, reference)
+    assert list(measured) == list(AGREEMENT)
+    assert (measured["semantic_equal"], measured["semantic_rank"]) == (0, 3)
+    assert (measured["levels_equal"], measured["levels_within_1"]) == (0, 1)
+    assert measured["acoustic_distance"] == pytest.approx(10 * shift[0].item(), rel=1e-4)
+    nearest = torch.cdist(codebook, codebook).fill_diagonal_(torch.inf).amin(dim=1).square().median()
+    expected = (codebook[5] - codebook[third]).square().sum() / nearest
+    assert measured["semantic_distance"] == pytest.approx(expected.item(), rel=1e-3)
+    rows = [codec.embed_codes(each.codes[None])[0] for each in (own, reference)]
+    assert measured["embedding_cosine"] == pytest.approx(torch.cosine_similarity(*rows, dim=1).mean().item(), abs=1e-5)
+
+
+def test_voice_statistics_by_hand():
+    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    voices = voice_statistics([torch.stack([east, north]), torch.stack([east, east]), torch.stack([east, east])],
+                              ["anna", "anna", "ben"], rms=15.0)
+    assert (voices.n_rows, voices.norm) == (6, pytest.approx(7 / 6))
+    assert voices.mean.tolist() == pytest.approx([5 / 6, 2 / 6])
+    assert voices.variance.tolist() == pytest.approx([5 / 6 - 25 / 36, 4 / 6 - 4 / 36])
+    assert voices.near_zero_share == pytest.approx(11 / 12)  # all but the 2
+    assert voices.cosine_within_voice == pytest.approx((0 + 1 + 1) / 3)
+    assert voices.cosine_within_speaker == pytest.approx(1 / math.sqrt(5))  # of (1, 2) / 2 and (1, 0)
+    assert voices.cosine_between_speakers == pytest.approx((1 / math.sqrt(5) + 1) / 2)
+    same = compare_voices(voices, voices)
+    assert same["mean_distance_to_presets"] == 0
+    assert [same[key] for key in ("mean_cosine_to_presets", "variance_over_presets", "log_variance_correlation")
+            ] == pytest.approx([1, 1, 1])
+
+
+def test_untrained_is_where_training_starts(codec, released, speech):
+    state = torch.random.get_rng_state()
+    tensors = fresh_encoder(codec, samples_of(speech), seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(3)
+    expected = VoxtralCodec.from_checkpoint(released)
+    waveform = torch.stack(speech)[:, None]
+    expected.scale_fresh_encoder(waveform, torch.tensor([48000, 48000]))
+    own = expected.encoder_tensors()
+    assert set(tensors) == set(own) and all(torch.equal(tensors[name], own[name]) for name in own)
+    with torch.no_grad():  # as training does, not as PyTorch initialises
+        assert expected.encode_latent(waveform).std() > 10 * codec.encode_latent(waveform).std()
+
+
+# ---------------------------------------------------------------- averages and intervals
+
+def test_means_are_weighted_and_leave_out_what_is_not_measured():
+    averages = Averages(["anna", "anna", "ben"], seed=0)
+    rows = [{"mel": 1.0, "wer": 0.5, "words": 2}, {"mel": math.nan, "wer": 0.0, "words": 6},
+            {"mel": 4.0, "wer": math.nan, "words": 0}]
+    assert averages.means(rows, "mel")[0] == pytest.approx(2.5)
+    assert averages.means(rows, "wer")[0] == pytest.approx(1 / 8)
+
+
+def test_intervals_draw_whole_speakers():
+    speakers, rows = ["anna"] * 3 + ["ben"] * 3, [{"mel": value} for value in (0, 0, 0, 1.0, 1.0, 1.0)]
+    means = Averages(speakers, seed=0).means(rows, "mel")
+    drawn, counts = np.unique(means[1:], return_counts=True)
+    assert means[0] == 0.5 and drawn.tolist() == [0, 0.5, 1]
+    assert counts / counts.sum() == pytest.approx([0.25, 0.5, 0.25], abs=0.05)
+    assert np.array_equal(means, Averages(speakers, seed=0).means(rows, "mel"))
+    assert not np.array_equal(means, Averages(speakers, seed=1).means(rows, "mel"))
+
+
+def test_interval_of_many_speakers_is_the_standard_error():
+    random = np.random.default_rng(0)
+    values = random.normal(size=200)
+    averages = Averages([f"{i:03d}" for i in range(200)], seed=0)
+    summary = averages.summary(averages.means([{"mel": value} for value in values], "mel"))
+    half = 1.96 * values.std() / math.sqrt(200)
+    assert summary["interval"] == pytest.approx([summary["value"] - half, summary["value"] + half], abs=0.02)
+
+
+def test_one_speaker_has_no_interval():
+    averages = Averages(["anna", "anna"], seed=0)
+    assert averages.summary(averages.means([{"mel": 1.0}, {"mel": 2.0}], "mel")) == {"value": 1.5, "interval": None}
+
+
+def test_gap_closed():
+    assert gap_closed(4.0, 4.0, 2.0) == 0 and gap_closed(4.0, 2.0, 2.0) == 1 and gap_closed(0.0, 0.75, 1.0) == 0.75
+    assert gap_closed(4.0, 1.0, 2.0) == 1.5 and math.isnan(gap_closed(2.0, 1.0, 2.0))
+    assert gap_closed(np.array([4.0, 2.0]), np.array([3.0, 1.0]), np.array([2.0, 0.0])).tolist() == [0.5, 0.5]
+
+
+# ---------------------------------------------------------------- the script
+
+def test_a_whole_evaluation(released, encoders, folder, tmp_path, capsys):
+    run("--checkpoint", released, "--encoder", encoders[1], "--reference-encoder", encoders[0], "--data", folder,
+        "--output", tmp_path, "--samples", 1)
+    report = report_of(tmp_path)
+    assert (report["clips"], report["speakers"]) == (3, 2) and "broken.wav: unreadable" in report["bad_clips"][0]
+    assert list(report["systems"]) == ["reference", "encoder", "untrained"]
+    names = ["mel", "stft", "sisdr", *CODES, *AGREEMENT]
+    for system in report["systems"].values():
+        assert list(system["metrics"]) == names and system["metrics"]["mel"]["clips"] == 3
+        assert len(system["codes"]["level_histogram"]) == 21 and "norm" in system["voices"]
+    metrics = {name: {key: value["value"] for key, value in system["metrics"].items()}
+               for name, system in report["systems"].items()}
+    assert metrics["reference"]["semantic_equal"] == 1 > metrics["encoder"]["semantic_equal"]
+    assert set(report["gap_closed"]) >= set(names)
+    mel = [metrics[name]["mel"] for name in ("untrained", "encoder", "reference")]
+    assert report["gap_closed"]["mel"]["value"] == pytest.approx((mel[0] - mel[1]) / (mel[0] - mel[2]))
+    assert len(report["gap_closed"]["mel"]["interval"]) == 2
+    assert report["presets"]["rows"] == 11 + 8  # without END_AUDIO
+    assert set(report["not_measured"]) == set(SCORES) - {"mel", "stft", "sisdr"}
+    assert "pip install pesq" in report["not_measured"]["pesq"]
+
+    with (tmp_path / "clips.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["system"], row["speaker_name"]) for row in rows[:4]] == [
+        ("reference", "anna"), ("reference", "anna"), ("reference", "ben"), ("encoder", "anna")]
+    assert len(rows) == 9
+    mean = sum(float(row["mel"]) for row in rows if row["system"] == "encoder") / 3
+    assert mean == pytest.approx(metrics["encoder"]["mel"])
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"metrics.json", "table.md", "clips.csv", "scores.png", "levels.png", "voices.png", "gap.png",
+                       "clip_0.png", "clip_0_source.wav", *(f"clip_0_{name}.wav" for name in report["systems"])}
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+    assert "- pesq: add pesq to --metrics; pip install pesq" in (tmp_path / "table.md").read_text()
+
+
+def test_the_reference_itself_closes_the_whole_gap(released, encoders, folder, tmp_path):
+    run("--checkpoint", released, "--encoder", encoders[0], "--reference-encoder", encoders[0], "--data", folder,
+        "--output", tmp_path, "--samples", 0, "--max-sec", 0.5)
+    gaps = report_of(tmp_path)["gap_closed"]
+    assert all(gap["value"] in (1, None) for gap in gaps.values()) and gaps["semantic_equal"]["value"] == 1
+    assert gaps["levels_equal"]["interval"] == [1, 1]
+
+
+def test_data_is_a_config_with_its_validation_clips_or_all(folder, tmp_path):
+    config = tmp_path / "data.yaml"
+    config.write_text(f"data:\n  data_root: {folder}\n  sources:\n"
+                      "  - {kind: folder}\n  - {kind: folder, path: absent}\n"
+                      "  validation: {clips: 1, speakers: [ben]}\n")
+    clips, absent = evaluate.choose_clips(str(config), ["data.validation.clips=5"], False)
+    assert {clip.speaker for clip in clips} == {"ben"} and len(clips) == 2 and "absent" in absent[0]
+    assert len(evaluate.choose_clips(str(config), [], False)[0]) == 1
+    everything, _ = evaluate.choose_clips(str(config), [], True)
+    assert len(everything) == 4
+    of_folder, _ = evaluate.choose_clips(str(folder), [], False)
+    assert [clip.path for clip in of_folder] == [clip.path for clip in everything]
+
+
+def test_calibration_needs_no_checkpoint(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("VOXTRAL_CKPT", raising=False)
+    run("--degrade", "--data", folder / "anna", "--metrics", "sisdr,mel", "--output", tmp_path, "--samples", 1,
+        "--max-sec", 1)
+    report = report_of(tmp_path)
+    assert list(report["systems"]) == list(DEGRADATIONS)
+    assert report["order"] == {name: {chain: "right" for chain in CHAINS} for name in ("sisdr", "mel")}
+    assert report["systems"]["noise_20db"]["metrics"]["sisdr"]["value"] == pytest.approx(20, abs=0.2)
+    assert report["speakers"] == 1 and report["systems"]["identity"]["metrics"]["mel"]["interval"] is None
+    assert "opus: right" in (tmp_path / "table.md").read_text()
+    wavs = {path.name for path in tmp_path.glob("*.wav")}
+    assert wavs == {f"clip_0_{name}.wav" for name in ("source", *DEGRADATIONS)}
+
+
+@pytest.mark.parametrize("name", [name for name, metric in SCORES.items() if metric.packages])
+def test_a_score_without_its_package_names_what_to_install(name, folder, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda p, *a: None if p in SCORES[name].packages else find(p, *a))
+    message = refused(capsys, "--degrade", "--data", folder, "--output", tmp_path / "out", "--metrics", f"mel,{name}")
+    assert SCORES[name].install in message and f"--metrics {name}" in message and not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_one_sentence(released, encoders, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("VOXTRAL_CKPT", raising=False)
+    base = ["--data", folder, "--output", tmp_path / "out"]
+    assert "pass --encoder" in refused(capsys, *base, "--checkpoint", released)
+    assert "pass --checkpoint" in refused(capsys, *base)
+    assert "there is no 'pesk'" in refused(capsys, *base, "--degrade", "--metrics", "pesk")
+    assert "--degrade uses no encoder" in refused(capsys, *base, "--degrade", "--encoder", encoders[0])
+    assert "--samples is -1" in refused(capsys, *base, "--degrade", "--samples", "-1")
+    assert "--max-sec is nan" in refused(capsys, *base, "--degrade", "--max-sec", "nan")
+    assert "only a config has keys" in refused(capsys, *base, "--degrade", "data.max_sec=1")
+    assert "--whisper: " in refused(capsys, *base, "--degrade", "--metrics", "wer", "--whisper", "none")
+    assert "--speaker-model: " in refused(capsys, *base, "--degrade", "--metrics", "speaker", "--speaker-model", "none")
+    assert "absent.safetensors is missing" in refused(capsys, *base, "--checkpoint", released, "--encoder",
+                                                      tmp_path / "absent.safetensors")
+    assert "absent.yaml" in refused(capsys, "--degrade", "--data", "absent.yaml", "--output", tmp_path / "out")
+    base[1] = tmp_path / "bad"
+    base[1].mkdir()
+    (base[1] / "broken.wav").write_text("no audio")
+    assert "None of the 1 clips" in refused(capsys, *base, "--degrade")
+
+
+def test_every_metric_is_defined_and_its_weight_is_measured():
+    assert all(metric.definition and metric.weight in ("", "frames", "words") for metric in METRICS.values())

@@ -1,0 +1,252 @@
+"""Evaluation of an encoder on whole clips: codes, agreement with a reference encoder, voice embeddings, gap closed.
+
+Scores of the decoded audio are in `voxtral.scores`. Every clip passes through the codec alone.
+"""
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES
+from voxtral.codec import VoxtralCodec
+from voxtral.data import SAMPLE_RATE, BadClip, load_segment
+from voxtral.losses import codebook_scale
+from voxtral.metrics import code_agreement, code_statistics
+from voxtral.scores import SCORES, Metric
+from voxtral.sources import Clip, DataError
+
+FRESH_CLIPS, FRESH_SEC = 16, 4.0  # what a fresh encoder is scaled on, as configs/encoder.yaml starts
+N_RESAMPLES = 2000
+INTERVAL = (2.5, 97.5)            # percentiles
+NEAR_ZERO = 0.1                   # of the presets' root mean square
+
+CODES = {
+    "semantic_per_clip": Metric("distinct semantic codes of a clip"),
+    "extremes_share": Metric("share of the acoustic levels at either end of the scale", weight="frames"),
+    "embedding_norm": Metric("norm of a row of the voice embedding", weight="frames"),
+}
+AGREEMENT = {
+    "semantic_equal": Metric("share of semantic codes equal to the reference's", True, weight="frames"),
+    "semantic_rank": Metric("rank of the reference's semantic code among all by distance (1: nearest), median over a "
+                            "clip's frames", False, weight="frames"),
+    "levels_equal": Metric("share of acoustic levels equal to the reference's", True, weight="frames"),
+    "levels_within_1": Metric("share of acoustic levels at most one off", True, weight="frames"),
+    "semantic_distance": Metric("squared distance of semantic latents before quantization, over the median squared "
+                                "nearest-neighbour distance of the codebook", False, weight="frames"),
+    "acoustic_distance": Metric("distance of acoustic latents after tanh, before rounding, in levels", False,
+                                weight="frames"),
+    "embedding_cosine": Metric("cosine of the voice embeddings' rows, frame by frame", True, weight="frames"),
+}
+METRICS = SCORES | CODES | AGREEMENT
+
+
+# ---------------------------------------------------------------- clips
+
+@dataclass
+class Sample:
+    """A clip that could be read. waveform [T] float32 at 24 kHz."""
+    clip: Clip
+    waveform: Tensor
+    native_rate: int
+
+    @property
+    def speaker(self) -> tuple[int, str]:
+        """Sources may use the same names."""
+        return self.clip.source, self.clip.speaker
+
+
+@dataclass
+class Encoded:
+    """One clip through the encoder, on the CPU (L frames)."""
+    latent: Tensor  # [latent_dim, L] before quantization
+    codes: Tensor   # [1 + acoustic_dim, L]
+
+
+def load_samples(clips: list[Clip], max_sec: float) -> tuple[list[Sample], list[str]]:
+    """The first `max_sec` of every clip -> samples, "path: reason" of those that cannot be used. Raises DataError
+    when none is left."""
+    samples, bad = [], []
+    for clip in clips:
+        try:
+            audio, rate = load_segment(clip.path, 0.0, max_sec)
+            samples.append(Sample(clip, torch.from_numpy(audio), rate))
+        except BadClip as error:
+            bad.append(str(error))
+    if not samples:
+        raise DataError(f"None of the {len(clips)} clips can be read; look at --data ({'; '.join(bad[:3])}).")
+    return samples, bad
+
+
+@torch.no_grad()
+def encode_all(codec: VoxtralCodec, samples: list[Sample]) -> Iterator[tuple[Encoded, Tensor]]:
+    """Each clip encoded and decoded alone, in the codec's dtype and without TF32; decoded [T] is cut to the source."""
+    device = next(codec.parameters()).device
+    for sample in samples:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            latent = codec.encode_latent(sample.waveform[None, None].to(device)).float()
+            codes = codec.quantizer.encode(latent)
+            decoded = codec.decode(codes)[0, 0, :len(sample.waveform)].float()
+        yield Encoded(latent[0].cpu(), codes[0].cpu()), decoded.cpu()
+
+
+def fresh_encoder(codec: VoxtralCodec, samples: list[Sample], seed: int) -> dict[str, Tensor]:
+    """Encoder tensors of `codec`'s sizes as train_encoder.py starts from them: random, scaled on the first clips."""
+    lengths = torch.tensor([len(sample.waveform) for sample in samples[:FRESH_CLIPS]])
+    lengths = lengths.clamp(max=round(FRESH_SEC * SAMPLE_RATE))
+    waveform = torch.zeros(len(lengths), 1, lengths.max())
+    for row, sample, length in zip(waveform, samples, lengths):
+        row[0, :length] = sample.waveform[:length]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = VoxtralCodec(codec.params)
+    tensors = {CODEC_PREFIX + name: tensor.cpu() for name, tensor in codec.state_dict().items()}
+    fresh.load_decoder({name: t for name, t in tensors.items() if not name.startswith(ENCODER_PREFIXES)})
+    fresh.scale_fresh_encoder(waveform, lengths)
+    return fresh.encoder_tensors()
+
+
+# ---------------------------------------------------------------- codes
+
+@torch.no_grad()
+def clip_codes(codec: VoxtralCodec, encoded: Encoded) -> dict[str, float]:
+    """CODES of one clip, and its number of frames."""
+    levels = encoded.codes[1:]
+    norm = codec.embed_codes(encoded.codes[None].to(codec.audio_embedding.device)).float().norm(dim=-1).mean()
+    extreme = (levels == 0) | (levels == codec.params.acoustic_codebook_size - 1)
+    return {"frames": encoded.codes.shape[1], "semantic_per_clip": float(encoded.codes[0].unique().numel()),
+            "extremes_share": extreme.float().mean().item(), "embedding_norm": norm.item()}
+
+
+def all_codes(codec: VoxtralCodec, encoded: list[Encoded]) -> dict:
+    """Over all clips together: frames, semantic_used, semantic_perplexity, level_histogram (voxtral.metrics), and
+    semantic_dead_share, the part of the codebook that no frame used (fewer frames than codes cannot use them all)."""
+    codes = torch.cat([clip.codes for clip in encoded], dim=1)[None]
+    size = codec.params.semantic_codebook_size
+    statistics = code_statistics(codes, torch.tensor([codes.shape[-1]]), size, codec.params.acoustic_codebook_size)
+    result = {name: value.tolist() for name, value in statistics.items()}
+    del result["extremes_share"]  # among the averages over clips, with its interval
+    return {"frames": codes.shape[-1], "semantic_dead_share": 1 - result["semantic_used"] / size} | result
+
+
+class Agreement:
+    """Compares clips with what a reference encoder makes of them: AGREEMENT, by name."""
+
+    def __init__(self, codec: VoxtralCodec):
+        self.codec = codec
+        self.codebook = codec.quantizer.semantic_codebook.embedding
+        self.scale = codebook_scale(self.codebook).item()
+
+    @torch.no_grad()
+    def __call__(self, own: Encoded, reference: Encoded) -> dict[str, float]:
+        params, device = self.codec.params, self.codebook.device
+        codes, expected = own.codes[None].to(device), reference.codes[None].to(device)
+        result = {name: value.item() for name, value in code_agreement(
+            codes, expected, torch.tensor([codes.shape[-1]], device=device)).items()}
+        semantic, acoustic = own.latent.to(device).split([params.semantic_dim, params.acoustic_dim])
+        true_semantic, true_acoustic = reference.latent.to(device).split([params.semantic_dim, params.acoustic_dim])
+        distances = torch.cdist(semantic.T[None], self.codebook[None])[0]  # [L, K], as the quantizer computes them
+        rank = 1 + (distances < distances.gather(1, expected[0, 0, :, None])).sum(dim=1)
+        half_range = (params.acoustic_codebook_size - 1) / 2
+        rows, true_rows = self.codec.embed_codes(codes)[0].float(), self.codec.embed_codes(expected)[0].float()
+        return {"semantic_equal": result["semantic_equal"], "semantic_rank": rank.float().quantile(0.5).item(),
+                "levels_equal": result["levels_equal"], "levels_within_1": result["levels_within_1"],
+                "semantic_distance": (semantic - true_semantic).square().sum(dim=0).mean().item() / self.scale,
+                "acoustic_distance": half_range * (acoustic.tanh() - true_acoustic.tanh()).abs().mean().item(),
+                "embedding_cosine": F.cosine_similarity(rows, true_rows, dim=-1).mean().item()}
+
+
+# ---------------------------------------------------------------- voice embeddings
+
+@dataclass
+class Voices:
+    """Statistics of voice embeddings [L, dim] without their END_AUDIO rows."""
+    n_rows: int
+    norm: float                # mean over rows
+    mean: Tensor               # [dim] over all rows
+    variance: Tensor           # [dim]
+    near_zero_share: float     # values below NEAR_ZERO times the presets' root mean square
+    cosine_within_voice: float     # first half of a clip against its second, of their mean rows
+    cosine_within_speaker: float   # different clips of a speaker; NaN where all have one
+    cosine_between_speakers: float
+
+
+def voice_statistics(embeddings: Iterable[Tensor], speakers: list, rms: float) -> Voices:
+    """Embeddings [L, dim] (one at a time in memory), their speakers, the presets' root mean square."""
+    total = square = norm = 0.0
+    n_rows = small = 0
+    means, within_voice = [], []
+    for rows in embeddings:
+        rows = rows.double().cpu()
+        n_rows += len(rows)
+        total, square, norm = total + rows.sum(0), square + rows.square().sum(0), norm + rows.norm(dim=1).sum().item()
+        small += (rows.abs() < NEAR_ZERO * rms).sum().item()
+        means.append(rows.mean(0))
+        if len(rows) > 1:
+            first, second = rows.tensor_split(2)
+            within_voice.append(torch.cosine_similarity(first.mean(0), second.mean(0), dim=0).item())
+    unit = F.normalize(torch.stack(means), dim=1)
+    cosine = (unit @ unit.T).numpy()
+    pairs = {True: [], False: []}
+    for i, j in combinations(range(len(speakers)), 2):
+        pairs[speakers[i] == speakers[j]].append(cosine[i, j])
+    mean = total / n_rows
+    average = {same: float(np.mean(values)) if values else float("nan") for same, values in pairs.items()}
+    return Voices(n_rows, norm / n_rows, mean, square / n_rows - mean.square(), small / (n_rows * len(mean)),
+                  float(np.mean(within_voice)) if within_voice else float("nan"), average[True], average[False])
+
+
+def compare_voices(voices: Voices, presets: Voices) -> dict[str, float]:
+    """Numbers for the report; with `presets` itself every comparison is perfect (1, and 0 for the distance)."""
+    log_variances = np.log(np.maximum(np.stack([voices.variance.numpy(), presets.variance.numpy()]), 1e-12))
+    return {"rows": voices.n_rows, "norm": voices.norm, "near_zero_share": voices.near_zero_share,
+            "cosine_within_voice": voices.cosine_within_voice, "cosine_within_speaker": voices.cosine_within_speaker,
+            "cosine_between_speakers": voices.cosine_between_speakers,
+            "mean_cosine_to_presets": torch.cosine_similarity(voices.mean, presets.mean, dim=0).item(),
+            "mean_distance_to_presets": ((voices.mean - presets.mean).norm() / presets.mean.norm()).item(),
+            "variance_over_presets": (voices.variance.sum() / presets.variance.sum()).item(),
+            "log_variance_correlation": float(np.corrcoef(log_variances)[0, 1])}
+
+
+# ---------------------------------------------------------------- averages, intervals, gap closed
+
+class Averages:
+    """Weighted means over clips, with percentile-bootstrap intervals over speakers: whole speakers are drawn with
+    repeats, the same draws for every metric and system. With one speaker there are no intervals."""
+
+    def __init__(self, speakers: list, seed: int):
+        names = sorted(set(speakers))
+        self.owner = np.array([names.index(speaker) for speaker in speakers])
+        self.n_speakers = len(names)
+        random = np.random.default_rng(seed)
+        # Row 0 is the data itself.
+        draws = random.multinomial(self.n_speakers, np.full(self.n_speakers, 1 / self.n_speakers), size=N_RESAMPLES)
+        self.counts = np.concatenate([np.ones((1, self.n_speakers)), draws])  # [1 + N_RESAMPLES, speakers]
+
+    def means(self, rows: list[dict], name: str) -> np.ndarray:
+        """Rows of clips (in the order of `speakers`) -> [1 + N_RESAMPLES] means of a metric, the true one first; clips
+        whose value is NaN do not count."""
+        values = np.array([row[name] for row in rows], dtype=float)
+        weight = METRICS[name].weight
+        weights = np.array([row[weight] if weight else 1.0 for row in rows], dtype=float) * np.isfinite(values)
+        sums = np.bincount(self.owner, np.nan_to_num(values) * weights, self.n_speakers)
+        norms = np.bincount(self.owner, weights, self.n_speakers)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (self.counts @ sums) / (self.counts @ norms)
+
+    def summary(self, means: np.ndarray) -> dict:
+        """{"value", "interval": [low, high] or None} of what `means` gave, or of a function of such arrays."""
+        drawn = means[1:][np.isfinite(means[1:])]
+        interval = np.percentile(drawn, INTERVAL).tolist() if self.n_speakers > 1 and len(drawn) else None
+        return {"value": float(means[0]), "interval": interval}
+
+
+def gap_closed(untrained, trained, reference):
+    """(untrained - trained) / (untrained - reference), of floats or arrays: 1 as good as the reference; NaN where
+    untrained and reference do not differ."""
+    gap = np.asarray(untrained, dtype=float) - reference
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(np.abs(gap) > 1e-12, (untrained - np.asarray(trained, dtype=float)) / gap, np.nan)
