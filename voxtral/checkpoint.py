@@ -9,6 +9,7 @@ import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
@@ -157,20 +158,14 @@ def write_text(path, text: str) -> None:
 def write_safetensors(path, shapes: dict[str, tuple], dtype_of: Callable[[str], torch.dtype],
                       tensor_of: Callable[[str], Tensor], metadata: dict | None = None) -> None:
     """Writes tensors one at a time, in the order of `shapes`; at most one is in memory. Atomic."""
-    header, offset = {}, 0
-    if metadata is not None:
-        header["__metadata__"] = metadata
-    for name, shape in shapes.items():
-        size = dtype_of(name).itemsize * int(torch.Size(shape).numel())
-        header[name] = {"dtype": DTYPE_NAMES[dtype_of(name)], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        write_header(file, header)
-        for name, shape in shapes.items():
-            tensor = tensor_of(name).to(dtype_of(name)).contiguous()
-            if tuple(tensor.shape) != tuple(shape):
-                raise CheckpointError(f"{name}: shape {list(tensor.shape)} instead of {list(shape)}")
-            file.write(tensor_bytes(tensor))
+    def made(name: str) -> Tensor:
+        tensor = tensor_of(name).to(dtype_of(name))
+        if tuple(tensor.shape) != tuple(shapes[name]):
+            raise CheckpointError(f"{name}: shape {list(tensor.shape)} instead of {list(shapes[name])}")
+        return tensor
+
+    write_items(path, {name: Item(DTYPE_NAMES[dtype_of(name)], list(shape), partial(made, name))
+                       for name, shape in shapes.items()}, metadata)
 
 
 def write_header(file, header: dict) -> None:
