@@ -44,7 +44,6 @@ def evaluate_all(config: EncoderConfig, injected: Path) -> tuple[dict, dict]:
               "untrained": VoxtralCodec.from_checkpoint(config.checkpoint)}
     file = SafetensorsFile(WITHHELD)
     codecs["true_encoder"].load_encoder(file.read(file.entries), WITHHELD)
-    codecs["untrained"].scale_fresh_encoder(batches[0].waveform, batches[0].lengths)  # where training starts
     rows, encoded = {}, {}
     for name, codec in codecs.items():
         rows[name], encoded[name] = evaluate_codec(codec, batches, encoded.get("true_encoder"))

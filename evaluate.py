@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -76,7 +75,7 @@ def read_encoders(codec: VoxtralCodec, options, samples: list[Sample]) -> dict[s
             raise UserError(f"{options.checkpoint} has no encoder: pass --encoder, or put one in (inject_encoder.py).")
         encoders["encoder"] = {name: tensor.clone() for name, tensor in codec.encoder_tensors().items()}
     if "reference" in encoders:
-        encoders["untrained"] = fresh_encoder(codec, samples, options.seed)
+        encoders["untrained"] = fresh_encoder(codec, options.seed)
     return encoders
 
 

@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import soundfile
-import torch
 
 from train_encoder import train
 from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile, save_tensors

@@ -83,14 +83,12 @@ def train(config: EncoderConfig, process: Process) -> None:
     train_clips, validation_clips = split_validation(sources, config.data.validation)
     train_clips = [clip for source in train_clips for clip in source]
     fixed = validation_batches(validation_clips, config.data)
-    if not codec.has_encoder:
-        # All of them, so that the start does not hang on the batch size.
+    if "codebook" in settings.trainable and not codec.has_encoder:
+        # All validation clips, so that the start does not hang on the batch size.
         heard, heard_lengths = torch.cat([b.waveform for b in fixed]), torch.cat([b.lengths for b in fixed])
-        codec.scale_fresh_encoder(heard, heard_lengths)
-        if "codebook" in settings.trainable:
-            with torch.no_grad():
-                latent = codec.encode_latent(heard, heard_lengths)[:, :params.semantic_dim]
-            codec.quantizer.semantic_codebook.start_from(latent.transpose(1, 2).flatten(0, 1), torch.Generator().manual_seed(config.seed))
+        with torch.no_grad():
+            latent = codec.encode_latent(heard, heard_lengths)[:, :params.semantic_dim]
+        codec.quantizer.semantic_codebook.start_from(latent.transpose(1, 2).flatten(0, 1), torch.Generator().manual_seed(config.seed))
     per_epoch = steps_per_epoch(train_clips, config.data, process.world_size, settings.accumulation)
     max_steps = settings.max_steps or max(1, round(settings.epochs * per_epoch))
     global_batch = config.data.batch_size * process.world_size

@@ -264,18 +264,13 @@ def test_voice_statistics_by_hand():
             ] == pytest.approx([1, 1, 1])
 
 
-def test_untrained_is_where_training_starts(codec, released, speech):
+def test_untrained_is_where_training_starts(codec, released):
     state = torch.random.get_rng_state()
-    tensors = fresh_encoder(codec, samples_of(speech), seed=3)
+    tensors = fresh_encoder(codec, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(3)
-    expected = VoxtralCodec.from_checkpoint(released)
-    waveform = torch.stack(speech)[:, None]
-    expected.scale_fresh_encoder(waveform, torch.tensor([48000, 48000]))
-    own = expected.encoder_tensors()
+    own = VoxtralCodec.from_checkpoint(released).encoder_tensors()
     assert set(tensors) == set(own) and all(torch.equal(tensors[name], own[name]) for name in own)
-    with torch.no_grad():  # as training does, not as PyTorch initialises
-        assert expected.encode_latent(waveform).std() > 10 * codec.encode_latent(waveform).std()
 
 
 # ---------------------------------------------------------------- averages and intervals

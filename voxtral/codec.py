@@ -14,9 +14,6 @@ from voxtral.params import END_AUDIO, EMPTY_AUDIO, N_SPECIAL_IDS, CodecParams, i
 from voxtral.quantizer import QuantizationDraws, Quantizer
 
 
-ACOUSTIC_DEVIATION = 0.3  # before tanh: about three levels; from 0.8 on, training drives them to the extremes
-
-
 @dataclass
 class CodecOutput:
     """What a training step needs of one pass through the codec (L frames, T = L * 1920 samples)."""
@@ -108,30 +105,6 @@ class VoxtralCodec(nn.Module):
         return [*self.input_proj.parameters(), *self.encoder_blocks.parameters()]
 
     # ------------------------------------------------------------ encoder
-
-    @torch.no_grad()
-    def scale_fresh_encoder(self, waveform: Tensor, lengths: Tensor) -> None:
-        """Sets the gains of a fresh encoder's convolutions so that on these clips every channel has deviation 1, and the
-        latents spread over the codebook and the levels.
-
-        Data-dependent initialisation of weight-normalised layers (Salimans & Kingma 2016). With PyTorch's own, speech
-        fades below the epsilon of the norms: its latents are level 10 everywhere, and take a thousand steps to grow.
-        """
-        wanted = {id(self.encoder_blocks[-1].conv): torch.cat([
-            # By the median: an entry that was never used may lie anywhere.
-            1.4826 * self.quantizer.semantic_codebook.embedding.abs().median(dim=0).values,
-            torch.full((self.params.acoustic_dim,), ACOUSTIC_DEVIATION)])}
-
-        def rescale(conv: nn.Module, _, output: Tensor) -> Tensor:
-            factor = wanted.get(id(conv), 1.0) / output.std(dim=(0, 2)).clamp(min=1e-6)
-            conv.parametrizations.weight.original0 *= factor[:, None, None]
-            return output * factor[:, None]
-
-        hooks = [module.conv.register_forward_hook(rescale) for module in (self.input_proj, *self.encoder_blocks)
-                 if isinstance(module, CausalConv1d)]
-        self.encode_latent(waveform, lengths)
-        for hook in hooks:
-            hook.remove()
 
     def encode_latent(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """[B, 1, T] -> [B, latent_dim, L], L = ceil(ceil(T / 240) / 8); nothing is squashed here.

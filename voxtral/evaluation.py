@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES
 from voxtral.codec import VoxtralCodec
-from voxtral.data import SAMPLE_RATE, BadClip, load_segment
+from voxtral.data import BadClip, load_segment
 from voxtral.losses import codebook_scale
 from voxtral.metrics import code_agreement, code_statistics
 from voxtral.scores import SCORES, Metric
 from voxtral.sources import Clip, DataError
 
-FRESH_CLIPS, FRESH_SEC = 16, 4.0  # what a fresh encoder is scaled on, as configs/encoder.yaml starts
 N_RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)            # percentiles
 NEAR_ZERO = 0.1                   # of the presets' root mean square
@@ -93,20 +91,11 @@ def encode_all(codec: VoxtralCodec, samples: list[Sample]) -> Iterator[tuple[Enc
         yield Encoded(latent[0].cpu(), codes[0].cpu()), decoded.cpu()
 
 
-def fresh_encoder(codec: VoxtralCodec, samples: list[Sample], seed: int) -> dict[str, Tensor]:
-    """Encoder tensors of `codec`'s sizes as train_encoder.py starts from them: random, scaled on the first clips."""
-    lengths = torch.tensor([len(sample.waveform) for sample in samples[:FRESH_CLIPS]])
-    lengths = lengths.clamp(max=round(FRESH_SEC * SAMPLE_RATE))
-    waveform = torch.zeros(len(lengths), 1, lengths.max())
-    for row, sample, length in zip(waveform, samples, lengths):
-        row[0, :length] = sample.waveform[:length]
+def fresh_encoder(codec: VoxtralCodec, seed: int) -> dict[str, Tensor]:
+    """Encoder tensors of `codec`'s sizes as train_encoder.py starts from them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = VoxtralCodec(codec.params)
-    tensors = {CODEC_PREFIX + name: tensor.cpu() for name, tensor in codec.state_dict().items()}
-    fresh.load_decoder({name: t for name, t in tensors.items() if not name.startswith(ENCODER_PREFIXES)})
-    fresh.scale_fresh_encoder(waveform, lengths)
-    return fresh.encoder_tensors()
+        return VoxtralCodec(codec.params).encoder_tensors()
 
 
 # ---------------------------------------------------------------- codes

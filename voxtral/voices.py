@@ -20,7 +20,7 @@ from voxtral.checkpoint import (EMBEDDING_NAME, Checkpoint, SafetensorsFile, ato
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError
 from voxtral.layout import meta_codec
-from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams, load_params
+from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams
 from voxtral.reference import MAX_SEC, MIN_SPEECH_SEC, Reference, prepare_reference
 from voxtral.sources import AUDIO_SUFFIXES
 
