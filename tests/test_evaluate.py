@@ -3,11 +3,13 @@ import csv
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import soxr
 import torch
 
 import evaluate
@@ -141,6 +143,53 @@ def test_reconstructions_are_transcribed_in_the_language_of_the_source(speech, w
     row = scorer.score(scorer.listen(speech[0]), speech[1])
     assert asked == [(32000, None), (32000, "de")]  # 2 s at 16 kHz
     assert row == {"wer": pytest.approx(1 / 3), "words": 3, "text": "ein Test"}
+
+
+FAKE_SPEECHBRAIN = """
+import torch
+
+class EncoderClassifier:
+    @classmethod
+    def from_hparams(cls, source, overrides, overrides_must_match, run_opts):
+        if source != "ecapa":
+            raise ConnectionError(f"no network for {source}")
+        assert overrides == {"pretrained_path": source} and not overrides_must_match and run_opts == {"device": "cpu"}
+        return cls()
+
+    def encode_batch(self, waveform):
+        # [B, T] -> [B, 1, 192], as SpeechBrain's: here the start of the clip.
+        return waveform[:, None, :192].clone()
+"""
+
+
+@pytest.fixture
+def fake_speechbrain(tmp_path, monkeypatch):
+    """A package of that name, in the place of an installed one."""
+    folder = tmp_path / "fake" / "speechbrain" / "inference"
+    folder.mkdir(parents=True)
+    for file, text in ((folder.parent / "__init__.py", ""), (folder / "__init__.py", ""),
+                       (folder / "speaker.py", FAKE_SPEECHBRAIN)):
+        file.write_text(text)
+    for name in [name for name in sys.modules if name.split(".")[0] == "speechbrain"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(folder.parents[1])
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "speechbrain"]:
+        del sys.modules[name]
+
+
+def test_ecapa_compares_embeddings_at_16_khz(fake_speechbrain, speech):
+    scorer = Scorer(["mel", "ecapa"], 24000, "cpu", ecapa_model="ecapa")
+    source = scorer.listen(speech[0])
+    a, b = (torch.from_numpy(soxr.resample(x.numpy(), 24000, 16000, quality="HQ"))[:192] for x in speech)
+    assert source.ecapa.shape == (1, 192) and list(scorer.score(source, speech[0])) == ["mel", "ecapa"]
+    assert scorer.score(source, speech[0])["ecapa"] == pytest.approx(1, abs=1e-5)
+    assert scorer.score(source, speech[1])["ecapa"] == pytest.approx(torch.cosine_similarity(a, b, 0).item(), abs=1e-4)
+
+
+def test_ecapa_without_weights_says_what_to_do(fake_speechbrain, folder, tmp_path, capsys):
+    message = refused(capsys, "--degrade", "--data", folder, "--output", tmp_path / "out", "--metrics", "ecapa")
+    assert "--ecapa-model" in message and "no network for speechbrain/spkrec-ecapa-voxceleb" in message
 
 
 # ---------------------------------------------------------------- degradations

@@ -3,11 +3,15 @@
 A tensor is read only when asked for, and a file is written tensor by tensor, so an 8 GB checkpoint never sits in memory.
 """
 import errno
+import fcntl
+import io
 import json
+import mmap
 import os
 import struct
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +30,7 @@ TEXT_EMBEDDING_NAME = "mm_audio_embeddings.tok_embeddings.weight"
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64",
                torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-COPY_CHUNK_BYTES, KERNEL_CHUNK_BYTES = 2 ** 24, 2 ** 30
+BLOCK_BYTES, N_WRITERS = 2 ** 25, 4
 
 
 class SafetensorsFile:
@@ -168,10 +172,10 @@ def write_safetensors(path, shapes: dict[str, tuple], dtype_of: Callable[[str], 
                        for name, shape in shapes.items()}, metadata)
 
 
-def write_header(file, header: dict) -> None:
+def header_bytes(header: dict) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensor data starts at a multiple of 8
-    file.write(struct.pack("<Q", len(text)) + text)
+    return struct.pack("<Q", len(text)) + text
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -211,65 +215,87 @@ class Item:
 
 
 def write_items(path, items: dict[str, Item], metadata: dict | None, header: bytes | None = None) -> None:
-    """Writes tensors in the order of `items`, those in files byte for byte; one chunk or tensor is in memory. Atomic.
+    """Writes tensors in the order of `items`, those in files byte for byte; a few blocks and one tensor are in memory.
 
-    header: the first bytes of the file, when they are to be just these. Raises CheckpointError for a file that is cut.
+    Atomic. header: the first bytes of the file, when they are to be just these. Raises CheckpointError for a file that
+    is cut.
     """
     entries, offset = {} if metadata is None else {"__metadata__": metadata}, 0
     for name, item in items.items():
         entries[name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": [offset, offset + item.size]}
         offset += item.size
-    with atomic_path(path) as temporary, temporary.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as copier:
-        if header is not None:
-            file.write(header)
-        else:
-            write_header(file, entries)
-        position, copies = file.tell(), []
-        for data in join_spans([item.data for item in items.values()]):  # files are copied while tensors are made
-            if isinstance(data, Span):
-                copies.append(copier.submit(copy_bytes, data, file, position))
-                position += data.size
+    with atomic_path(path) as temporary, BlockWriter(temporary) as file:
+        start = header_bytes(entries) if header is None else header
+        file.append(io.BytesIO(start), len(start))
+        for item in items.values():
+            if isinstance(item.data, Span):
+                with item.data.path.open("rb", buffering=0) as source:
+                    source.seek(item.data.start)
+                    if file.append(source, item.size) < item.size:
+                        raise CheckpointError(f"{item.data.path} ends too early: download or copy it again.")
             else:
-                written = tensor_bytes(data().contiguous())
-                while len(written):
-                    count = os.pwrite(file.fileno(), written, position)
-                    written, position = written[count:], position + count
-        for copy in copies:
-            copy.result()
+                file.append(io.BytesIO(tensor_bytes(item.data().contiguous())), item.size)
 
 
-def join_spans(parts: list) -> list:
-    """Neighbouring spans of one file become one; everything else stays."""
-    result = []
-    for part in parts:
-        last = result[-1] if result else None
-        if isinstance(part, Span) and isinstance(last, Span) and (last.path, last.start + last.size) == part[:2]:
-            result[-1] = last._replace(size=last.size + part.size)
-        else:
-            result.append(part)
-    return result
+class BlockWriter:
+    """A new file, written from front to back in large blocks by a few threads, past the page cache where that can be.
 
+    Through the cache, 8 GB are throttled by the kernel half-way and have still to be flushed at the end.
+    """
 
-def copy_bytes(span: Span, file, position: int) -> None:
-    """The bytes of `span` to `position` of the open `file`. Raises CheckpointError when there are fewer."""
-    with span.path.open("rb", buffering=0) as source:
-        done = 0
-        while done < span.size:
-            count = _copy_some(source.fileno(), file.fileno(), span.size - done, span.start + done, position + done)
+    def __init__(self, path):
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        with suppress(OSError, AttributeError):  # a file system, or a system, without it
+            fcntl.fcntl(self._file, fcntl.F_SETFL, os.O_DIRECT)
+        self._threads = ThreadPoolExecutor(N_WRITERS)
+        self._free = deque(mmap.mmap(-1, BLOCK_BYTES) for _ in range(N_WRITERS + 1))  # aligned, as O_DIRECT asks
+        self._writes = deque()  # (block, future), the oldest first
+        self._start = self._filled = 0  # where the first of the free blocks begins, and how much of it is filled
+
+    def append(self, source, size: int) -> int:
+        """The next `size` bytes of a binary stream; returns how many there were."""
+        left = size
+        while left:
+            count = source.readinto(memoryview(self._free[0])[self._filled:self._filled + left])
             if not count:
-                raise CheckpointError(f"{span.path} ends too early: download or copy it again.")
-            done += count
+                break
+            left, self._filled = left - count, self._filled + count
+            if self._filled == BLOCK_BYTES:
+                self._submit_block()
+        return size - left
 
+    def _submit_block(self) -> None:
+        block = self._free.popleft()
+        self._writes.append((block, self._threads.submit(self._write, memoryview(block)[:self._filled], self._start)))
+        self._start, self._filled = self._start + self._filled, 0
+        if not self._free:
+            block, write = self._writes.popleft()
+            write.result()
+            self._free.append(block)
 
-def _copy_some(source: int, file: int, left: int, start: int, position: int) -> int:
-    """Copies up to `left` bytes, inside the kernel where it can (Linux); returns how many."""
-    if hasattr(os, "copy_file_range"):
+    def _write(self, data: memoryview, position: int) -> None:
+        while len(data):
+            try:
+                count = os.pwrite(self._file, data, position)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                fcntl.fcntl(self._file, fcntl.F_SETFL, 0)  # not a whole number of disk blocks: the end, or a full disk
+                count = os.pwrite(self._file, data, position)
+            data, position = data[count:], position + count
+
+    def __enter__(self) -> "BlockWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
         try:
-            return os.copy_file_range(source, file, min(left, KERNEL_CHUNK_BYTES), start, position)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-    return os.pwrite(file, os.pread(source, min(left, COPY_CHUNK_BYTES), start), position)
+            if kind is None:
+                self._submit_block()
+                for _, write in self._writes:
+                    write.result()
+        finally:
+            self._threads.shutdown()
+            os.close(self._file)
 
 
 def save_tensors(path, tensors: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from voxtral.codec import VoxtralCodec
 from voxtral.data import BadClip, load_segment
 from voxtral.losses import codebook_scale
 from voxtral.metrics import code_agreement, code_statistics
-from voxtral.scores import SCORES, Metric
+from voxtral.scores import SCORES, Metric, Scorer, Source
 from voxtral.sources import Clip, DataError
 
 N_RESAMPLES = 2000
@@ -146,6 +146,21 @@ class Agreement:
                 "semantic_distance": (semantic - true_semantic).square().sum(dim=0).mean().item() / self.scale,
                 "acoustic_distance": half_range * (acoustic.tanh() - true_acoustic.tanh()).abs().mean().item(),
                 "embedding_cosine": F.cosine_similarity(rows, true_rows, dim=-1).mean().item()}
+
+
+def measure_clips(codec: VoxtralCodec, samples: list[Sample], sources: list[Source], scorer: Scorer,
+                  agreement: Agreement | None = None,
+                  expected: list[Encoded] | None = None) -> Iterator[tuple[dict, Encoded, Tensor]]:
+    """Each clip through `codec` as it is: what is measured of it (METRICS by name), its codes, its audio [T].
+
+    sources: the samples as `scorer` heard them; with `agreement`, the codes are compared with those of the reference
+    encoder, `expected`, or with themselves where there are none yet.
+    """
+    for i, (clip, decoded) in enumerate(encode_all(codec, samples)):
+        row = clip_codes(codec, clip) | scorer.score(sources[i], decoded)
+        if agreement:
+            row |= agreement(clip, expected[i] if expected else clip)
+        yield row, clip, decoded
 
 
 # ---------------------------------------------------------------- voice embeddings

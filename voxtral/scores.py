@@ -1,7 +1,7 @@
 """Scores of decoded speech against its source, clip by clip: what evaluate.py reports of reconstruction.
 
-PESQ, ESTOI, speaker similarity and DNSMOS need packages that requirements.txt leaves out. A score that is asked for
-and cannot be had is an error, never a gap in a table.
+PESQ, ESTOI, both speaker similarities and DNSMOS need packages that requirements.txt leaves out. A score that is asked
+for and cannot be had is an error, never a gap in a table.
 """
 import importlib.util
 import math
@@ -21,8 +21,9 @@ from voxtral.errors import UserError
 from voxtral.losses import MelDistance, stft_distance
 from voxtral.speaker import SpeakerConfig, SpeakerEncoder
 
-SCORE_RATE = 16000      # Hz, of PESQ, Whisper and DNSMOS
+SCORE_RATE = 16000      # Hz, of PESQ, Whisper, ECAPA and DNSMOS
 MAX_SISDR_DB = 100.0    # of a perfect reconstruction, so that averages stay finite
+ECAPA_MODEL = "speechbrain/spkrec-ecapa-voxceleb"
 UNSPACED = ("zh", "ja", "yue", "th", "lo", "my")  # written without spaces: characters count as words, as for Whisper
 
 
@@ -48,6 +49,9 @@ SCORES = {
                   install="--whisper names a model, which is downloaded once, or a local .pt", weight="words"),
     "speaker": Metric("cosine of Resemblyzer embeddings of source and reconstruction", True, ("resemblyzer",),
                       "pip install --no-deps resemblyzer"),
+    "ecapa": Metric("cosine of ECAPA-TDNN embeddings (Desplanques et al. 2020; SpeechBrain's, trained on VoxCeleb) of "
+                    "source and reconstruction, at 16 kHz", True, ("speechbrain",),
+                    "pip install speechbrain; --ecapa-model names a model, which is downloaded once, or its folder"),
     "dnsmos": Metric("DNSMOS P.835, overall, at 16 kHz (Reddy et al. 2022); needs no source", True,
                      ("speechmos", "librosa", "onnxruntime"), "pip install speechmos librosa onnxruntime"),
 }
@@ -61,6 +65,7 @@ class Source:
     text: str = ""
     language: str = ""
     speaker: Tensor | None = None  # [1, 256]
+    ecapa: Tensor | None = None    # [1, 192]
     dnsmos: float = math.nan
 
 
@@ -71,7 +76,7 @@ class Scorer:
     """
 
     def __init__(self, names: list[str], sampling_rate: int, device, whisper_model: str = "base",
-                 speaker_model: str = "resemblyzer"):
+                 speaker_model: str = "resemblyzer", ecapa_model: str = ECAPA_MODEL):
         check_scores(names, speaker_model)
         self.names, self.rate, self.device = names, sampling_rate, torch.device(device)
         self.mel = MelDistance(sampling_rate)
@@ -79,6 +84,7 @@ class Scorer:
         self.speaker = None
         if "speaker" in names:
             self.speaker = _named("--speaker-model", SpeakerEncoder, SpeakerConfig(speaker_model), device)
+        self.ecapa = load_ecapa(ecapa_model, device) if "ecapa" in names else None
 
     @torch.no_grad()
     def listen(self, waveform: Tensor) -> Source:
@@ -88,6 +94,8 @@ class Scorer:
             source.text, source.language = self._transcribe(waveform, None)
         if self.speaker:
             source.speaker = self._embed(waveform)
+        if self.ecapa:
+            source.ecapa = self._embed_ecapa(waveform)
         if "dnsmos" in self.names:
             source.dnsmos = self._dnsmos(waveform)
         return source
@@ -106,6 +114,7 @@ class Scorer:
             "pesq": lambda: pesq_wb(self._at_16k(source.waveform), self._at_16k(decoded)),
             "estoi": lambda: estoi(source.waveform.numpy(), decoded.numpy(), self.rate),
             "speaker": lambda: torch.cosine_similarity(self._embed(decoded), source.speaker).item(),
+            "ecapa": lambda: torch.cosine_similarity(self._embed_ecapa(decoded), source.ecapa).item(),
             "dnsmos": lambda: self._dnsmos(decoded),
         }
         row = {name: functions[name]() for name in self.names if name in functions}
@@ -122,6 +131,9 @@ class Scorer:
     def _embed(self, waveform: Tensor) -> Tensor:
         length = torch.tensor([len(waveform)], device=self.device)
         return self.speaker(waveform[None, None].to(self.device), length).cpu()
+
+    def _embed_ecapa(self, waveform: Tensor) -> Tensor:
+        return self.ecapa.encode_batch(torch.from_numpy(self._at_16k(waveform))[None])[:, 0].cpu()
 
     def _transcribe(self, waveform: Tensor, language: str | None) -> tuple[str, str]:
         result = self.whisper.transcribe(self._at_16k(waveform), language=language, temperature=0.0, verbose=None,
@@ -149,6 +161,18 @@ def not_measured(names: list[str]) -> dict[str, str]:
     """The scores that were not asked for -> what to do to have them."""
     return {name: "; ".join(filter(None, (f"add {name} to --metrics", metric.install)))
             for name, metric in SCORES.items() if name not in names}
+
+
+def load_ecapa(model: str, device):
+    """SpeechBrain's EncoderClassifier by name (downloaded once) or from a folder. Raises UserError with what to do."""
+    try:
+        from speechbrain.inference.speaker import EncoderClassifier
+        # A copied folder's hyperparams.yaml still names the hub as the place of its weights.
+        return EncoderClassifier.from_hparams(source=model, overrides={"pretrained_path": model},
+                                              overrides_must_match=False, run_opts={"device": str(device)})
+    except Exception as error:  # SpeechBrain and the hub's client raise many types; all mean the same to the user
+        raise UserError(f"--ecapa-model: '{model}' cannot be had ({' '.join(str(error).split())}); give a folder with "
+                        f"the files of {ECAPA_MODEL}, or leave ecapa out of --metrics.") from error
 
 
 def si_sdr(decoded: Tensor, source: Tensor) -> float:

@@ -1,0 +1,332 @@
+"""The withheld-encoder benchmark on a tiny random stand-in: rows, equal audio, kills, time limits, the table."""
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from voxtral.checkpoint import save_tensors
+from voxtral.config import StandinConfig, load_config
+from voxtral.data import load_segment
+from voxtral.layout import withheld_layout
+from voxtral.params import load_params, parse_params
+from voxtral.quantizer import QuantizationDraws, Quantizer
+from voxtral.run import read_metrics
+from voxtral.sources import find_clips, split_validation
+from voxtral.standin import random_tensor, small_params, write_random_checkpoint
+
+ROOT = Path(__file__).parents[1]
+SPEAKERS = ["k_af_heart", "k_am_adam", "m_f12"]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """withheld_encoder, withheld_runs, withheld_report: beside each other in benchmarks/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        import withheld_encoder
+        import withheld_report
+        import withheld_runs
+        patch.setattr(withheld_encoder, "PROBE_STEPS", 2)
+        yield withheld_encoder, withheld_runs, withheld_report
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """released/, withheld.safetensors, speech/SPEAKER/*.opus, config.yaml, which holds out m_f12."""
+    base = tmp_path_factory.mktemp("standin")
+    write_random_checkpoint(base / "released", small_params(), {"alpha": 5})
+    layout = withheld_layout(load_params(base / "released"))
+    save_tensors(base / "withheld.safetensors", {name: random_tensor(name, shape, 1) for name, shape in layout.items()})
+    for speaker in SPEAKERS:
+        (base / "speech" / speaker).mkdir(parents=True)
+        for i in range(2):
+            shutil.copy(ROOT / "assets" / "speech" / f"{speaker}_{i}.opus", base / "speech" / speaker)
+    config = {"device": "cpu",
+              "data": {"data_root": str(base), "sources": [{"kind": "folder", "path": "speech", "weight": 2.0}],
+                       "validation": {"clips": 2, "speakers": ["m_f12"]}, "batch_size": 2, "max_sec": 0.5,
+                       "num_workers": 0},
+              "train": {"precision": "fp32", "stft_fft_sizes": [256]},
+              "discriminator": {"fft_sizes": [78], "channels": 2, "crop_sec": 0.3},
+              "standin": {"n_text_tokens": 300}}  # a stand-in's config will do
+    (base / "config.yaml").write_text(yaml.safe_dump(config))
+    return base
+
+
+@pytest.fixture(scope="module")
+def command(base):
+    """command(output, options...) -> arguments"""
+    return lambda output, *options: [
+        "--standin", str(base / "released"), "--withheld", str(base / "withheld.safetensors"), "--data",
+        str(base / "config.yaml"), "--output", str(output), "--steps", str(STEPS), "--metrics", "mel,stft",
+        "--max-sec", "0.5", *options]
+
+
+@pytest.fixture(scope="module")
+def whole(modules, command, tmp_path_factory):
+    """A finished benchmark of two rows and two seeds: its folder, and what it printed."""
+    output, printed = tmp_path_factory.mktemp("whole") / "out", []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        modules[0].main(command(output, "--rows", "a,c", "--seeds", "0,1"))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return output, "\n".join(printed)
+
+
+def report_of(output):
+    return json.loads((output / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+def refused(capsys, main, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    return message
+
+
+# ---------------------------------------------------------------- rows
+
+def test_each_row_changes_one_thing_of_another(modules, base):
+    benchmark = modules[0]
+    for name, row in benchmark.ROWS.items():
+        if row.of:
+            now, before = benchmark.changes_of(name), benchmark.changes_of(row.of)
+            changed = {key for key in now if now[key] != before.get(key)}
+            assert len(changed) == (3 if name == "best" else 1), name
+    losses = {key: float(value) for key, value in benchmark.changes_of("d").items() if key.startswith("loss.")}
+    assert {key for key, weight in losses.items() if weight} == {"loss.l1", "loss.stft", "loss.commit", "loss.feature",
+                                                               "loss.asr"}
+    assert benchmark.changes_of("b")["quantization"] == "always" != benchmark.changes_of("i")["quantization"]
+
+
+def test_schedule_is_a_share_of_the_run(modules, base):
+    def settings(steps, *overrides):
+        return load_config(StandinConfig, base / "config.yaml", [*modules[0].schedule(steps), *overrides])
+    long, short = settings(4000), settings(4)
+    assert (long.discriminator.warmup_steps, long.optimizer.warmup_steps, long.train.log_every_steps) == (500, 200, 10)
+    assert long.train.ema_decay == pytest.approx(0.9975) and short.train.ema_decay == 0
+    assert (short.train.validate_every_steps, short.train.save_every_steps) == (1, 2)
+
+
+def test_always_quantized_is_what_serving_decodes(modules):
+    quantizer = Quantizer(parse_params(small_params()).codec)
+    quantizer.semantic_codebook.embedding_sum.normal_()
+    latent = torch.randn(3, quantizer.semantic_dim + quantizer.acoustic_dim, 5)
+    draws = modules[1].always_quantized(7, 3, quantizer.acoustic_dim, 5, "cpu", 0, 1)
+    usual = QuantizationDraws.sample(7, 3, quantizer.acoustic_dim, 5, "cpu")
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(vars(draws).values(), vars(usual).values()))
+    mixed, codes, _ = quantizer(latent, draws)
+    assert torch.allclose(mixed, quantizer.decode(codes), atol=1e-6)
+    draws.acoustic += 0.9
+    assert not torch.allclose(quantizer(latent, draws)[0], mixed)
+
+
+def test_16_khz_copies_give_the_same_crops_without_their_highs(modules, base, tmp_path):
+    data = load_config(StandinConfig, base / "config.yaml", []).data
+    limited = modules[1].band_limited(data, tmp_path / "copies")
+    (train,), validation = split_validation(find_clips(data)[0], data.validation)
+    (copies,), same = split_validation(find_clips(limited)[0], limited.validation)
+    assert [clip.path for clip in same] == [clip.path for clip in validation]  # native
+    assert [clip.speaker for clip in copies] == [clip.speaker for clip in train] and limited.sources[0].weight == 2
+    for clip, copy in zip(train, copies):
+        (a, _), (b, rate) = (load_segment(each.path, 0.3, 0.5) for each in (clip, copy))
+        spectra = [np.abs(np.fft.rfft(x * np.hanning(len(x)))) for x in (a, b)]
+        high, low = slice(round(8500 * 0.5), None), slice(round(7000 * 0.5))
+        assert rate == 24000 and spectra[1][high].max() < 1e-3 * spectra[1][low].max()
+        assert np.linalg.norm(spectra[0][low] - spectra[1][low]) < 0.02 * np.linalg.norm(spectra[0][low])
+    before = Path(copies[0].path).stat().st_mtime_ns
+    modules[1].band_limited(data, tmp_path / "copies")
+    assert Path(copies[0].path).stat().st_mtime_ns == before
+
+
+# ---------------------------------------------------------------- a whole benchmark
+
+def test_every_row_and_seed_is_trained_and_measured(whole, base):
+    output, printed = whole
+    report = report_of(output)
+    assert list(report["rows"]) == ["a", "c"] and not report["not_finished"]
+    assert report["audio_hours"] == pytest.approx(STEPS * 2 * 0.5 / 3600)
+    assert (report["clips"], report["speakers"]) == (2, 1)
+    columns = ["mel", "stft", "semantic_equal", "levels_equal", "levels_within_1", "semantic_used", "extremes_share",
+               "embedding_cosine"]
+    assert list(report["true"]) == columns and report["true"]["levels_equal"] == 1
+    for name, row in report["rows"].items():
+        assert list(row["seeds"]) == ["0", "1"] and list(row["values"]) == [*columns, "ms per step"]
+        for seed, run in row["seeds"].items():
+            assert [step for step, _ in run["curve"]] == [2, 4, 6]
+            folder = output / f"{name}_seed{seed}"
+            assert set(load_file(folder / "encoder.safetensors")) == set(load_file(base / "withheld.safetensors"))
+            assert not (folder / "checkpoints").exists() and not (folder / "best").exists()
+            assert "4 training clips" in (folder / "log.txt").read_text()
+        values = [run["values"]["mel"] for run in row["seeds"].values()]
+        assert row["values"]["mel"] == {"mean": pytest.approx(np.mean(values)),
+                                        "deviation": pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))}
+        gap = [(report["untrained"]["mel"] - value) / (report["untrained"]["mel"] - report["true"]["mel"])
+               for value in values]
+        assert row["gap_closed"]["mel"]["mean"] == pytest.approx(np.mean(gap))
+    assert (output / "curves.png").stat().st_size > 5000
+    assert "2 rows × 2 seeds: 4 runs of 6 steps" in printed and "estimate: " in printed
+    assert (output / "table.md").read_text() in printed
+
+
+def test_rows_hear_the_same_and_differ_in_what_they_say(whole):
+    output, _ = whole
+    first = {name: [row for row in read_metrics(output / f"{name}_seed0" / "metrics.jsonl") if "loss/l1" in row]
+             for name in ("a", "c")}
+    assert "loss/feature" not in first["a"][0] and "loss/feature" in first["c"][0]
+    # The same codes of the same clips before the first update, decoded by other rules.
+    assert first["a"][0]["code/level_histogram"] == first["c"][0]["code/level_histogram"]
+    assert first["a"][0]["loss/l1"] != first["c"][0]["loss/l1"]
+
+
+def test_the_table_has_a_line_per_row(whole, modules):
+    lines = (whole[0] / "table.md").read_text().splitlines()
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
+    assert names == ["row", "---", "", "", "a", "c"]  # c changes b, which was not run
+    report = report_of(whole[0])
+    row = next(line for line in lines if line.startswith("| a |")).split("|")
+    mel, gap = report["rows"]["a"]["values"]["mel"], report["rows"]["a"]["gap_closed"]["mel"]["mean"]
+    assert row[4].strip() == f"{mel['mean']:.4g} ± {mel['deviation']:.2g} ({100 * gap:.0f} %)"
+    text = "\n".join(lines)
+    assert "- wer: add wer to --metrics" in text and "- ecapa: " in text and "- semantic_equal: share of" in text
+
+
+def test_changes_are_differences_seed_by_seed(modules):
+    def row(**mel):
+        return {"seeds": {int(seed[1:]): {"values": {"mel": value}} for seed, value in mel.items()}}
+    change = modules[2].change_of(row(s0=1.5, s1=2.5, s2=9.0), row(s0=1.0, s1=1.5))
+    assert change == {"mel": {"mean": pytest.approx(0.75), "deviation": pytest.approx(0.5 / math.sqrt(2))}}
+    assert modules[2].change_of(row(s2=9.0), row(s0=1.0)) == {}
+    assert modules[2].cell(change["mel"], sign="+") == "+0.75 ± 0.35"
+
+
+# ---------------------------------------------------------------- kills and limits
+
+class StopAt:
+    """A StopSignal that comes when a file is there."""
+
+    def __init__(self, path):
+        self.path = path
+
+    @property
+    def received(self):
+        return self.path.exists()
+
+
+def kill_at(path):
+    """Kills the child process that runs when `path` appears."""
+    def wait_and_kill():
+        while not path.exists():
+            time.sleep(0.01)
+        (child,) = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGKILL)
+    threading.Thread(target=wait_and_kill, daemon=True).start()
+
+
+def test_a_stopped_and_killed_run_goes_on_to_the_same_encoder(modules, command, whole, tmp_path, monkeypatch, capsys):
+    benchmark, runs, _ = modules
+    output, train_until = tmp_path / "out", runs.train_until
+    monkeypatch.setattr(benchmark, "probe", lambda *_: 1.0)
+    checkpoints = output / "a_seed0" / "checkpoints"
+
+    def stopped(run, deadline, stop):
+        return train_until(run, deadline, StopAt(run.folder / "metrics.jsonl"))
+
+    def killed(run, deadline, stop):
+        kill_at(run.folder / "samples" / "step_00000006")
+        return train_until(run, deadline, stop)
+
+    monkeypatch.setattr(benchmark, "train_until", stopped)
+    benchmark.main(command(output, "--rows", "a", "--seeds", "0"))
+    (saved,) = [path.name for path in checkpoints.iterdir()]
+    assert "step_00000001" <= saved < "step_00000006"
+    assert report_of(output)["not_finished"] == {"a, seed 0": "not trained to its end yet"}
+    assert "1 of 1 runs are not finished: --resume goes on" in capsys.readouterr().out
+
+    monkeypatch.setattr(benchmark, "train_until", killed)
+    benchmark.main(command(output, "--rows", "a", "--seeds", "0", "--resume"))
+    assert "step_00000006" not in [path.name for path in checkpoints.iterdir()]
+    assert report_of(output)["not_finished"] == {"a, seed 0": "killed by signal 9; --resume goes on with it"}
+
+    monkeypatch.setattr(benchmark, "train_until", train_until)
+    benchmark.main(command(output, "--rows", "a", "--seeds", "0", "--resume"))
+    files = [folder / "a_seed0" / "encoder.safetensors" for folder in (output, whole[0])]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    resumed, at_once = (report_of(folder)["rows"]["a"]["seeds"]["0"] for folder in (output, whole[0]))
+    assert resumed["codes"] == at_once["codes"] and resumed["curve"] == at_once["curve"]
+
+
+def test_resuming_skips_what_is_finished_and_measures_only_what_is_new(modules, command, whole, capsys, monkeypatch):
+    benchmark, _, report = modules
+    measured, measure = [], report.Judge.measure
+    monkeypatch.setattr(benchmark, "train_until", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(report.Judge, "measure", lambda self, tensors, where: measured.append(str(where))
+                        or measure(self, tensors, where))
+    benchmark.main(command(whole[0], "--rows", "a,c", "--seeds", "0,1", "--resume"))
+    assert len(measured) == 2 and "4 are finished" in capsys.readouterr().out
+    benchmark.main(command(whole[0], "--rows", "a", "--seeds", "0", "--resume", "--metrics", "mel,stft,sisdr"))
+    assert len(measured) == 5 and measured[-1].endswith("a_seed0/encoder.safetensors")
+
+
+def test_time_that_is_up_leaves_a_table(modules, command, tmp_path, capsys, monkeypatch):
+    benchmark = modules[0]
+    monkeypatch.setattr(benchmark, "train_until", lambda *_: pytest.fail("trained"))
+    benchmark.main(command(tmp_path, "--rows", "a,best", "--seeds", "0", "--minutes", "0", "asr.model=x"))
+    assert "2 of 2 runs are not finished" in capsys.readouterr().out
+    assert list(report_of(tmp_path)["not_finished"]) == ["a, seed 0", "best, seed 0"]
+    assert "| true encoder |" in (tmp_path / "table.md").read_text().replace("|  |", "|", 1)
+
+
+def test_a_row_that_cannot_be_trained_is_told_by_the_probe(modules, command, tmp_path, capsys):
+    message = refused(capsys, modules[0].main, command(tmp_path, "--rows", "a,d", "--seeds", "0", "asr.model=none.pt"))
+    assert "row d cannot be trained" in message and "asr.model is 'none.pt'" in message
+
+
+def test_mistakes_are_one_sentence(modules, command, base, whole, tmp_path, capsys):
+    main, new = modules[0].main, tmp_path / "out"
+    assert "already holds a benchmark" in refused(capsys, main, command(whole[0], "--rows", "a"))
+    other = refused(capsys, main, command(whole[0], "--rows", "a", "--resume", "optimizer.learning_rate=1"))
+    assert "trained with other settings (optimizer.learning_rate 0.0003 against 1.0)" in other
+    assert "there is no 'z'" in refused(capsys, main, command(new, "--rows", "a,z"))
+    assert "'x' is no number" in refused(capsys, main, command(new, "--seeds", "0,x"))
+    assert "--steps is 0" in refused(capsys, main, command(new, "--steps", "0"))
+    assert "there is no 'pesk'" in refused(capsys, main, command(new, "--metrics", "pesk"))
+    assert "unknown key 'loss.melt'" in refused(capsys, main, command(new, "loss.melt=1"))
+    assert "validation.speakers is empty" in refused(capsys, main, command(new, "data.validation.speakers=[]"))
+    heard = refused(capsys, main, command(new, "--rows", "a", "--eval", str(base / "speech")))
+    assert "trained on k_af_heart, k_am_adam" in heard
+    assert not new.exists()
+
+
+def test_clips_are_spread_over_speakers(modules, base, tmp_path):
+    names = ["x1", "x2", "x3", "y1"]
+    (tmp_path / "eval.csv").write_text("path,speaker\n" + "".join(f"{name}.wav,{name[0]}\n" for name in names))
+    data = load_config(StandinConfig, base / "config.yaml", []).data
+
+    class Options:
+        eval, clips = str(tmp_path / "eval.csv"), 3
+    assert [Path(clip.path).stem for clip in modules[0].unseen_clips(Options, data)] == ["x1", "y1", "x2"]
+    Options.eval, Options.clips = None, 9
+    assert {clip.speaker for clip in modules[0].unseen_clips(Options, data)} == {"m_f12"}
