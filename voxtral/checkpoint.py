@@ -30,7 +30,7 @@ TEXT_EMBEDDING_NAME = "mm_audio_embeddings.tok_embeddings.weight"
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64",
                torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-BLOCK_BYTES, N_WRITERS = 2 ** 25, 4
+BLOCK_BYTES, N_WRITERS = 2 ** 23, 4
 
 
 class SafetensorsFile:

@@ -295,8 +295,8 @@ def lora_changes(folder, originals: list[Weights], params: ModelParams) -> dict[
         projection = native.split(".")[-2]
         if projection in n_heads:  # the adapter saw rows in transformers' order
             b = halves_to_native(b, n_heads[projection], sizes.head_dim)
-        weight = weights[native].read()
-        return torch.addmm(weight.float(), b, a, alpha=config["lora_alpha"] / rank).to(weight.dtype)
+        weight = weights[native].read().float()
+        return weight.addmm_(b, a, alpha=config["lora_alpha"] / rank).to(TORCH_DTYPES[weights[native].dtype])
 
     return {native: Item(weights[native].dtype, weights[native].shape, lambda native=native: merged(native))
             for native in names}
