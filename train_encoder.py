@@ -16,6 +16,7 @@ import argparse
 import json
 from contextlib import nullcontext
 from functools import partial
+from typing import Iterator
 
 import soundfile
 import torch
@@ -58,6 +59,14 @@ class TrainingModel(nn.Module):
 
 
 def train(config: EncoderConfig, process: Process) -> None:
+    """The whole training; what it writes is in the run folder."""
+    for _ in training_steps(config, process):
+        pass
+
+
+def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
+    """The training, in pieces that benchmarks/train_step.py can time: yields the number of steps done, first when all is
+    set up and no data has been read, then after each step."""
     # ---- 1. config -------------------------------------------------------------------------------------------------
     check_encoder_config(config)
     settings, weights = config.train, vars(config.loss)
@@ -255,6 +264,7 @@ def train(config: EncoderConfig, process: Process) -> None:
         torch.save({"step": step, "best": best, **{name: part.state_dict() for name, part in stateful.items()}}, folder / "run_state.pt")
 
     # ---- 8. the loop: step, log, validate, save --------------------------------------------------------------------
+    yield start_step
     dataset = SpeechDataset(train_clips, config.data.max_sec, config.seed)
     batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size, settings.accumulation))
     audio_sec_per_step = global_batch * settings.accumulation * config.data.max_sec
@@ -291,7 +301,7 @@ def train(config: EncoderConfig, process: Process) -> None:
             statistics = code_statistics(output.codes, frames, params.semantic_codebook_size, params.acoustic_codebook_size)
             log.flush({"optimizer/learning_rate": config.optimizer.learning_rate * factor, "data/bad_clips": float(bad_clips.count),
                        "code/embedding_norm": embedding_norm(codec, output.codes, frames),
-                       **{f"code/{name}": value for name, value in statistics.items()}}, audio_sec_per_step)
+                       **{f"code/{name}": value for name, value in statistics.items()}}, work=audio_sec_per_step)
         if (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps:
             log.flush()
             if process.is_main:
@@ -311,6 +321,7 @@ def train(config: EncoderConfig, process: Process) -> None:
         if stopping and step + 1 < max_steps:
             log.say(f"stopped after step {step + 1}; go on with resume=true")
             break
+        yield step + 1
     if bad_clips.count:
         log.say(f"{bad_clips.count} bad files were replaced, listed in {bad_clips.path}")
     log.close()

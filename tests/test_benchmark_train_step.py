@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_encoder  # noqa: E402
 import train_step  # noqa: E402
 from voxtral.config import EncoderConfig, load_config  # noqa: E402
+from voxtral.losses import LOSS_NAMES  # noqa: E402
 from voxtral.run import Process, read_metrics  # noqa: E402
 from voxtral.standin import small_params, write_random_checkpoint  # noqa: E402
 
@@ -53,6 +55,7 @@ def benchmark(config_file, tmp_path, monkeypatch):
     """benchmark(arguments...) -> train_step.json. Nothing may stay behind: files, processes, signal handlers."""
     def run(*arguments):
         (tmp_path / "temporary").mkdir()
+        monkeypatch.setattr(train_step, "N_PROFILED", 1)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         train_step.main(["--config", str(config_file), "--warm-up", "1", "--output", str(tmp_path / "out"), *arguments])
@@ -69,9 +72,10 @@ def losses(folder):
             for row in read_metrics(folder / "metrics.jsonl") if "loss/total" in row]
 
 
-def test_the_steps_are_those_of_train_encoder(config_file, tmp_path):
-    """Bit for bit the losses and gradients of the same training by train_encoder.py, with and without named ranges."""
-    overrides = [*train_step.OWN_DEFAULTS, "train.max_steps=3", "train.n_samples=0"]
+def test_the_steps_are_those_of_train_encoder(config_file, tmp_path, monkeypatch):
+    """Bit for bit the losses and gradients of the same training by train_encoder.py."""
+    monkeypatch.setattr(train_encoder, "plot_run", lambda *arguments: None)
+    overrides = [*train_step.OWN_DEFAULTS, "train.max_steps=3", "train.n_samples=0", "loss.speaker=0"]
     whole = tmp_path / "whole"
     train_encoder.main(["--config", str(config_file), *overrides, f"output_dir={whole}"])
     expected = losses(whole)
@@ -87,7 +91,8 @@ def test_the_steps_are_those_of_train_encoder(config_file, tmp_path):
     assert len(seconds) == len(training.waits) == 1 and 0 < training.waits[0] < seconds[0]
 
 
-def test_every_part_of_a_step_is_found(config_file, tmp_path):
+def test_every_part_of_a_step_is_found(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "N_PROFILED", 1)
     config = load_config(EncoderConfig, config_file, train_step.OWN_DEFAULTS)
     kept = {(owner, name): getattr(owner, name) for places in train_step.PARTS.values() for owner, name in places}
     with (tmp_path / "log").open("w") as log:
@@ -95,6 +100,7 @@ def test_every_part_of_a_step_is_found(config_file, tmp_path):
     assert kept == {(owner, name): getattr(owner, name) for owner, name in kept}  # no range stays
     parts = result["parts_ms"]
     assert list(parts) == [*train_step.PARTS, train_step.OPTIMIZERS, train_step.REST]
+    assert {f"loss {name}" for name in LOSS_NAMES} <= parts.keys()
     assert all(both["forward"] > 0 for both in parts.values())
     learning = {"encoder", "decoder", "quantizer", "discriminators", train_step.REST,
                 *(part for part in parts if part.startswith("loss "))}
@@ -121,6 +127,26 @@ def test_backward_belongs_to_the_part_that_made_the_graph():
     assert times["ASR teacher"]["forward"] > 0 and times["ASR teacher"]["backward"] == 0
     root = next(event for event in profiler.events() if event.name == train_step.RANGE + train_step.REST)
     assert sum(sum(both.values()) for both in times.values()) == pytest.approx(root.cpu_time_total, rel=1e-3)
+
+
+def test_kernels_belong_to_the_part_that_launched_them_on_any_thread():
+    """The events of a GPU, made up: autograd has a thread of its own, and a range has a double among the kernels."""
+    def event(name, parent=None, kernels=(), thread=1, number=-1, start=0):
+        return SimpleNamespace(name=name, cpu_parent=parent, thread=thread, sequence_nr=number, is_async=False,
+                               device_type=torch.autograd.DeviceType.CPU, time_range=SimpleNamespace(start=start),
+                               kernels=[SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels])
+
+    step = event("part: the rest", kernels=[("part: the rest", 1000)])
+    decoder = event("part: decoder", step, [("part: decoder", 500)], start=1)
+    events = [step, decoder, event("aten::mm", decoder, [("gemm", 30), ("split", 4)], number=7, start=2),
+              event("aten::add", step, [("add", 2)], number=8, start=3),
+              event("Optimizer.step#AdamW.step", step, [("adam", 5)], start=9)]
+    for number, us in ((8, 3), (7, 60)):
+        node = event("autograd::engine::evaluate_function: X", thread=2, number=number, start=4)
+        events += [node, event("aten::mm", node, [("gemm", us)], thread=2, start=5)]
+    assert train_step.time_of_parts(events, on_gpu=True) == {
+        "decoder": {"forward": 34, "backward": 60}, "optimizers": {"forward": 5, "backward": 0},
+        "the rest": {"forward": 2, "backward": 3}}
 
 
 def test_distances_and_attention_are_counted():
@@ -157,15 +183,17 @@ def test_two_configurations_take_turns(benchmark, monkeypatch):
         turns.append((self.audio_sec, n_steps))
         return advance(self, n_steps)
     monkeypatch.setattr(train_step.Training, "advance", watched)
+    parts = {"flop_per_step": 10**6, "parts_ms": {"encoder": {"forward": 1.0, "backward": 2.0}}}
+    monkeypatch.setattr(train_step, "breakdown", lambda config, *others: parts | {"weight": config.loss.stft})
     results = benchmark("--steps", "7", *CHEAP, "--compare", "data.batch_size=1", "loss.stft=0")
-    warm_up, measured = turns[:4], turns[4:14]
+    warm_up, measured = turns[:4], turns[4:]
     assert warm_up == [(1.0, 1), (1.0, 0), (0.5, 1), (0.5, 0)]
     assert [audio for audio, _ in measured] == [1.0, 0.5] * 5
     assert [sum(n for audio, n in measured if audio == which) for which in (1.0, 0.5)] == [7, 7]
     assert len(results["speed_ratios"]) == 5
     one, two = results["configurations"].values()
     assert len(one["steps_ms"]) == len(two["steps_ms"]) == 7 and "memory_gib" not in one
-    assert "loss stft" in one["parts_ms"] and "loss stft" not in two["parts_ms"]
+    assert (one["weight"], two["weight"]) == (1.0, 0.0)
 
 
 def test_growth_has_a_row_and_a_point_for_each_value(benchmark, tmp_path):
@@ -183,7 +211,7 @@ def test_longer_clips_get_the_context_that_whisper_needs(config_file):
 
 
 def test_the_loader_alone(benchmark, capsys):
-    rows = benchmark("--steps", "3", "--loader-only", "--workers", "0", "1", "checkpoint=null")["loader"]
+    rows = benchmark("--steps", "3", "--loader-only", "--workers", "0,1", "checkpoint=null")["loader"]
     assert [(row["num_workers"], row["batches"]) for row in rows] == [(0, 3), (1, 10)]
     for row in rows:
         assert row["audio_sec_per_sec"] == pytest.approx(1000 * 2 * 0.5 / row["batch_ms"])

@@ -1,0 +1,576 @@
+"""How fast train_encoder.py trains, and where the time of a step goes.
+
+The step that is timed is train_encoder.py's own: its loop is taken step by step (train_encoder.training_steps),
+with the files, loader, losses and optimizers of the config, in a temporary run folder. Config and key=value overrides
+are those of train_encoder.py. What differs from a training is what would disturb the clock or hide work: no validation
+and no saving, discriminator.warmup_steps=0 (feature matching from the first step) and train.max_total_loss=1e9, both of
+which an override can change.
+
+What is printed
+  ms/step     from the end of one step on the device to the end of the next: median, 10th and 90th percentile; every
+              log_every_steps, a step also reads and writes the scalars, as in a training
+  audio s/s   seconds of audio of a step (clips x data.max_sec, padding counted, all processes) per second: at the
+              median step, and over all of them
+  peak GiB    GPU: what PyTorch took from the card (with CUDA graphs, that is what counts) and what tensors held of it;
+              CPU: resident size of this process so far, without loader processes; not of two that are compared
+  FLOP/s      of matrix products, convolutions and attention, forward and backward, counted on one step; neither FFTs,
+              pointwise work nor cuDNN's LSTM (speaker loss)
+  the table   time of every part's own work, forward and, for what autograd does because of that part, backward. GPU:
+              sum of its kernels, so parts that overlap (Whisper has a stream of its own) may add up to more than a
+              step. CPU: time on the main thread. A replayed CUDA graph hides what it launches, so the table is made in
+              a second training with train.cuda_graphs=false; the speed above it is that of the config as it is.
+              Waiting for data is measured in the first one, on the host.
+
+Everything is also in OUTPUT/train_step.json; what train_encoder.py says meanwhile is in OUTPUT/train_step.log.
+"""
+import argparse
+import functools
+import gc
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Callable, Iterator
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train_encoder  # noqa: E402
+from make_standin import make_random  # noqa: E402
+from voxtral.asr import WhisperTeacher  # noqa: E402
+from voxtral.checkpoint import write_text  # noqa: E402
+from voxtral.codec import VoxtralCodec  # noqa: E402
+from voxtral.config import EncoderConfig, check_encoder_config, load_config  # noqa: E402
+from voxtral.data import SAMPLE_RATE, Batch, SpeechDataset, make_loader  # noqa: E402
+from voxtral.discriminator import DiscriminatorLoss  # noqa: E402
+from voxtral.errors import UserError, one_sentence  # noqa: E402
+from voxtral.losses import Balancer, MelDistance  # noqa: E402
+from voxtral.plots import save_figure  # noqa: E402
+from voxtral.quantizer import Quantizer  # noqa: E402
+from voxtral.run import Process, environment, training_process  # noqa: E402
+from voxtral.sources import find_clips, split_validation  # noqa: E402
+from voxtral.speaker import SpeakerEncoder  # noqa: E402
+
+EXAMPLES = """examples:
+  # a batch of 16 x 4 s with all losses of the paper, full widths with random weights, on the demo's speech
+  python benchmarks/train_step.py --random-full data.data_root=assets/speech \\
+      'data.sources=[{kind: manifest, path: demo.csv}]' data.batch_size=16 asr.model=/path/to/base.pt
+
+  # your checkpoint ($VOXTRAL_CKPT), your data, without ASR
+  python benchmarks/train_step.py --config configs/libritts_r.yaml data.data_root=/speech loss.asr=0
+
+  # two configurations in turns, so that a clock that drifts does so for both: the second one changes what is named
+  python benchmarks/train_step.py --random-full data.data_root=/speech --compare train.cuda_graphs=false
+
+  # speed and memory against the batch or the clips' length, with a plot; the loader alone
+  python benchmarks/train_step.py --random-full data.data_root=/speech --growth batch=4,8,16,32,64,128
+  python benchmarks/train_step.py --random-full data.data_root=/speech --growth seconds=1,2,4,8,16,30
+  python benchmarks/train_step.py data.data_root=/speech data.batch_size=16 --loader-only --workers 1,2,4,8,16
+
+  # two GPUs
+  torchrun --nproc-per-node 2 benchmarks/train_step.py --random-full data.data_root=/speech
+"""
+OWN_DEFAULTS = ["discriminator.warmup_steps=0", "train.max_total_loss=1e9"]
+N_BLOCKS = 5            # in which --compare takes turns
+N_PROFILED = 3          # steps of the table
+H100_TFLOPS = 790.0     # bf16, stated, not measured here
+WHISPER_SEC = 30.0      # asr.context_sec cannot be more
+GROWTH_AXES = {"batch": (int, "clips in a batch"), "seconds": (float, "seconds of a clip")}
+
+# Part of a step -> what does its work; backward follows from it. Torch itself names the optimizers' ranges.
+PARTS = {
+    "batch to device": [(Batch, "to")],
+    "encoder": [(VoxtralCodec, "encode_latent")],
+    "quantizer": [(Quantizer, "forward")],
+    "decoder": [(VoxtralCodec, "decode_latent")],
+    "ASR teacher": [(WhisperTeacher, "forward")],
+    "discriminators": [(DiscriminatorLoss, "forward"), (train_encoder, "random_crops"), (train_encoder, "crop")],
+    "loss feature": [(train_encoder, "feature_loss")],
+    "loss l1": [(train_encoder, "l1_loss")],
+    "loss stft": [(train_encoder, "stft_loss")],
+    "loss mel": [(MelDistance, "forward")],
+    "loss asr": [(train_encoder, "asr_distillation_loss")],
+    "loss commit": [(train_encoder, "commitment_loss")],
+    "loss diversity": [(train_encoder, "diversity_loss")],
+    "loss speaker": [(SpeakerEncoder, "forward"), (train_encoder, "speaker_loss")],
+    "balancer": [(Balancer, "gradient")],
+    "gradient clipping": [(nn.utils, "clip_grad_norm_")],
+    "weight averaging": [(AveragedModel, "update_parameters")],
+}
+RANGE, OPTIMIZERS, REST, DATA = "part: ", "optimizers", "the rest", "data"
+BACKWARD = "autograd::engine::evaluate_function: "  # of one node of the graph
+
+
+# ---------------------------------------------------------------- a training, step by step
+
+class Training:
+    """A run of train_encoder.py that stops after each step; everything it prints goes to the file `log`."""
+
+    def __init__(self, config: EncoderConfig, process: Process, log):
+        """Sets the training up in a folder of its own, CUDA graphs included; no data is read yet."""
+        self.folder = tempfile.TemporaryDirectory()
+        config = replace(config, output_dir=self.folder.name)
+        self.log, self.on_gpu = log, process.device.type == "cuda"
+        self.audio_sec = config.data.batch_size * config.data.max_sec * config.train.accumulation * process.world_size
+        self.waits: list[float] = []  # seconds for which the host waited for each batch
+        self.steps = train_encoder.training_steps(config, process)
+        with self.said_to_log():
+            next(self.steps)
+
+    @contextmanager
+    def said_to_log(self):
+        with redirect_stdout(self.log), redirect_stderr(self.log):
+            yield
+        self.log.flush()
+
+    def start(self, n_steps: int) -> None:
+        """The first steps, with which the loader starts too; they do not count."""
+        make = train_encoder.make_loader
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        with patch.object(train_encoder, "make_loader", lambda *args: waiting_for(make(*args), self.waits)):
+            self.advance(1)
+        for number, handler in handlers.items():  # Ctrl-C shall end the benchmark, not save a checkpoint
+            signal.signal(number, handler)
+        self.advance(n_steps - 1)
+        self.waits.clear()
+
+    def advance(self, n_steps: int) -> list[float]:
+        """Seconds of each of the next steps. Nothing waits for the device before they have all been launched."""
+        with self.said_to_log():
+            marks = [self.mark()]
+            for _ in range(n_steps):
+                next(self.steps)
+                marks.append(self.mark())
+            if self.on_gpu:
+                torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1000 if self.on_gpu else b - a for a, b in zip(marks, marks[1:])]
+
+    def mark(self):
+        """A moment: on the GPU the one at which all work launched so far is done."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def close(self) -> None:
+        """Ends its loader processes, frees its memory and CUDA graphs, removes its folder."""
+        self.steps.close()
+        gc.collect()
+        self.folder.cleanup()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def waiting_for(loader, waits: list[float]) -> Iterator[Batch]:
+    """The loader's batches; how long each one let the host wait is appended to `waits`."""
+    batches = iter(loader)
+    while True:
+        started = time.perf_counter()
+        batch = next(batches)
+        waits.append(time.perf_counter() - started)
+        yield batch
+
+
+def measure(configs: list[EncoderConfig], process: Process, log, warm_up: int, n_steps: int) -> list[dict]:
+    """Speed of each configuration; several take turns, block by block. Memory of a single one."""
+    if process.device.type == "cuda":
+        torch.cuda.empty_cache()  # a training that did not fit may have left something
+        torch.cuda.reset_peak_memory_stats()
+    with ExitStack() as closing:
+        trainings = []
+        for config in configs:  # all CUDA graphs are recorded before a loader's threads use the GPU
+            trainings.append(Training(config, process, log))
+            closing.callback(trainings[-1].close)
+        for training in trainings:
+            training.start(warm_up)
+        n_blocks = min(N_BLOCKS, n_steps) if len(trainings) > 1 else 1
+        blocks = [[] for _ in trainings]
+        for i in range(n_blocks):
+            for training, mine in zip(trainings, blocks):
+                mine.append(training.advance((i + 1) * n_steps // n_blocks - i * n_steps // n_blocks))
+        memory = {"memory_gib": peak_memory_gib(process.device)} if len(trainings) == 1 else {}
+        return [summary(training, mine) | memory for training, mine in zip(trainings, blocks)]
+
+
+def peak_memory_gib(device: torch.device) -> dict[str, float]:
+    """GPU: since measure() began; CPU: since this process began."""
+    if device.type == "cuda":
+        return {"reserved": torch.cuda.max_memory_reserved() / 2**30,
+                "allocated": torch.cuda.max_memory_allocated() / 2**30}
+    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss
+    return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+
+def summary(training: Training, blocks: list[list[float]]) -> dict:
+    """What training.advance() returned, in numbers for people."""
+    seconds = [second for block in blocks for second in block]
+    p10, p50, p90 = (1000 * np.percentile(seconds, [10, 50, 90])).tolist()
+    return {"audio_sec_per_sec": 1000 * training.audio_sec / p50,
+            "audio_sec_per_sec_overall": training.audio_sec * len(seconds) / sum(seconds),
+            "step_ms": {"median": p50, "p10": p10, "p90": p90}, "audio_sec_per_step": training.audio_sec,
+            "data_wait_ms": 1000 * sum(training.waits) / len(seconds),
+            "block_audio_sec_per_sec": [training.audio_sec / median(block) for block in blocks],
+            "steps_ms": [round(1000 * second, 3) for second in seconds]}
+
+
+# ---------------------------------------------------------------- where the time goes
+
+def cdist_flop(a: tuple, b: tuple, *others, out_shape=None, **more) -> int:
+    """[..., P, D], [..., R, D]: distances of many vectors are a matrix product."""
+    return 2 * int(np.prod(a)) * b[-2]
+
+
+def attention_flop(query: tuple, key: tuple, value: tuple, *others, out_shape=None, **more) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# What torch.utils.flop_counter does not know.
+MORE_FLOPS = {torch.ops.aten._cdist_forward: cdist_flop, torch.ops.aten._euclidean_dist: cdist_flop,
+              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop}
+
+
+def in_range(part: str, function: Callable) -> Callable:
+    """`function`, whose work the profiler finds under the name of `part`."""
+    @functools.wraps(function)
+    def named(*args, **kwargs):
+        with record_function(RANGE + part):
+            return function(*args, **kwargs)
+    return named
+
+
+def breakdown(config: EncoderConfig, process: Process, log) -> dict:
+    """FLOP of a step of this process, and ms of every part, of a training without CUDA graphs and logging."""
+    config = deepcopy(config)
+    config.train.cuda_graphs, config.train.log_every_steps, config.train.max_steps = False, 10**9, 10**6
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (process.device.type == "cuda")
+    with ExitStack() as stack:
+        for part, places in PARTS.items():
+            for owner, name in places:
+                stack.enter_context(patch.object(owner, name, in_range(part, getattr(owner, name))))
+        training = Training(config, process, log)
+        stack.callback(training.close)
+        training.start(N_PROFILED)
+        with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
+            training.advance(1)
+        with profile(activities=activities, acc_events=True) as profiler:
+            for _ in range(N_PROFILED):
+                with record_function(RANGE + REST):
+                    training.advance(1)
+    times = time_of_parts(profiler.events(), process.device.type == "cuda")
+    return {"flop_per_step": counter.get_total_flops(),
+            "parts_ms": {part: {way: us / 1000 / N_PROFILED for way, us in both.items()}
+                         for part, both in times.items()}}
+
+
+def part_of(name: str) -> str | None:
+    """The part of which the profiler's event of that name is the range, if it is one."""
+    if name.startswith(RANGE):
+        return name.removeprefix(RANGE)
+    return OPTIMIZERS if name.startswith("Optimizer.") else DATA if name.startswith("enumerate(DataLoader)") else None
+
+
+def time_of_parts(events: list, on_gpu: bool) -> dict[str, dict[str, float]]:
+    """Events of a profiler -> part -> microseconds, forward and backward.
+
+    An autograd node has the number of the operator that made it, so its backward is added to that operator's part.
+    """
+    main_thread = next(event.thread for event in events if event.name == RANGE + REST)
+    makers: dict[int, str] = {}  # number of an autograd node -> part; the last operator of that number made it
+    times: dict[str, dict[str, float]] = {}
+
+    def place(event) -> tuple[str, str]:
+        while event is not None:
+            if event.name.startswith(BACKWARD):
+                return makers.get(event.sequence_nr, REST), "backward"
+            if part := part_of(event.name):
+                return part, "forward"
+            event = event.cpu_parent
+        return REST, "forward"
+
+    host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU and not event.is_async]
+    for event in sorted(host, key=lambda event: event.time_range.start):
+        if event.thread == main_thread and event.sequence_nr >= 0:
+            part, way = place(event)
+            if way == "forward":
+                makers[event.sequence_nr] = part
+    for event in host:
+        # A range has a double of its name on the GPU, which is no kernel.
+        spent = (sum(kernel.duration for kernel in event.kernels if kernel.name != event.name) if on_gpu
+                 else event.self_cpu_time_total if event.thread == main_thread else 0)
+        if spent:
+            part, way = place(event)
+            times.setdefault(part, {"forward": 0.0, "backward": 0.0})[way] += spent
+    times.pop(DATA, None)  # the profiler slows the step down, and the loader has time to spare
+    return {part: times[part] for part in [*PARTS, OPTIMIZERS, REST] if part in times}
+
+
+# ---------------------------------------------------------------- the loader alone
+
+def measure_loader(config: EncoderConfig, workers: list[int], n_batches: int) -> list[dict]:
+    """Speed of the data path by number of loader processes, and what the files are."""
+    sources, _ = split_validation(find_clips(config.data)[0], config.data.validation)
+    clips = [clip for source in sources for clip in source]
+    results = []
+    for n_workers in workers:
+        data = deepcopy(config.data)
+        data.num_workers = n_workers
+        batches = iter(make_loader(SpeechDataset(clips, data.max_sec, config.seed), data, config.seed))
+        for _ in range(1 + 2 * n_workers):
+            next(batches)
+        # Workers finish together: whole rounds of them, and many.
+        n = max(n_batches, 10 * n_workers)
+        n += -n % max(1, n_workers)
+        started = time.perf_counter()
+        seen = [next(batches) for _ in range(n)]
+        seconds = time.perf_counter() - started
+        del batches
+        crops_sec = n * data.batch_size * data.max_sec
+        rates, counts = np.unique(np.concatenate([batch.native_rates for batch in seen]), return_counts=True)
+        results.append({"num_workers": n_workers, "audio_sec_per_sec": crops_sec / seconds,
+                        "batch_ms": 1000 * seconds / n, "batches": n,
+                        "sound_share": sum(batch.lengths.sum().item() for batch in seen) / SAMPLE_RATE / crops_sec,
+                        "native_rates_hz": {int(rate): int(count) for rate, count in zip(rates, counts)}})
+    return results
+
+
+# ---------------------------------------------------------------- reports
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+HEAD = ["", "audio s/s", "over all steps", "ms/step", "10 %", "90 %", "data wait ms", "peak GiB"]
+
+
+def row(name: str, result: dict) -> list[str]:
+    if "error" in result:
+        return [name, result["error"], *["-"] * (len(HEAD) - 2)]
+    step, memory = result["step_ms"], result.get("memory_gib", {})
+    return [name, f"{result['audio_sec_per_sec']:.4g}", f"{result['audio_sec_per_sec_overall']:.4g}",
+            *(f"{step[key]:.1f}" for key in ("median", "p10", "p90")), f"{result['data_wait_ms']:.1f}",
+            ", ".join(f"{value:.2f} {name}" for name, value in memory.items()) or "-"]
+
+
+def parts_report(result: dict) -> str:
+    """The table of parts, and its sum."""
+    parts = result["parts_ms"]
+    total = sum(sum(both.values()) for both in parts.values())
+    rows = [[part, f"{both['forward']:.2f}", f"{both['backward']:.2f}", f"{sum(both.values()) / total:.1%}"]
+            for part, both in parts.items()]
+    rows = [["data wait (host)", f"{result['data_wait_ms']:.2f}", "-", "-"], *rows]
+    sums = [sum(both[way] for both in parts.values()) for way in ("forward", "backward")]
+    rows.append(["sum without data wait", *(f"{value:.2f}" for value in sums), "100.0%"])
+    return table(["ms of a step", "forward", "backward", "share"], rows)
+
+
+def flops_report(result: dict, ceiling_tflops: float | None) -> str:
+    line = (f"{result['flop_per_step'] / 1e12:.3g} TFLOP a step and process, "
+            f"{result['flop_per_audio_sec'] / 1e9:.3g} GFLOP per second of audio, "
+            f"{result['tflop_per_sec']:.3g} TFLOP/s")
+    return line + (f", {result['ceiling_share']:.1%} of {ceiling_tflops:g}" if ceiling_tflops else "")
+
+
+def growth_figure(axis: str, results: list[dict]) -> Figure:
+    """Speed, time and memory against the batch or the length of a clip."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    done = [result for result in results if "error" not in result]
+    values = [result[axis] for result in done]
+    curves = {"audio seconds per second": [result["audio_sec_per_sec"] for result in done],
+              "ms a step": [result["step_ms"]["median"] for result in done],
+              "peak memory, GiB": [max(result["memory_gib"].values()) for result in done]}
+    for panel, (title, points) in zip(panels, curves.items()):
+        panel.plot(values, points, marker="o")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel(GROWTH_AXES[axis][1])
+        panel.set_xlim(left=0)
+        panel.set_ylim(0, 1.1 * max(points, default=1))
+        panel.grid(alpha=0.3)
+    return figure
+
+
+# ---------------------------------------------------------------- what is asked for
+
+def load(options, yaml: str, overrides: list[str], random_checkpoint: str | None) -> EncoderConfig:
+    """The configuration to be timed, in which a training never ends, validates or saves."""
+    config = load_config(EncoderConfig, yaml, [*OWN_DEFAULTS, *overrides])
+    config.checkpoint = random_checkpoint or config.checkpoint
+    config.resume, config.train.max_steps = False, options.warm_up + options.steps + 1
+    config.train.validate_every_steps = config.train.save_every_steps = 10**9
+    check_encoder_config(config)
+    return config
+
+
+def grown(text: str, config: EncoderConfig) -> tuple[str, dict[float, EncoderConfig]]:
+    """--growth -> its axis, value -> configuration."""
+    axis, _, values = text.partition("=")
+    try:
+        values = sorted(GROWTH_AXES[axis][0](value) for value in values.split(","))
+    except (KeyError, ValueError):
+        raise UserError(f"--growth {text}: write batch=4,8,16 or seconds=1,2,4.") from None
+    configs = {value: deepcopy(config) for value in values}
+    for value, one in configs.items():
+        if axis == "batch":
+            one.data.batch_size = value
+        else:
+            one.data.max_sec = value
+            one.asr.context_sec = max(config.asr.context_sec, min(2.5 * value, WHISPER_SEC))
+        check_encoder_config(one)
+    return axis, configs
+
+
+def usual_workers(config: EncoderConfig) -> list[int]:
+    """1, 2, 4, ... up to the cores this process may use, and the config's number."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return sorted({2**i for i in range(n_cores.bit_length())} | {config.data.num_workers})
+
+
+def describe(config: EncoderConfig, process: Process) -> str:
+    """One line: what runs where."""
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in vars(config.loss).items() if weight)
+    return (f"batch {config.data.batch_size} x {config.data.max_sec:g} s"
+            f"{f' x {config.train.accumulation}' if config.train.accumulation > 1 else ''}, {config.train.precision}, "
+            f"CUDA graphs {'on' if config.train.cuda_graphs and process.device.type == 'cuda' else 'off'}, "
+            f"{config.data.num_workers} loader processes; losses {weights}")
+
+
+def speed(options, process: Process, config: EncoderConfig, random_checkpoint: str | None, log, say) -> dict:
+    """One configuration or two in turns: speed, memory, FLOP, parts."""
+    configs = {"as configured": config}
+    if options.compare is not None:
+        first, *others = options.compare
+        yaml, changes = (options.config, options.compare) if "=" in first else (first, others)
+        configs[" ".join(options.compare)] = load(options, yaml, [*options.overrides, *changes], random_checkpoint)
+    for name, one in configs.items():
+        say(f"{name}: {describe(one, process)}")
+    measured = dict(zip(configs, measure(list(configs.values()), process, log, options.warm_up, options.steps)))
+    if process.is_main:
+        said = Path(log.name).read_text(encoding="utf-8").splitlines()
+        say("\n" + "\n".join(f"train_encoder.py: {line}" for line in said if "absent" in line or "clips," in line))
+    say("\n" + table(HEAD, [row(name, result) for name, result in measured.items()]))
+    results = {"configurations": measured}
+    if len(measured) > 1:
+        a, b = (result["block_audio_sec_per_sec"] for result in measured.values())
+        ratios = results["speed_ratios"] = [two / one for one, two in zip(a, b)]
+        say(f"\nthe second one has {median(ratios):.3f} times the speed of the first one ({min(ratios):.3f} to "
+            f"{max(ratios):.3f} in {len(ratios)} turns)")
+    for name, result in measured.items():
+        result |= breakdown(configs[name], process, log)
+        result["flop_per_audio_sec"] = result["flop_per_step"] * process.world_size / result["audio_sec_per_step"]
+        result["tflop_per_sec"] = result["flop_per_step"] / result["step_ms"]["median"] / 1e9
+        if options.ceiling_tflops:
+            result["ceiling_share"] = result["tflop_per_sec"] / options.ceiling_tflops
+        where = "kernels" if process.device.type == "cuda" else "main thread"
+        say(f"\n{name}: {flops_report(result, options.ceiling_tflops)}\n\nparts of a step with "
+            f"train.cuda_graphs=false ({where}, mean of {N_PROFILED} steps without logging); as configured a step "
+            f"takes {result['step_ms']['median']:.1f} ms\n\n{parts_report(result)}")
+    return results
+
+
+def growth(options, process: Process, config: EncoderConfig, log, say) -> dict:
+    """Speed and memory along an axis."""
+    axis, configs = grown(options.growth, config)
+    say(f"{describe(config, process)}\n\n{table([axis, *HEAD[1:]], [])}")
+    results = []
+    for value, one in configs.items():
+        try:
+            result = measure([one], process, log, options.warm_up, options.steps)[0]
+        except torch.cuda.OutOfMemoryError:
+            result = {"error": "out of memory"}
+        say("| " + " | ".join(row(f"{value:g}", result)) + " |")
+        results.append({axis: value, **result})
+    if process.is_main:
+        plot = Path(options.output) / f"growth_{axis}.png"
+        save_figure(growth_figure(axis, results), plot)
+        say(f"\n{plot}")
+    return {"growth": results}
+
+
+def loader_alone(options, config: EncoderConfig) -> dict:
+    """Audio seconds per second by number of loader processes."""
+    workers = options.workers or usual_workers(config)
+    print(f"the loader alone, batch {config.data.batch_size} x {config.data.max_sec:g} s, files read before may come "
+          "from the page cache\n")
+    results = measure_loader(config, workers, options.steps)
+    rows = [[str(r["num_workers"]), f"{r['audio_sec_per_sec']:.4g}", f"{r['batch_ms']:.2f}", f"{r['sound_share']:.1%}",
+             ", ".join(f"{rate / 1000:g}: {count}" for rate, count in r["native_rates_hz"].items())] for r in results]
+    print(table(["loader processes", "audio s/s, padding counted", "ms/batch", "of it sound", "clips by kHz"], rows))
+    return {"loader": results}
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/encoder.yaml",
+                        help="YAML of train_encoder.py (default: %(default)s)")
+    parser.add_argument("--random-full", action="store_true",
+                        help="a checkpoint made for this run: random weights, the released codec's sizes")
+    parser.add_argument("--steps", metavar="N", type=int, default=100, help="that count (default: %(default)s)")
+    parser.add_argument("--warm-up", metavar="N", type=int, default=10, help="steps before them (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--compare", metavar="key=value", nargs="+",
+                      help="time a second configuration in turns with the first: all that follows is what it changes; "
+                           "another YAML may come first, to which the overrides before --compare apply too. A loader "
+                           "fills up during the other's turn: compare data waits in runs of their own")
+    what.add_argument("--growth", metavar="AXIS=VALUES",
+                      help="batch=4,8,16 or seconds=1,2,4: speed and memory of each, and OUTPUT/growth_AXIS.png; "
+                           "asr.context_sec grows with the seconds where it must")
+    what.add_argument("--loader-only", action="store_true",
+                      help="the config's files through the data loader, by number of loader processes; no model")
+    parser.add_argument("--workers", metavar="N,N", type=lambda text: [int(n) for n in text.split(",")],
+                        help="numbers of loader processes of --loader-only (default: 1,2,4,... cores and the config's)")
+    parser.add_argument("--ceiling-tflops", metavar="T", type=float,
+                        help="of which the share is printed (default: "
+                             f"{H100_TFLOPS:g} on a GPU, for bf16 on an H200 or H100)")
+    parser.add_argument("--output", metavar="DIR", default="runs/benchmark",
+                        help="for train_step.json, train_step.log and plots (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="settings that override the YAML, such as data.batch_size=16")
+    options = parser.parse_intermixed_args(arguments)
+
+    with one_sentence(), tempfile.TemporaryDirectory() as temporary:
+        for name in ("steps", "warm_up"):
+            if getattr(options, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+        random_checkpoint = str(Path(temporary) / "random") if options.random_full else None
+        config = load(options, options.config, options.overrides, random_checkpoint)
+        output = Path(options.output)
+        output.mkdir(parents=True, exist_ok=True)
+        with training_process(config.device) as process:
+            say = functools.partial(print, flush=True) if process.is_main else lambda *words: None
+            results = {"config": options.config, "overrides": options.overrides, "environment": environment(process)}
+            say(f"{results['environment']['device']}, torch {torch.__version__}, {process.world_size} process(es), "
+                f"{options.steps} steps after {options.warm_up}")
+            if options.ceiling_tflops is None and process.device.type == "cuda":
+                options.ceiling_tflops = H100_TFLOPS
+            if random_checkpoint and not options.loader_only:
+                with redirect_stdout(None):
+                    make_random("codec", random_checkpoint)
+            with open(output / "train_step.log" if process.is_main else os.devnull, "w", encoding="utf-8") as log:
+                results |= (loader_alone(options, config) if options.loader_only else
+                            growth(options, process, config, log, say) if options.growth else
+                            speed(options, process, config, random_checkpoint, log, say))
+            if process.is_main:
+                write_text(output / "train_step.json", json.dumps(results, indent=2) + "\n")
+            say(f"\n{output}/train_step.json")
+
+
+if __name__ == "__main__":
+    main()
