@@ -20,12 +20,12 @@ from voxtral.codec import VoxtralCodec
 from voxtral.data import SAMPLE_RATE, read_config
 from voxtral.degrade import DEGRADATIONS, order
 from voxtral.errors import UserError, one_sentence
-from voxtral.evaluation import (METRICS, Agreement, Averages, Encoded, Sample, all_codes, clip_codes, compare_voices,
-                                encode_all, fresh_encoder, gap_closed, load_samples, voice_statistics)
+from voxtral.evaluation import (METRICS, Agreement, Averages, Encoded, Sample, all_codes, compare_voices,
+                                fresh_encoder, gap_closed, load_samples, measure_clips, voice_statistics)
 from voxtral.evaluation_report import gap_figure, scores_figure, table, voices_figure, write_clips, write_listening
 from voxtral.plots import levels_figure, save_figure
 from voxtral.run import start_process
-from voxtral.scores import DEFAULT_SCORES, SCORES, Scorer, check_scores, not_measured
+from voxtral.scores import DEFAULT_SCORES, ECAPA_MODEL, SCORES, Scorer, check_scores, not_measured
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation
 from voxtral.voices import list_voices, load_pt
 
@@ -96,17 +96,16 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
     presets = read_presets(options.checkpoint)
 
     # ---- 2. every clip through every encoder ----
-    agreement = Agreement(codec)
+    agreement = Agreement(codec) if "reference" in encoders else None
     sources = [scorer.listen(sample.waveform) for sample in progress(samples, "sources", len(samples))]
     files = {"reference": options.reference_encoder, "encoder": options.encoder or options.checkpoint}
     rows, audio, encoded = {}, {}, {}
     for system, tensors in encoders.items():
         codec.load_encoder(tensors, files.get(system, "a fresh encoder"))
         rows[system], audio[system], encoded[system] = [], [], []
-        for i, (clip, decoded) in enumerate(progress(encode_all(codec, samples), system, len(samples))):
-            row = clip_codes(codec, clip) | scorer.score(sources[i], decoded)
-            if "reference" in encoders:
-                row |= agreement(clip, encoded["reference"][i] if system != "reference" else clip)
+        measured = measure_clips(codec, samples, sources, scorer, agreement,
+                                 encoded["reference"] if system != "reference" and agreement else None)
+        for i, (row, clip, decoded) in enumerate(progress(measured, system, len(samples))):
             rows[system].append(row)
             encoded[system].append(clip)
             if i < options.samples:
@@ -214,6 +213,8 @@ def main(arguments=None) -> None:
                         help="for wer: openai-whisper's name of a model, or a local .pt (default: %(default)s)")
     parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
                         help="for speaker: a pretrained.pt (default: the one in the resemblyzer package)")
+    parser.add_argument("--ecapa-model", metavar="MODEL", default=ECAPA_MODEL,
+                        help="for ecapa: a SpeechBrain model, or the folder that holds one (default: %(default)s)")
     parser.add_argument("--max-sec", type=float, default=20.0, help="longer clips are cut (default: %(default)g)")
     parser.add_argument("--samples", metavar="N", type=int, default=4, help="clips to write as audio (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained encoder and the bootstrap (default: 0)")
@@ -236,7 +237,7 @@ def main(arguments=None) -> None:
         samples, bad = load_samples(clips, options.max_sec)
         device = start_process(options.device).device
         averages = Averages([sample.speaker for sample in samples], options.seed)
-        scorer = Scorer(names, SAMPLE_RATE, device, options.whisper, options.speaker_model)
+        scorer = Scorer(names, SAMPLE_RATE, device, options.whisper, options.speaker_model, options.ecapa_model)
         options.output.mkdir(parents=True, exist_ok=True)
         if options.degrade:
             report, rows, audio = calibrate(options, samples, scorer, averages)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from voxtral.config import (ConfigError, EncoderConfig, StandinConfig, check_encoder_config, checkpoint_folder,
-                            dump_config, load_config)
+from voxtral.config import (ConfigError, EncoderConfig, FullPipelineConfig, StandinConfig, check_encoder_config,
+                            check_full_pipeline_config, checkpoint_folder, dump_config, load_config)
 from voxtral.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -14,7 +14,7 @@ SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 
 
 def schema_of(name):
-    return StandinConfig if name.startswith("standin") else EncoderConfig
+    return {"standin": StandinConfig, "full": FullPipelineConfig}.get(name.partition("_")[0], EncoderConfig)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def load(tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_config_loads_and_makes_sense(name):
     config = load_config(schema_of(name), CONFIGS / name, [])
-    check_encoder_config(config)
+    (check_full_pipeline_config if isinstance(config, FullPipelineConfig) else check_encoder_config)(config)
     assert config.data.sources
 
 
@@ -59,6 +59,18 @@ def test_encoder_yaml_names_every_key_and_states_the_defaults():
     assert set(written(content)) == set(defaults)
     different = {key for key, value in shipped.items() if value != defaults[key]}
     assert different == {"data.sources", "data.num_workers"}
+
+
+def test_full_pipeline_yaml_is_the_seeds_recipe_and_states_the_defaults():
+    config = load_config(FullPipelineConfig, CONFIGS / "full_pipeline.yaml", [])
+    assert (config.lora.rank, config.optimizer.learning_rate, config.train.trainable) == (8, 2e-5, ["lora"])
+    assert config.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert {name: weight for name, weight in vars(config.loss).items() if weight} == {"hidden": 1.0}
+    content = yaml.safe_load((CONFIGS / "full_pipeline.yaml").read_text())
+    defaults, shipped = dict(leaves(FullPipelineConfig())), dict(leaves(config))
+    assert set(written(content)) == set(defaults)
+    assert {key for key, value in shipped.items() if value != defaults[key]} == {
+        "data.sources", "data.num_workers", "data.batch_size", "data.max_sec", "data.validation.clips"}
 
 
 def test_encoder_yaml_is_the_seeds_recipe():
@@ -102,7 +114,7 @@ def test_an_empty_file_is_the_defaults(load):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_dumped_config_loads_as_the_same(name, tmp_path):
-    config = load_config(schema_of(name), CONFIGS / name, ["train.max_steps=3", "asr.language=ar", "checkpoint=/x"])
+    config = load_config(schema_of(name), CONFIGS / name, ["train.max_steps=3", "data.max_sec=2", "checkpoint=/x"])
     dump_config(config, tmp_path / "config.yaml")
     again = load_config(schema_of(name), tmp_path / "config.yaml", [])
     assert asdict(again) == asdict(config) and again.train.max_steps == 3

@@ -158,7 +158,7 @@ def log(run):
 def test_a_flush_writes_the_last_step_with_its_extras(log, run, capsys):
     log.add(1, scalars(total=3, l1=1))
     log.add(2, scalars(total=2, l1=0.5))
-    log.flush({"code/levels": torch.tensor([0.25, 0.75]), "optimizer/learning_rate": 0.1}, audio_sec_per_step=4.0)
+    log.flush({"code/levels": torch.tensor([0.25, 0.75]), "optimizer/learning_rate": 0.1}, work=4.0)
     row, = read_metrics(run.path / "metrics.jsonl")
     assert (row["step"], row["loss/total"], row["loss/l1"]) == (2, 2, 0.5)
     assert (row["code/levels"], row["optimizer/learning_rate"]) == ([0.25, 0.75], 0.1)

@@ -94,6 +94,18 @@ class Backbone(nn.Module):
         backbone.model.rotary_emb = MistralRotaryEmbedding(backbone.model.config).to(device)
         return backbone.eval()
 
+    def native_state_dict(self) -> dict[str, Tensor]:
+        """The weights as the checkpoint has them: its names, RoPE on adjacent rows."""
+        heads = {"wq": self.params.backbone.n_heads, "wk": self.params.backbone.n_kv_heads}
+        weights = {}
+        for name, weight in self.model.state_dict().items():
+            name = to_native_name(name)
+            module = name.removesuffix(".weight").rpartition(".")[2]
+            if module in heads:
+                weight = halves_to_native(weight, heads[module], self.params.backbone.head_dim)
+            weights[name] = weight
+        return weights
+
     def embed_text(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> [..., dim]"""
         return self.model.embed_tokens(ids)

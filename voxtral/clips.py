@@ -13,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 from filelock import FileLock
 from torch import Tensor
 
 from voxtral.checkpoint import atomic_path, write_text
+from voxtral.codec import VoxtralCodec
+from voxtral.data import load_segment
 from voxtral.errors import UserError
+from voxtral.sources import Clip
 from voxtral.tts import Take
 
 MIN_SEC = 0.4             # less is no sentence
@@ -134,3 +138,20 @@ class ClipFolder:
                             "language": row["language"], "text": row["text"], "seconds": row["seconds"]},
                            ensure_ascii=False) + "\n" for row in kept))
         return Counter(row["dropped"] for row in self.records.values() if row["dropped"])
+
+
+# ---------------------------------------------------------------- without a model that speaks
+
+@torch.no_grad()
+def resynthesize(codec: VoxtralCodec, clips: list[Clip], path, max_sec: float) -> None:
+    """Recordings -> a folder as generate_clips.py writes it: the codes that the codec's own encoder gives, and what its
+    decoder makes of them. For checkpoints whose true encoder is known, but whose language model cannot speak."""
+    folder, rows = ClipFolder(path), []
+    for number, clip in enumerate(clips):
+        waveform, _ = load_segment(clip.path, 0.0, max_sec)
+        codes = codec.encode(torch.from_numpy(waveform)[None, None])
+        planned = PlannedClip(f"{clip.speaker}/{number:05d}", clip.speaker, "", clip.text, (0,))
+        folder.save_audio(planned, codes[0], codec.decode(codes)[0, 0], codec.params.sampling_rate)
+        rows.append((planned, codes.shape[-1] / codec.params.frame_rate_hz))
+    folder.record([clip for clip, _ in rows], [""] * len(rows), [seconds for _, seconds in rows])
+    folder.write_manifest()

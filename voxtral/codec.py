@@ -145,17 +145,26 @@ class VoxtralCodec(nn.Module):
 
     # ------------------------------------------------------------ what the LLM sees
 
-    def embed_codes(self, codes: Tensor) -> Tensor:
-        """Codes [B, 1 + acoustic_dim, L] -> [B, L, dim]: the sum of one table row per codebook (spec section 4)."""
+    def embed_codes(self, codes: Tensor, table: Tensor | None = None) -> Tensor:
+        """Codes [B, 1 + acoustic_dim, L] -> [B, L, dim]: the sum of one table row per codebook (spec section 4).
+
+        table: one of the shape of the checkpoint's, in its place."""
         offsets = codebook_offsets(self.params).to(codes.device)
-        return F.embedding(codes.transpose(1, 2) + N_SPECIAL_IDS + offsets, self.audio_embedding).sum(dim=2)
+        table = self.audio_embedding if table is None else table
+        return F.embedding(codes.transpose(1, 2) + N_SPECIAL_IDS + offsets, table).sum(dim=2)
+
+    def voice_rows(self, codes: Tensor, n_frames: Tensor, table: Tensor | None = None) -> Tensor:
+        """Codes [B, 1 + acoustic_dim, L], the first n_frames [B] of them -> [B, L + 1, dim]: row n_frames is the
+        END_AUDIO frame that serving expects; those after it carry no meaning. table: see embed_codes."""
+        end = torch.full_like(codes[:1, :, :1], EMPTY_AUDIO - N_SPECIAL_IDS)
+        end[:, 0] = END_AUDIO - N_SPECIAL_IDS
+        at_end = torch.arange(codes.shape[-1] + 1, device=codes.device) == n_frames[:, None, None]
+        return self.embed_codes(torch.where(at_end, end, F.pad(codes, (0, 1))), table)
 
     def voice_embedding(self, waveform: Tensor) -> Tensor:
-        """[1, 1, T] -> [ceil(T / 1920) + 1, dim]; the last row is the END_AUDIO frame that serving expects."""
+        """[1, 1, T] -> [ceil(T / 1920) + 1, dim], END_AUDIO row last."""
         codes = self.encode(waveform)
-        end = torch.full_like(codes[:, :, :1], EMPTY_AUDIO - N_SPECIAL_IDS)
-        end[:, 0] = END_AUDIO - N_SPECIAL_IDS
-        return self.embed_codes(torch.cat([codes, end], dim=2))[0]
+        return self.voice_rows(codes, torch.tensor([codes.shape[-1]], device=codes.device))[0]
 
     # ------------------------------------------------------------ training
 

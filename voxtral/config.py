@@ -19,10 +19,12 @@ from voxtral.data import SAMPLE_RATE, DataConfig
 from voxtral.discriminator import DiscriminatorConfig
 from voxtral.errors import UserError
 from voxtral.losses import ON_WAVEFORM, LossWeights
+from voxtral.params import LORA_MODULES
 from voxtral.sources import check_config
 from voxtral.speaker import SpeakerConfig
 
 PARTS = ("encoder", "codebook", "decoder")
+FULL_PIPELINE_PARTS = ("lora", "encoder", "embedding", "backbone", "acoustic")
 
 
 class ConfigError(UserError):
@@ -79,6 +81,62 @@ class EncoderConfig:
     asr: AsrConfig = field(default_factory=AsrConfig)
     speaker: SpeakerConfig = field(default_factory=SpeakerConfig)
     balancer: BalancerConfig = field(default_factory=BalancerConfig)
+
+
+@dataclass
+class LoraConfig:
+    """peft's LoRA of the backbone."""
+    rank: int = 8
+    alpha: float = 16.0                   # the update is alpha / rank * B A
+    dropout: float = 0.0
+    target_modules: List[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])  # wq, wk, wv, wo
+
+
+@dataclass
+class FullPipelineLosses:
+    """The map of weights of phase 2. The seed's recipe is `hidden` alone."""
+    hidden: float = 1.0         # squared error of the hidden states at the reference's positions, mean over layers
+    semantic_kl: float = 0.0    # KL of the semantic ids' distribution where frames are predicted
+    velocity: float = 0.0       # squared error of the acoustic transformer's velocity there
+    cross_entropy: float = 0.0  # of the semantic ids that were spoken: the paper's own objective, which needs no teacher
+    flow: float = 0.0           # flow matching of the acoustic levels that were spoken, likewise
+
+
+@dataclass
+class FullPipelineTrainConfig:
+    trainable: List[str] = field(default_factory=lambda: ["lora"])  # of lora, encoder, embedding, backbone, acoustic
+    epochs: int = 1                       # passes over the clips, unless max_steps says otherwise
+    max_steps: Optional[int] = None       # optimizer steps; null: from epochs
+    accumulation: int = 1                 # micro-batches per optimizer step
+    precision: str = "bf16"               # of backbone and acoustic transformer: bf16 or fp32; LoRA weights are fp32
+    gradient_checkpointing: bool = True   # compute layers twice, keep only their inputs
+    normalize_layers: bool = False        # divide each layer's hidden loss by the variance of the teacher's layer
+    gradient_clip: float = 1.0
+    max_total_loss: float = 1e6           # above it the run stops as exploded
+    log_every_steps: int = 10
+    validate_every_steps: int = 500
+    save_every_steps: int = 500
+    keep_last: int = 3                    # checkpoints kept besides best/
+
+
+def _phase_2_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(learning_rate=2e-5, betas=[0.9, 0.999], weight_decay=0.0, warmup_steps=50)
+
+
+@dataclass
+class FullPipelineConfig:
+    """Everything train_full_pipeline.py can be told."""
+    checkpoint: Optional[str] = None      # folder; null: $VOXTRAL_CKPT
+    encoder: Optional[str] = None         # encoder.safetensors of phase 1; null: the one in the checkpoint
+    output_dir: str = "runs/full"
+    resume: bool = False                  # continue from the newest checkpoint in output_dir
+    seed: int = 0
+    device: str = "auto"                  # auto, cpu, cuda
+    data: DataConfig = field(default_factory=DataConfig)
+    train: FullPipelineTrainConfig = field(default_factory=FullPipelineTrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=_phase_2_optimizer)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: FullPipelineLosses = field(default_factory=FullPipelineLosses)
 
 
 @dataclass
@@ -169,43 +227,62 @@ def checkpoint_folder(config) -> str:
     return folder
 
 
-def check_encoder_config(config: EncoderConfig) -> None:
-    """Raises ConfigError (for the data block DataError) for values that parse but make no sense, naming the key."""
+def _check_run(config, parts: tuple[str, ...], positive: list[str], not_negative: list[str], shares: list[str]) -> None:
+    """What the configurations of both phases have in common; the lists name further keys."""
     check_config(config.data)
     train = config.train
-    unknown = [part for part in train.trainable if part not in PARTS]
+    unknown = [part for part in train.trainable if part not in parts]
     if unknown or not train.trainable:
-        raise ConfigError(f"train.trainable: {unknown or 'nothing'} is not one of {', '.join(PARTS)}.")
+        raise ConfigError(f"train.trainable: {unknown or 'nothing'} is not one of {', '.join(parts)}.")
     if train.precision not in ("bf16", "fp32"):
         raise ConfigError(f"train.precision is {train.precision}: it must be bf16 or fp32.")
     positive = ["train.epochs", "train.accumulation", "train.log_every_steps", "train.validate_every_steps",
-                "train.save_every_steps", "train.keep_last", "train.gradient_clip", "train.max_total_loss", "train.reconstruction_decay",
-                "optimizer.learning_rate", "discriminator.channels", "discriminator.crop_sec",
-                "discriminator.learning_rate"]
-    not_negative = ["seed", "train.n_samples", "optimizer.warmup_steps", "optimizer.weight_decay",
-                    "discriminator.warmup_steps", *(f"loss.{name}" for name in vars(config.loss))]
+                "train.save_every_steps", "train.keep_last", "train.gradient_clip", "train.max_total_loss",
+                "optimizer.learning_rate", *positive]
+    not_negative = ["seed", "optimizer.warmup_steps", "optimizer.weight_decay",
+                    *(f"loss.{name}" for name in vars(config.loss)), *not_negative]
     if train.max_steps is not None:
         positive.append("train.max_steps")
     for key in positive + not_negative:
         value = attrgetter(key)(config)
         if not 0 <= value < float("inf") or value == 0 and key in positive:
             raise ConfigError(f"{key} is {value}: it must be {'above 0' if key in positive else '0 or more'}.")
-    if train.reconstruction_decay > 1:
-        raise ConfigError(f"train.reconstruction_decay is {train.reconstruction_decay}: it must be at most 1.")
-    for key, value in (("train.ema_decay", train.ema_decay), ("balancer.decay", config.balancer.decay),
+    for key, value in (*((key, attrgetter(key)(config)) for key in shares),
                        *(("optimizer.betas", beta) for beta in config.optimizer.betas)):
         if not 0 <= value < 1:
             raise ConfigError(f"{key} is {value}: it must be at least 0 and below 1.")
     if len(config.optimizer.betas) != 2:
         raise ConfigError(f"optimizer.betas is {config.optimizer.betas}: it must be two numbers.")
+    if not any(vars(config.loss).values()):
+        raise ConfigError("loss: all weights are 0, nothing would be learnt.")
+
+
+def check_full_pipeline_config(config: FullPipelineConfig) -> None:
+    """Raises ConfigError (for the data block DataError) for values that parse but make no sense, naming the key."""
+    _check_run(config, FULL_PIPELINE_PARTS, ["lora.rank", "lora.alpha"], [], ["lora.dropout"])
+    unknown = sorted(set(config.lora.target_modules) - set(LORA_MODULES))
+    if unknown or not config.lora.target_modules:
+        raise ConfigError(f"lora.target_modules: {unknown or 'nothing'} is not one of {', '.join(LORA_MODULES)}.")
+    if {"lora", "backbone"} <= set(config.train.trainable):
+        raise ConfigError("train.trainable: lora leaves the backbone's own weights as they are; choose one of the two.")
+    if "acoustic" in config.train.trainable and not (config.loss.cross_entropy or config.loss.flow):
+        raise ConfigError("train.trainable: acoustic learns from loss.cross_entropy and loss.flow only; give them a weight.")
+
+
+def check_encoder_config(config: EncoderConfig) -> None:
+    """Raises ConfigError (for the data block DataError) for values that parse but make no sense, naming the key."""
+    train = config.train
+    _check_run(config, PARTS, ["train.reconstruction_decay", "discriminator.channels", "discriminator.crop_sec",
+                               "discriminator.learning_rate"],
+               ["train.n_samples", "discriminator.warmup_steps"], ["train.ema_decay", "balancer.decay"])
+    if train.reconstruction_decay > 1:
+        raise ConfigError(f"train.reconstruction_decay is {train.reconstruction_decay}: it must be at most 1.")
     max_sec, discriminator = config.data.max_sec, config.discriminator
     for key, sizes, sec in (("train.stft_fft_sizes", train.stft_fft_sizes, max_sec),
                             ("discriminator.fft_sizes", discriminator.fft_sizes, min(discriminator.crop_sec, max_sec))):
         largest = 2 * round(sec * SAMPLE_RATE) - 1  # an STFT mirrors half a window at the ends
         if not sizes or not 4 <= min(sizes) <= max(sizes) <= largest:
             raise ConfigError(f"{key} is {sizes}: of {sec:g} s it must be FFT sizes from 4 to {largest} samples.")
-    if not any(vars(config.loss).values()):
-        raise ConfigError("loss: all weights are 0, nothing would be learnt.")
     if config.discriminator.warmup_steps and not any(w for name, w in vars(config.loss).items() if name != "feature"):
         raise ConfigError("loss: only feature has a weight, and nothing would be learnt for discriminator.warmup_steps.")
     if config.balancer.enabled and not any(getattr(config.loss, name) for name in ON_WAVEFORM if name != "feature"):

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import soundfile
@@ -105,14 +105,14 @@ class SpeechDataset(Dataset):
 
     A bad clip is replaced by another one, drawn from the same random stream, and reported. With `fixed`,
     crops start at 0 and bad clips are left out from the beginning, listed in `bad`. Raises DataError if no
-    clip is left, or after too many bad ones in a row.
+    clip is left, or after too many bad ones in a row. A subclass says what else a clip is read into.
     """
 
     def __init__(self, clips: list[Clip], max_sec: float, seed: int, fixed: bool = False):
         self.clips, self.max_sec, self.seed, self.fixed = clips, max_sec, seed, fixed
         self.bad: list[tuple[str, str]] = []
         if fixed:
-            self.clips, self.bad = check(clips, max_sec)
+            self._keep_usable()
         if not self.clips:
             raise DataError(f"None of the {len(clips)} clips can be read; look at them and at data.sources "
                             f"({'; '.join(f'{path}: {reason}' for path, reason in self.bad[:3])}).")
@@ -121,36 +121,38 @@ class SpeechDataset(Dataset):
         return len(self.clips)
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
-        """-> waveform [1, max_samples] padded with zeros, length (samples), index, native_rate (Hz), bad."""
+        """-> what load() gives, index, bad."""
         number, index = item
         random = np.random.default_rng((CROP, self.seed, number))
         bad = []
         while len(bad) < (1 if self.fixed else MAX_BAD_IN_A_ROW):
-            path = self.clips[index].path
             try:
-                segment, rate = load_segment(path, 0.0 if self.fixed else random.random(), self.max_sec)
+                return {**self.load(index, random), "index": index, "bad": bad}
             except BadClip as error:
-                bad.append((path, error.reason))
+                bad.append((self.clips[index].path, error.reason))
                 index = int(random.integers(len(self.clips)))
-                continue
-            waveform = torch.zeros(1, round(self.max_sec * SAMPLE_RATE))
-            waveform[0, :len(segment)] = torch.from_numpy(segment)
-            return {"waveform": waveform, "length": len(segment), "index": index, "native_rate": rate,
-                    "bad": bad}
         raise DataError(f"{len(bad)} clips in a row cannot be used, the last is {bad[-1][0]} ({bad[-1][1]}); "
                         "run python -m voxtral.data --check on the config and mend data.sources.")
 
 
-def check(clips: list[Clip], max_sec: float) -> tuple[list[Clip], list[tuple[str, str]]]:
-    """-> the clips whose first max_sec can be used, (path, reason) of the others."""
-    good, bad = [], []
-    for clip in clips:
-        try:
-            load_segment(clip.path, 0.0, max_sec)
-            good.append(clip)
-        except BadClip as error:
-            bad.append((clip.path, error.reason))
-    return good, bad
+    def load(self, index: int, random: np.random.Generator) -> dict:
+        """-> waveform [1, max_samples] padded with zeros, length (samples), native_rate (Hz). Raises BadClip."""
+        position = 0.0 if self.fixed else random.random()
+        segment, rate = load_segment(self.clips[index].path, position, self.max_sec)
+        waveform = torch.zeros(1, round(self.max_sec * SAMPLE_RATE))
+        waveform[0, :len(segment)] = torch.from_numpy(segment)
+        return {"waveform": waveform, "length": len(segment), "native_rate": rate}
+
+    def _keep_usable(self) -> None:
+        """Leaves out the clips that cannot be read, and lists them in `bad`."""
+        usable = []
+        for index, clip in enumerate(self.clips):
+            try:
+                self.load(index, np.random.default_rng(0))
+                usable.append(clip)
+            except BadClip as error:
+                self.bad.append((clip.path, error.reason))
+        self.clips = usable
 
 
 @dataclass
@@ -245,8 +247,8 @@ def steps_per_epoch(clips: list[Clip], config: DataConfig, world_size: int = 1,
 
 
 def make_loader(dataset: SpeechDataset, config: DataConfig, seed: int, start_step: int = 0, rank: int = 0,
-                world_size: int = 1, accumulation: int = 1) -> DataLoader:
-    """Endless loader of Batch, `accumulation` of them a step, beginning with those of start_step.
+                world_size: int = 1, accumulation: int = 1, collate: Callable[[list[dict]], Any] = collate) -> DataLoader:
+    """Endless loader of batches, `accumulation` of them a step, beginning with those of start_step.
 
     Iterate it once: each iter() begins at start_step again.
     """

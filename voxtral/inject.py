@@ -18,14 +18,13 @@ from voxtral.checkpoint import (ENCODER_PREFIXES, TORCH_DTYPES, Checkpoint, Item
                                 check_shapes, flush, read_json, remove_json, set_json, weight_files, write_items,
                                 write_safetensors, write_text)
 from voxtral.layout import released_layout, withheld_layout
-from voxtral.params import CheckpointError, ModelParams
+from voxtral.params import LORA_MODULES, CheckpointError, ModelParams
 
 MARKER = "encoder_blocks.injected"  # serving's request gate wants a top-level key of this prefix (spec section 7)
 INDEX = "consolidated.safetensors.index.json"
 RECORD = "injection.json"           # what was injected; marks a folder as written by this module
 BACKUP = ".voxtral_original"        # what an in-place injection cannot find again in the new file
 SAVED_TENSORS = "attention.safetensors"  # in BACKUP: the weights that a LoRA was merged into
-LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 LORA_KEYS = {  # keys of adapter_config.json that are read, checked, or do not change what is merged
     "peft_type", "r", "lora_alpha", "target_modules", "init_lora_weights", "lora_dropout", "inference_mode",
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}

@@ -113,6 +113,9 @@ class ModelParams:
         return padded(self.codec.semantic_codebook_size + N_SPECIAL_IDS + self.codec.acoustic_dim * levels)
 
 
+# What a LoRA may change: wq, wk, wv and wo under transformers' names.
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
 # Ids in front of every codebook: a quantizer code c is stored as id c + 2 (serving behaviour, spec section 4).
 EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS = 0, 1, 2
 

@@ -78,3 +78,22 @@ def plot_run(rows: list[dict], folder) -> None:
     if histograms:
         chosen = {f"step {row['step']}": row["validation/level_histogram"] for row in (histograms[0], histograms[-1])}
         save_figure(levels_figure(chosen), Path(folder) / "levels.png")
+
+
+def layers_figure(rows: list[dict]) -> Figure:
+    """Phase 2's validation rows, first and last: distance to the teacher by layer, at each kind of position; solid under
+    the encoder's references, dashed under true ones."""
+    kinds = ("audio", "text", "generation")
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, len(kinds), sharex=True)
+    for column, kind in enumerate(kinds):
+        for axis, measure, title in ((axes[0, column], "normalized", "squared error / variance"), (axes[1, column], "cosine", "cosine")):
+            for row, color in ((rows[0], "tab:gray"), (rows[-1], "tab:blue")):
+                for prompt, style in (("ours", "-"), ("preset", "--")):
+                    values = row[f"validation/{prompt}_{measure}_{kind}_by_layer"]
+                    axis.plot(np.arange(1, len(values) + 1), values, style, color=color, marker=".", label=f"{prompt}, step {row['step']}")
+            axis.set_title(f"{kind}: {title}", fontsize=9)
+            axis.grid(alpha=0.3)
+        axes[1, column].set_xlabel("layer")
+    axes[0, 0].legend(fontsize=7)
+    return figure

@@ -247,8 +247,9 @@ class Logger:
         self.pending.append((step, scalars))
         self.bar.update(1)
 
-    def flush(self, extra: dict | None = None, audio_sec_per_step: float = 0.0) -> None:
-        """Reads and checks what was added; logs the last step with `extra` (tensors or numbers)."""
+    def flush(self, extra: dict | None = None, work: float = 0.0, unit: str = "audio_sec") -> None:
+        """Reads and checks what was added; logs the last step with `extra` (tensors or numbers) and the speed: `work`
+        of that unit a step."""
         if not self.pending:
             return
         flat = torch.stack([value.detach().float().reshape(())
@@ -273,8 +274,8 @@ class Logger:
         self.last_flush, self.pending = now, []
         self.step_times.append(step_sec)
         row = {**rows[-1][1], **{name: to_number(value) for name, value in (extra or {}).items()}, "time/step_ms": 1000 * step_sec}
-        if audio_sec_per_step:
-            row["time/audio_sec_per_sec"] = audio_sec_per_step / step_sec
+        if work:
+            row[f"time/{unit}_per_sec"] = work / step_sec
         if self.run.process.device.type == "cuda":
             row["time/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(rows[-1][0], row)
@@ -282,7 +283,7 @@ class Logger:
         memory = f"  {row['time/peak_memory_gib']:.1f} GiB" if "time/peak_memory_gib" in row else ""
         eta = statistics.median(self.step_times[-20:]) * (self.max_steps - rows[-1][0])
         self.say(f"step {rows[-1][0]}/{self.max_steps}  {shown}  lr {row.get('optimizer/learning_rate', 0):.2e}  "
-                 f"{row['time/step_ms']:.0f} ms/step  {row.get('time/audio_sec_per_sec', 0):.0f} audio s/s{memory}  eta {duration(eta)}")
+                 f"{row['time/step_ms']:.0f} ms/step  {work / step_sec:.0f} {unit.replace('_sec', ' s')}/s{memory}  eta {duration(eta)}")
 
     def write(self, step: int, row: dict) -> None:
         """One row of metrics.jsonl, its scalars in TensorBoard."""

@@ -73,14 +73,9 @@ class TTS:
 
         Raises TTSError for an empty text.
         """
-        if not text.strip():
-            raise TTSError("there is no text to speak.")
-        audio = self.tokenizer.instruct_tokenizer.audio_encoder
-        # Under this name mistral_common makes room for the rows at hand, be they of a known voice or of a reference.
-        audio.audio_config.voice_num_audio_tokens["/rows"] = len(voice)
-        tokens = torch.tensor(self.tokenizer.encode_speech_request(SpeechRequest(input=text, voice="/rows")).tokens)
+        tokens, is_audio = prompt_tokens(self.tokenizer, text, len(voice))
         prompt = self.models.backbone.embed_text(tokens.to(self.backbone.device))
-        prompt[tokens == audio.audio_token] = voice.to(prompt.device, prompt.dtype)
+        prompt[is_audio] = voice.to(prompt.device, prompt.dtype)
         return prompt
 
     @torch.no_grad()
@@ -135,6 +130,20 @@ class TTS:
             n_slots = -(-needed // SLOT_MULTIPLE) * SLOT_MULTIPLE
             self._loop = FrameLoop(self.backbone, self.models.acoustic, self.codec, len(prompts), n_slots, max_frames)
         return self._loop
+
+
+def prompt_tokens(tokenizer: MistralTokenizer, text: str, n_rows: int) -> tuple[Tensor, Tensor]:
+    """-> token ids [S] int64 of spec section 5, and which of them [S] bool are the n_rows AUDIO tokens.
+
+    Raises TTSError for an empty text.
+    """
+    if not text.strip():
+        raise TTSError("there is no text to speak.")
+    audio = tokenizer.instruct_tokenizer.audio_encoder
+    # Under this name mistral_common makes room for the rows at hand, be they of a known voice or of a reference.
+    audio.audio_config.voice_num_audio_tokens["/rows"] = n_rows
+    tokens = torch.tensor(tokenizer.encode_speech_request(SpeechRequest(input=text, voice="/rows")).tokens)
+    return tokens, tokens == audio.audio_token
 
 
 def named_voice(folder, name: str) -> Tensor:

@@ -1,0 +1,308 @@
+"""The withheld-encoder benchmark: which part of the recipe brings an encoder closer to the true one, and at what cost?
+
+A stand-in checkpoint (make_standin.py) has a true encoder that we know and withhold. Every row of the ablation trains
+an encoder against that stand-in, from the same random start, on the same crops in the same order, once per seed, by
+train_encoder.py's own loop. Then it is measured as evaluate.py measures, on speakers that neither it nor the stand-in
+has heard. What counts is how many codes equal the true encoder's: codes are what the language model sees.
+
+Each run is a process of its own and survives a kill: --resume goes on with it, and skips what is finished. OUTPUT gets
+results.json, table.md and curves.png, new after every run, and a folder per run with its encoder, log and metrics.
+"""
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
+from multiprocessing import forkserver
+from pathlib import Path
+
+sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]  # also in the processes that it starts
+from evaluate import choose_clips, finite  # noqa: E402
+from voxtral.checkpoint import write_text  # noqa: E402
+from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, load_config  # noqa: E402
+from voxtral.data import SAMPLE_RATE  # noqa: E402
+from voxtral.errors import UserError, one_sentence  # noqa: E402
+from voxtral.evaluation import METRICS, load_samples  # noqa: E402
+from voxtral.plots import save_figure  # noqa: E402
+from voxtral.run import StopSignal, duration, environment, start_process  # noqa: E402
+from voxtral.scores import check_scores, not_measured  # noqa: E402
+from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation  # noqa: E402
+from withheld_report import COLUMNS, Judge, change_of, curves_figure, numbers_of, results_of, table  # noqa: E402
+from withheld_runs import Run, band_limited, check_continues, train_until  # noqa: E402
+
+
+# ---------------------------------------------------------------- the ablation
+
+@dataclass(frozen=True)
+class Row:
+    """`changes`: keys of the config, and two of this benchmark's own:
+    quantization  stochastic: the paper's 50/25/25, as train_encoder.py does; always: every clip, as serving does
+    training_hz   24000: clips as they are; 16000: copies with nothing above 8 kHz, as upsampled 16 kHz speech has
+    """
+    what: str
+    of: str        # the row that it changes; the two together show what the change does
+    changes: str
+
+
+# a to d build the paper's recipe piece by piece, e to i change one thing of it. Commitment is in all: without it
+# nothing ties the semantic latent to the codebook. The paper's schedule of quantization is a piece as well: a and b
+# quantize always (no key of the config says so: train_run swaps the draws), c shows what the schedule is worth.
+ROWS = {
+    "a": Row("reconstruction only", "", "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 "
+             "loss.diversity=0 loss.speaker=0 quantization=always training_hz=24000"),
+    "b": Row("+ discriminators with feature matching", "a", "loss.feature=1"),
+    "c": Row("+ stochastic quantization", "b", "quantization=stochastic"),
+    "d": Row("+ ASR distillation: the paper's recipe", "c", "loss.asr=1"),
+    "e": Row("+ codebook diversity", "d", "loss.diversity=0.1"),
+    "f": Row("+ speaker loss", "d", "loss.speaker=1"),
+    "g": Row("no average of the weights", "d", "train.ema_decay=0"),
+    "h": Row("+ mel distance", "d", "loss.mel=1"),
+    "i": Row("16 kHz speech", "d", "training_hz=16000"),
+    "best": Row("all cures together", "d", "loss.diversity=0.1 loss.speaker=1 loss.mel=1"),
+}
+SCORE_NAMES = ("mel", "stft", "estoi", "wer")
+PROBE_STEPS = 30
+N_NAMED = 8  # speakers in a message, at most
+
+
+def changes_of(name: str) -> dict[str, str]:
+    """All that a row sets: its own changes over those of the row that it changes."""
+    row = ROWS[name]
+    return (changes_of(row.of) if row.of else {}) | dict(change.split("=") for change in row.changes.split())
+
+
+def schedule(steps: int) -> list[str]:
+    """What configs state in steps, as shares of a run, so that rows compare at any length: five validations, two saves,
+    an average of the weights that reaches back over a tenth of the run."""
+    def share(parts: int) -> int:
+        return -(-steps // parts)
+    return ["train.trainable=[encoder]", f"train.ema_decay={max(0.0, 1 - 10 / steps)}", "train.n_samples=0",
+            f"train.log_every_steps={min(10, share(5))}", f"train.validate_every_steps={share(5)}",
+            f"train.save_every_steps={share(2)}", "train.keep_last=1", f"optimizer.warmup_steps={steps // 20}",
+            f"discriminator.warmup_steps={steps // 8}"]
+
+
+def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
+    """The run and its config. Raises UserError."""
+    changes = changes_of(row)
+    quantization, training_hz = changes.pop("quantization"), int(changes.pop("training_hz"))
+    # A stand-in's config will do: it names the speakers that the stand-in has not heard.
+    loaded = load_config(StandinConfig, options.data, [*schedule(steps), *options.overrides,
+                                                       *(f"{key}={value}" for key, value in changes.items())])
+    config = EncoderConfig(**{field.name: getattr(loaded, field.name) for field in fields(EncoderConfig)})
+    config.checkpoint, config.output_dir, config.resume = options.standin, str(folder), True
+    config.seed, config.train.max_steps = seed, steps
+    check_encoder_config(config)
+    if not config.data.validation.speakers:
+        raise UserError(f"{options.data}: data.validation.speakers is empty; name the speakers that neither the "
+                        "stand-in nor the encoders are trained on.")
+    if training_hz != SAMPLE_RATE:
+        config.data = band_limited(config.data, options.output / "band_limited")
+    return Run(row, seed, config, quantization)
+
+
+def unseen_clips(options, data: DataConfig) -> list[Clip]:
+    """The clips to measure on, of as many speakers as possible. Raises UserError where training hears a speaker."""
+    sources = find_clips(data)[0]
+    if not options.eval:
+        clips = [clip for source in sources for clip in source if clip.speaker in data.validation.speakers]
+    elif Path(options.eval).suffix in (".csv", ".tsv", ".jsonl"):
+        manifest = Path(options.eval)
+        source = SourceConfig(kind="manifest", path=manifest.name)
+        clips = find_clips(DataConfig(data_root=str(manifest.parent), sources=[source]))[0][0]
+    else:
+        clips = choose_clips(options.eval, [], everything=True)[0]
+    trained = {clip.speaker for source in split_validation(sources, data.validation)[0] for clip in source}
+    heard = sorted({clip.speaker for clip in clips} & trained)
+    if heard:
+        raise UserError(f"--eval {options.eval}: the encoders are trained on {', '.join(heard[:N_NAMED])}; measure on "
+                        "speakers that they never hear.")
+    by_speaker = defaultdict(list)
+    for clip in clips:
+        by_speaker[clip.source, clip.speaker].append(clip)
+    turns = zip_longest(*by_speaker.values())  # the first clip of every speaker, then the second, ...
+    return [clip for turn in turns for clip in turn if clip][:options.clips]
+
+
+# ---------------------------------------------------------------- the benchmark
+
+def benchmark(options) -> None:
+    started = time.monotonic()
+    deadline = started + 60 * options.minutes
+
+    # ---- 1. the runs: every row with the first seed, then with the second, ... ----
+    if not options.resume and list(options.output.glob("*_seed*")):
+        raise UserError(f"{options.output} already holds a benchmark: go on with --resume, or choose another --output.")
+    runs = [make_run(options, row, seed, options.steps, options.output / f"{row}_seed{seed}")
+            for seed in options.seeds for row in options.rows]
+    for run in runs:
+        check_continues(run)
+    native = make_run(options, "a", options.seeds[0], options.steps, options.output).config
+    samples, bad = load_samples(unseen_clips(options, native.data), options.max_sec)
+    # What a run imports, so that it starts at once. None of it touches the GPU: a fork could not use it then.
+    forkserver.set_forkserver_preload(["__main__", "train_encoder", "torch._dynamo"])
+    forkserver.ensure_running()
+
+    # ---- 2. the true and the untrained encoder ----
+    options.output.mkdir(parents=True, exist_ok=True)
+    process = start_process(native.device)
+    judge = Judge(options, samples, native, process.device)
+    audio_sec = options.steps * native.data.batch_size * native.train.accumulation * native.data.max_sec
+    about = environment(process) | {"steps": options.steps, "audio_hours": audio_sec / 3600, "clips": len(samples),
+                                    "speakers": judge.averages.n_speakers, "bad_clips": bad,
+                                    "options": {name: str(value) for name, value in vars(options).items()}}
+
+    # ---- 3. the plan ----
+    stop, failed = StopSignal(), {}
+    waiting = [run for run in runs if not run.encoder.exists()]
+    print(f"{len(options.rows)} rows × {len(options.seeds)} seeds: {len(runs)} runs of {options.steps} steps, "
+          f"{audio_sec / 3600:.2f} h of audio each; {len(runs) - len(waiting)} are finished")
+    for name in options.rows:
+        print(f"  {name:<5} {ROWS[name].what}: {f'{ROWS[name].of} {ROWS[name].changes}'.strip()}")
+    print(f"measured on {len(samples)} clips of {judge.averages.n_speakers} speakers, {judge.seconds:.1f} s an encoder")
+    run_sec = probe(options, waiting, deadline, stop) if waiting and time.monotonic() < deadline else 0.0
+    if run_sec:
+        limit = f" of {duration(60 * options.minutes)}" if options.minutes < math.inf else ""
+        print(f"estimate: {duration(len(waiting) * (run_sec + judge.seconds))} for {len(waiting)} runs, if all were as "
+              f"slow as this row; {duration(time.monotonic() - started)}{limit} are gone", flush=True)
+
+    # ---- 4. train and measure, one run after the other ----
+    took = {}
+    for run in waiting:
+        expected_sec = took.get(run.row, run_sec) + judge.seconds
+        if stop.received or time.monotonic() + expected_sec > deadline:
+            continue  # a quicker one may still fit
+        began = time.monotonic()
+        code = train_until(run, deadline, stop)
+        if run.encoder.exists():
+            took[run.row] = time.monotonic() - began
+            values = numbers_of(judge.of_run(run))
+            shown = "  ".join(f"{COLUMNS[name]} {value:.4g}" for name, value in values.items())
+            print(f"{run.name}: {took[run.row]:.0f} s, {run.step_ms():.0f} ms a step  {shown}", flush=True)
+        elif code:
+            failed[run.name] = (f"killed by signal {-code}; --resume goes on with it" if code < 0
+                                else f"{run.last_words()} ({run.folder}/log.txt)")
+            print(f"{run.name}: {failed[run.name]}", flush=True)
+        write_results(options, runs, judge, failed, about)
+
+    # ---- 5. the table ----
+    text = write_results(options, runs, judge, failed, about)
+    n_left = sum(not run.encoder.exists() for run in runs)
+    hint = f"; {n_left} of {len(runs)} runs are not finished: --resume goes on with them" if n_left else ""
+    print(f"\n{text}\nwritten to {options.output}/ after {duration(time.monotonic() - started)}{hint}")
+
+
+def probe(options, waiting: list[Run], deadline: float, stop: StopSignal) -> float:
+    """Seconds that the run with most losses will take, from a short one; 0 if there was no time. Raises UserError if it
+    fails."""
+    slowest = max(waiting, key=lambda run: sum(map(bool, vars(run.config.loss).values())))
+    folder = options.output / "probe"
+    shutil.rmtree(folder, ignore_errors=True)
+    run = make_run(options, slowest.row, slowest.seed, PROBE_STEPS, folder)
+    began = time.monotonic()
+    train_until(run, deadline, stop)
+    seconds = time.monotonic() - began
+    if stop.received or time.monotonic() > deadline:
+        return 0.0
+    if not run.encoder.exists():
+        raise UserError(f"row {run.row} cannot be trained: {run.last_words()} ({folder}/log.txt)")
+    step_ms = run.step_ms()
+    beside = max(0.0, seconds - step_ms * PROBE_STEPS / 1000)
+    print(f"probe of row {run.row}: {step_ms:.0f} ms a step, {beside:.0f} s to start, validate and save")
+    return beside + step_ms * options.steps / 1000
+
+
+def write_results(options, runs: list[Run], judge: Judge, failed: dict[str, str], about: dict) -> str:
+    """Writes results.json, table.md and curves.png; -> the table."""
+    rows = results_of(runs, judge)
+    for name, row in rows.items():
+        row |= {"what": ROWS[name].what, "of": ROWS[name].of, "settings": changes_of(name),
+                "change": change_of(row, rows[ROWS[name].of]) if ROWS[name].of in rows else {}}
+    waiting = {run.name: "not trained to its end yet" for run in runs if not run.encoder.exists()}
+    definitions = {name: METRICS[name].definition for name in judge.true["metrics"]}
+    definitions["semantic_used"] = "distinct semantic codes of all clips together"
+    report = about | {"true": numbers_of(judge.true), "untrained": numbers_of(judge.untrained), "rows": rows,
+                      "not_finished": waiting | failed, "not_measured": not_measured(options.metrics),
+                      "definitions": definitions}
+    text = table(report)
+    write_text(options.output / "results.json", json.dumps(finite(report), indent=2) + "\n")
+    write_text(options.output / "table.md", text)
+    save_figure(curves_figure(rows, judge.goal), options.output / "curves.png")
+    return text
+
+
+# ---------------------------------------------------------------- command line
+
+LISTING = "\n".join(f"  {name:<5} {row.what}" + (f", against {row.of}" if row.of else "") for name, row in ROWS.items())
+EXAMPLES = f"""rows:
+{LISTING}
+
+They decide about losses, averaging, quantization and data; warm-ups and the average's length are shares of --steps. All
+else is the config's: batch, crops, learning rate, discriminators. asr.model=FILE is the Whisper of the ASR loss,
+--whisper the one that words are counted by, which is what takes long to measure: leave wer out of --metrics in a hurry.
+
+examples:
+  # two CPU cores, the embedded stand-in, discriminators cut down: does it run?
+  python benchmarks/withheld_encoder.py --standin assets/standin --data configs/demo.yaml \\
+      --withheld assets/standin_withheld_encoder.safetensors --rows a,b,c --seeds 0 --steps 50 --metrics mel,stft \\
+      discriminator.channels=4 discriminator.crop_sec=0.25
+
+  # a GPU: a mid-size stand-in, then what ten minutes give, measured on recordings of people
+  python make_standin.py --config configs/standin_mid.yaml data.data_root=/my/speech
+  python benchmarks/withheld_encoder.py --standin runs/standin_mid/released --data configs/standin_mid.yaml \\
+      --withheld runs/standin_mid/withheld_encoder.safetensors --eval /my/speech/eval.csv --steps 1000 --minutes 10 \\
+      data.data_root=/my/speech
+  #    ... what was left out or killed: the same command with --resume
+"""
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--standin", metavar="DIR", required=True, help="checkpoint without encoder (make_standin.py)")
+    parser.add_argument("--withheld", metavar="FILE", required=True, help="its true encoder")
+    parser.add_argument("--data", metavar="CONFIG", required=True,
+                        help="YAML of train_encoder.py or make_standin.py: speech, held-out speakers, batch, ...")
+    parser.add_argument("--eval", metavar="WHAT", help="speech to measure on: a folder, a manifest (csv, tsv, jsonl) "
+                                                       "or a config (default: the held-out speakers of --data)")
+    parser.add_argument("--steps", metavar="N", type=int, required=True, help="of every run")
+    parser.add_argument("--seeds", metavar="N,...", default="0,1,2", help="for a run of each row (default: 0,1,2)")
+    parser.add_argument("--rows", metavar="NAME,...", default=",".join(ROWS), help="(default: %(default)s)")
+    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/withheld_encoder"),
+                        help="(default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on in OUTPUT; finished runs are skipped")
+    parser.add_argument("--minutes", metavar="M", type=float, default=math.inf,
+                        help="stop then: a run that would not be ready is not begun, one that is not ready is saved")
+    parser.add_argument("--metrics", metavar="NAME,...", default=",".join(SCORE_NAMES),
+                        help="scores of evaluate.py (default: %(default)s); codes are compared always")
+    parser.add_argument("--whisper", metavar="MODEL", default="base",
+                        help="for wer: openai-whisper's name of a model, or a local .pt (default: %(default)s)")
+    parser.add_argument("--clips", metavar="N", type=int, default=84,
+                        help="to measure on, spread over the speakers (default: %(default)s)")
+    parser.add_argument("--max-sec", type=float, default=20.0, help="longer clips are cut (default: %(default)g)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config of --data")
+    options = parser.parse_intermixed_args(arguments)
+    with one_sentence():
+        for name in ("rows", "seeds", "metrics"):
+            setattr(options, name, list(dict.fromkeys(getattr(options, name).split(","))))
+        for name in options.rows:
+            if name not in ROWS:
+                raise UserError(f"--rows: there is no '{name}', only {', '.join(ROWS)}.")
+        for seed in options.seeds:
+            if not seed.isdecimal():
+                raise UserError(f"--seeds: '{seed}' is no number; write them as 0,1,2.")
+        options.seeds = list(map(int, options.seeds))
+        for name, value, least in (("--steps", options.steps, 1), ("--clips", options.clips, 1),
+                                   ("--minutes", options.minutes, 0), ("--max-sec", options.max_sec, 0.1)):
+            if not value >= least:
+                raise UserError(f"{name} is {value}; it must be {least} or more.")
+        check_scores(options.metrics)
+        benchmark(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The training runs of withheld_encoder.py: each in a process of its own, stopped cleanly, resumed after a kill."""
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import statistics
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import soundfile
+import torch
+from omegaconf import OmegaConf
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train_encoder  # noqa: E402
+from voxtral.checkpoint import atomic_path, write_text  # noqa: E402
+from voxtral.config import EncoderConfig  # noqa: E402
+from voxtral.data import SAMPLE_RATE, load_segment, read_header  # noqa: E402
+from voxtral.degrade import band_limit  # noqa: E402
+from voxtral.errors import UserError, one_sentence  # noqa: E402
+from voxtral.quantizer import QuantizationDraws  # noqa: E402
+from voxtral.run import StopSignal, read_metrics, training_process  # noqa: E402
+from voxtral.sources import DataConfig, SourceConfig, find_clips  # noqa: E402
+
+# What may differ between a run and its continuation.
+PLACES = ("output_dir", "resume", "device", "data.data_root", "data.num_workers", "data.sources")
+N_NAMED = 8  # changed settings in a message, at most
+
+
+@dataclass
+class Run:
+    """One row of the ablation with one seed; `quantization`: see withheld_encoder.Row."""
+    row: str
+    seed: int
+    config: EncoderConfig
+    quantization: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def encoder(self) -> Path:
+        """There when the run is finished, and only then."""
+        return self.folder / "encoder.safetensors"
+
+    def metrics(self) -> list[dict]:
+        """Rows of its metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        return read_metrics(path) if path.is_file() else []
+
+    def step_ms(self) -> float:
+        """Median over the second half, in which all losses are at work."""
+        times = [row["time/step_ms"] for row in self.metrics() if "time/step_ms" in row]
+        return statistics.median(times[len(times) // 2:])
+
+    def curve(self) -> list[list[float]]:
+        """[step, mel distance of the validation clips] of every validation."""
+        name = "validation/mel_distance"
+        return [[row["step"], row[name]] for row in self.metrics() if name in row]
+
+    def last_words(self) -> str:
+        """The end of its log: why it ended."""
+        log = self.folder / "log.txt"
+        lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def check_continues(run: Run) -> None:
+    """Raises UserError if the run's folder holds one with other settings."""
+    path = run.folder / "config.yaml"
+    if path.is_file():
+        before, now = flat(OmegaConf.to_container(OmegaConf.load(path))), flat(asdict(run.config))
+        changed = [f"{key} {before.get(key)} against {now.get(key)}" for key in sorted(before | now)
+                   if key not in PLACES and before.get(key) != now.get(key)]
+        if changed:
+            raise UserError(f"{run.folder} was trained with other settings ({'; '.join(changed[:N_NAMED])}): choose "
+                            "another --output, or delete that folder.")
+
+
+def flat(settings: dict, prefix: str = "") -> dict:
+    """Nested mappings as one, with dotted keys."""
+    result = {}
+    for key, value in settings.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+# ---------------------------------------------------------------- the process of a run
+
+def train_run(run: Run) -> None:
+    """Trains to the end or to a SIGTERM, from where the run was.
+
+    Of a finished run the last average of the weights is kept: `best` is chosen by the mel distance, and may have heard
+    less audio than the encoders that it is compared with.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(run.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):  # also what C libraries say
+        os.dup2(log, stream)
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    train_encoder.plot_run = lambda *_: None  # seconds at every validation; metrics.jsonl has all that they show
+    if run.quantization == "always":
+        QuantizationDraws.sample = staticmethod(always_quantized)
+    with one_sentence(), training_process(run.config.device) as process:
+        train_encoder.train(run.config, process)
+    last = run.folder / "checkpoints" / f"step_{run.config.train.max_steps:08d}"
+    if last.is_dir():
+        os.replace(last / "encoder.safetensors", run.encoder)
+        for folder in ("checkpoints", "best"):
+            shutil.rmtree(run.folder / folder)
+
+
+def stop_with_parent() -> None:
+    """A benchmark that is killed leaves no training behind."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def always_quantized(seed: int, batch_size: int, acoustic_dim: int, n_frames: int, device, *_) -> QuantizationDraws:
+    """In the place of QuantizationDraws.sample: 0 is on the quantized side of every choice."""
+    return QuantizationDraws(torch.zeros(batch_size, device=device), torch.zeros(batch_size, device=device),
+                             torch.zeros(batch_size, acoustic_dim, n_frames, device=device))
+
+
+def train_until(run: Run, deadline: float, stop: StopSignal) -> int:
+    """Trains `run` in a new process, which is told to save and stop at `deadline` or with `stop`; -> its exit code."""
+    # From a server that has imported everything and never touched a GPU: starts at once, and CUDA can be used in it.
+    child = multiprocessing.get_context("forkserver").Process(target=train_run, args=(run,))
+    child.start()
+    told = False
+    while child.is_alive():
+        child.join(0.2)
+        if not told and (stop.received or time.monotonic() > deadline):
+            told = True
+            child.terminate()  # once: a second SIGTERM would end it before it has saved
+    return child.exitcode
+
+
+# ---------------------------------------------------------------- 16 kHz speech
+
+def band_limited(data: DataConfig, folder: Path) -> DataConfig:
+    """`data` with all that is trained on cut at 8 kHz: copies in `folder`, written once. Held-out clips stay as they
+    are. The copies have 24 kHz, so that every crop is the one that the other rows train on.
+    """
+    sources = []
+    for clips in find_clips(data)[0]:
+        name = f"source_{clips[0].source}"
+        paths = [Path(clip.path).absolute() for clip in clips]
+        copies = {i: (folder / name / f"{i:06d}_{path.stem}.flac").absolute() for i, path in enumerate(paths)
+                  if clips[i].speaker not in data.validation.speakers and not read_header(str(path))[2]}
+        with ThreadPool(os.cpu_count()) as pool:
+            pool.starmap(copy_band_limited, [(paths[i], copy) for i, copy in copies.items() if not copy.exists()])
+        rows = [{"path": str(copies.get(i, path)), "speaker": clip.speaker, "text": clip.text}
+                for i, (path, clip) in enumerate(zip(paths, clips))]
+        manifest = (folder / f"{name}.jsonl").absolute()
+        write_text(manifest, "".join(json.dumps(row) + "\n" for row in rows))
+        weight = data.sources[clips[0].source].weight
+        sources.append(SourceConfig(kind="manifest", path=str(manifest), weight=weight))
+    return replace(data, sources=sources)
+
+
+def copy_band_limited(source: Path, target: Path) -> None:
+    """The whole clip through 16 kHz, as FLAC of 24 kHz and 24 bits."""
+    seconds, _, _ = read_header(str(source))
+    limited = band_limit(torch.from_numpy(load_segment(str(source), 0.0, seconds)[0]))
+    with atomic_path(target) as temporary:
+        soundfile.write(temporary, (limited / limited.abs().max().clamp(min=1)).numpy(), SAMPLE_RATE, format="FLAC",
+                        subtype="PCM_24")

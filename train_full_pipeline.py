@@ -1,0 +1,238 @@
+"""Phase 2: adapts the language model to the encoder of phase 1 (LoRA), so that it hears a cloned voice as it would hear
+the true one.
+
+The model was trained on its true encoder's codes, and ours differ a little. On clips that the model itself has spoken,
+whose true codes are known, the hidden states under our encoder's reference are pulled to those under the true one.
+
+    python generate_clips.py --checkpoint Voxtral-4B-TTS-2603 --output data/generated --per-voice 500
+    python train_full_pipeline.py encoder=runs/encoder/best/encoder.safetensors
+    python train_full_pipeline.py resume=true encoder=runs/encoder/best/encoder.safetensors   # go on after a kill
+    python inject_encoder.py --encoder runs/encoder/best/encoder.safetensors --lora runs/full/best/adapter --output OUT
+
+Any key of the YAML can be overridden as key=value. The run folder (output_dir) holds best/adapter (peft's format),
+checkpoints/, metrics.jsonl, report.json, plots/ and tensorboard/. Validation row 0 is the model before training: `ours`
+is to get closer to the base model under true references, and `preset` is to stay what it was.
+"""
+import argparse
+import json
+import math
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from voxtral.checkpoint import SafetensorsFile, save_tensors, write_text
+from voxtral.config import FullPipelineConfig, check_full_pipeline_config, checkpoint_folder, load_config
+from voxtral.data import BadClipLog, make_loader, steps_per_epoch
+from voxtral.distillation import FullPipeline, compare, native_tensors
+from voxtral.errors import UserError, one_sentence
+from voxtral.frames import Models
+from voxtral.pairs import PairDataset, collate_pairs, fixed_batches, hold_out_texts
+from voxtral.plots import layers_figure, plot_run, save_figure
+from voxtral.run import (Logger, Process, RunFolder, StopSignal, cosine_with_warmup, load_state, read_metrics,
+                         set_learning_rate, training_process)
+from voxtral.sources import find_clips, split_validation
+from voxtral.tts import load_tokenizer
+
+
+class TrainedPart:
+    """Of a module, the parameters that are trained: what a resumable state has to hold."""
+
+    def __init__(self, model: FullPipeline):
+        self.parameters = model.trained()
+
+    def state_dict(self) -> dict:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state.keys() != self.parameters.keys():
+            raise ValueError("other parts were trained")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state[name])
+
+
+def load_models(config: FullPipelineConfig, device: torch.device) -> Models:
+    """The checkpoint with the encoder of phase 1 in it. Raises UserError when there is no encoder."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    models = Models.from_checkpoint(checkpoint_folder(config), device, dtype)
+    if config.encoder:
+        file = SafetensorsFile(config.encoder)
+        models.codec.load_encoder(file.read(file.entries), config.encoder)
+    if not models.codec.has_encoder:
+        raise UserError(f"{checkpoint_folder(config)} has no encoder: pass encoder=runs/encoder/best/encoder.safetensors "
+                        "(train_encoder.py makes it).")
+    return models
+
+
+def train(config: FullPipelineConfig, process: Process) -> None:
+    """The whole training; what it writes is in the run folder."""
+    # ---- 1. config, checkpoint -------------------------------------------------------------------------------------
+    check_full_pipeline_config(config)
+    settings, weights = config.train, {name: weight for name, weight in vars(config.loss).items() if weight}
+    torch.manual_seed(config.seed)
+    models = load_models(config, process.device)
+    params = models.codec.params
+
+    # ---- 2. data ---------------------------------------------------------------------------------------------------
+    sources, absent = find_clips(config.data)
+    train_clips, validation_clips = split_validation(sources, config.data.validation)
+    tokenizer = load_tokenizer(Path(checkpoint_folder(config)))
+    held_out = PairDataset(validation_clips, tokenizer, params, config.data.max_sec, 0, fixed=True)
+    train_clips = hold_out_texts([clip for source in train_clips for clip in source], validation_clips)
+    dataset = PairDataset(train_clips, tokenizer, params, config.data.max_sec, config.seed)
+    if "encoder" not in settings.trainable:
+        for pairs in (dataset, held_out):
+            pairs.encode(models.codec, process.device, config.data)
+    fixed = fixed_batches(held_out, config.data.batch_size)
+    per_epoch = steps_per_epoch(dataset.clips, config.data, process.world_size, settings.accumulation)
+    max_steps = settings.max_steps or max(1, round(settings.epochs * per_epoch))
+
+    # ---- 3. model, optimizer ---------------------------------------------------------------------------------------
+    model = FullPipeline(models, config).to(process.device).train()
+    trained = model.trained()
+    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    wrap = partial(DistributedDataParallel, broadcast_buffers=False) if process.world_size > 1 else lambda module: module
+    parallel_model = wrap(model)
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.optimizer.learning_rate, betas=tuple(config.optimizer.betas),
+                                  weight_decay=config.optimizer.weight_decay, fused=process.device.type == "cuda")
+
+    # ---- 4. run folder, resuming -----------------------------------------------------------------------------------
+    run = RunFolder(config.output_dir, config, process, config.resume)
+    stateful = {"trained": TrainedPart(model), "optimizer": optimizer}
+    start_step, best = 0, math.inf
+    if config.resume and run.latest():
+        state = load_state(run.latest() / "run_state.pt", stateful, process.device)
+        start_step, best = state["step"], state["best"]
+    if process.is_main:
+        run.truncate_metrics(start_step)
+    log = Logger(run, max_steps, start_step, settings.max_total_loss)
+    bad_clips = BadClipLog(run.path)
+    for line in absent:
+        log.say(f"absent: {line}")
+    log.say(f"{len(dataset)} training clips, {len(held_out)} validation clips of other voices and texts, "
+            f"{per_epoch:.1f} steps per epoch; {sum(p.numel() for p in trained.values()):,} trainable parameters "
+            f"({', '.join(settings.trainable)}) on {process.device}; steps {start_step} to {max_steps} in {run.path}")
+    bad_clips.add(dataset.bad + held_out.bad)
+
+    # ---- 5. validating, saving -------------------------------------------------------------------------------------
+    def validate(step: int) -> float:
+        """The held-out pairs; returns the total loss that decides `best`."""
+        with autocast:
+            metrics = compare(model, fixed, process.device)
+        log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
+        rows = read_metrics(run.path / "metrics.jsonl")
+        plot_run(rows, run.path / "plots")
+        save_figure(layers_figure([row for row in rows if "validation/loss/total" in row]), run.path / "plots" / "layers.png")
+        log.say(f"validation at step {step}: total {metrics['loss/total']:.4g}  " + "  ".join(
+            f"{name} {metrics[name]:.4g}" for name in ("ours_mse_audio", "ours_top1", "ours_kl", "preset_top1", "preset_kl")))
+        return metrics["loss/total"]
+
+    def write_weights(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if model.adapter:
+            model.adapter.save_pretrained(folder / "adapter")
+        if "encoder" in settings.trainable:
+            save_tensors(folder / "encoder.safetensors", model.codec.encoder_tensors())
+        tensors = native_tensors(model)
+        if tensors:
+            save_tensors(folder / "weights.safetensors", tensors)
+
+    def write_state(folder, step):
+        write_weights(folder)
+        torch.save({"step": step, "best": best, **{name: part.state_dict() for name, part in stateful.items()}}, folder / "run_state.pt")
+
+    def keep_if_best(step: int) -> float:
+        loss = validate(step)
+        if step and loss < best:
+            write_weights(run.path / "best")
+            write_text(run.path / "best" / "metrics.json", json.dumps({"step": step, "loss": loss}) + "\n")
+        return min(best, loss) if step else best
+
+    # ---- 6. the loop: step, log, validate, save --------------------------------------------------------------------
+    if start_step == 0 and process.is_main:
+        keep_if_best(0)
+    process.wait()
+    batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size,
+                               settings.accumulation, collate_pairs))
+    stop = StopSignal()
+    log.restart_clock()
+    n_tokens = 0
+    for step in range(start_step, max_steps):
+        factor = cosine_with_warmup(step, config.optimizer.warmup_steps, max_steps)
+        set_learning_rate(optimizer, config.optimizer.learning_rate * factor)
+        for micro in range(settings.accumulation):
+            batch = next(batches)
+            bad_clips.add(batch.bad)
+            n_tokens += batch.n_tokens * process.world_size
+            seed = hash((config.seed, step, micro, process.rank)) & 0x7FFFFFFF
+            last = micro == settings.accumulation - 1
+            with nullcontext() if last or process.world_size == 1 else parallel_model.no_sync():
+                with autocast:
+                    losses = parallel_model(batch.to(process.device, non_blocking=True), seed)
+                total = sum(weights[name] * loss for name, loss in losses.items())
+                (total / settings.accumulation).backward()
+        scalars = {"loss/total": total.detach(), **{f"loss/{name}": loss.detach() for name, loss in losses.items()}}
+        scalars["grad/norm"] = nn.utils.clip_grad_norm_(trained.values(), settings.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        log.add(step + 1, scalars)
+
+        logging = (step + 1) % settings.log_every_steps == 0 or step + 1 == max_steps
+        stopping = (logging or process.world_size == 1) and stop.agreed(process)
+        ending = stopping or step + 1 == max_steps
+        if logging or ending:
+            log.flush({"optimizer/learning_rate": config.optimizer.learning_rate * factor,
+                       "data/bad_clips": float(bad_clips.count)}, n_tokens / len(log.pending), "tokens")
+            n_tokens = 0
+        if (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps:
+            log.flush()
+            if process.is_main:
+                best = keep_if_best(step + 1)
+            process.wait()
+            log.restart_clock()
+        if (step + 1) % settings.save_every_steps == 0 or ending:
+            log.flush()
+            if process.is_main:
+                run.save_step(step + 1, lambda folder: write_state(folder, step + 1), settings.keep_last)
+            process.wait()
+            log.restart_clock()
+        if stopping and step + 1 < max_steps:
+            log.say(f"stopped after step {step + 1}; go on with resume=true")
+            break
+    else:
+        if process.is_main:
+            log.say(write_report(run))
+    if bad_clips.count:
+        log.say(f"{bad_clips.count} bad files were replaced, listed in {bad_clips.path}")
+    log.close()
+
+
+def write_report(run: RunFolder) -> str:
+    """report.json with the validation before training and at the best step; returns a table of them."""
+    rows = [row for row in read_metrics(run.path / "metrics.jsonl") if "validation/loss/total" in row]
+    step = json.loads((run.path / "best" / "metrics.json").read_text())["step"]
+    found = {name: {key.removeprefix("validation/"): value for key, value in row.items() if key.startswith("validation/")}
+             for name, row in (("before", rows[0]), ("after", next(row for row in rows if row["step"] == step)))}
+    write_text(run.path / "report.json", json.dumps({"best_step": step, **found}, indent=2) + "\n")
+    shown = [name for name, value in found["before"].items() if isinstance(value, float)]
+    lines = [f"{'held-out pairs':<28}{'before':>12}{f'step {step}':>14}"]
+    return "\n".join(lines + [f"{name:<28}{found['before'][name]:>12.4g}{found['after'][name]:>14.4g}" for name in shown])
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/full_pipeline.yaml", help="YAML with the run's settings (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML, such as lora.rank=4")
+    options = parser.parse_args(arguments)
+    with one_sentence():
+        config = load_config(FullPipelineConfig, options.config, options.overrides)
+        with training_process(config.device) as process:
+            train(config, process)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Phase 2's model: the LLM under true and under encoded references, and the losses between the two.
+
+Teacher: the frozen base model, whose prompt holds the rows of the codes that a clip was decoded from. Student: the
+model being adapted, whose prompt holds the rows of the codes that the encoder gives for that clip's waveform. Text and
+speech behind the reference are the same, so every position has its counterpart.
+"""
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from voxtral.acoustic import PREFIX as ACOUSTIC_PREFIX
+from voxtral.checkpoint import EMBEDDING_NAME
+from voxtral.codec import VoxtralCodec, codebook_offsets
+from voxtral.config import FullPipelineConfig
+from voxtral.frames import Models
+from voxtral.losses import codebook_scale
+from voxtral.pairs import AUDIO, GENERATION, KINDS, PairBatch
+from voxtral.params import END_AUDIO, N_SPECIAL_IDS
+
+DISTILLATION = ("hidden", "semantic_kl", "velocity")  # losses that compare with the teacher
+CONDITION_DROP = 0.1  # share of frames whose velocity is trained without a hidden state: what guidance subtracts
+
+
+@dataclass
+class Pass:
+    """What the model makes of a batch: `layers` n_layers tensors [B, S, dim] before the final norm; at the positions
+    that predict a frame, the last prompt token and all frames: `hidden` [B, L_s + 1, dim] after it, and `logits`
+    [B, L_s + 1, 1 + K] float32 of END_AUDIO and the K semantic codes."""
+    layers: list[Tensor]
+    hidden: Tensor
+    logits: Tensor
+
+
+class FullPipeline(nn.Module):
+    """Codec, backbone with LoRA, and acoustic transformer. `parts`: what can be trained, by name; of them,
+    `train.trainable` requires gradients and nothing else does."""
+
+    def __init__(self, models: Models, config: FullPipelineConfig):
+        super().__init__()
+        self.config = config
+        self.codec, self.backbone, self.acoustic = models.codec, models.backbone, models.acoustic
+        self.codec.audio_embedding = self.codec.audio_embedding.float()
+        self.requires_grad_(False)
+        self.scale = codebook_scale(self.codec.quantizer.semantic_codebook.embedding)
+        self.base_table = self.codec.audio_embedding  # the teacher's
+        self.table = nn.Parameter(self.base_table.clone(), requires_grad=False)
+        self.parts = {"encoder": self.codec.encoder_parameters(), "embedding": [self.table],
+                      "backbone": list(self.backbone.parameters()), "acoustic": list(self.acoustic.parameters())}
+        self.adapter = None
+        if "lora" in config.train.trainable:
+            lora = config.lora
+            self.adapter = get_peft_model(self.backbone.model, LoraConfig(
+                r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)))
+            self.parts["lora"] = [p for name, p in self.adapter.named_parameters() if "lora_" in name]
+        for part in config.train.trainable:
+            for parameter in self.parts[part]:
+                parameter.requires_grad_(True)
+        if config.train.gradient_checkpointing:
+            self.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def trained(self) -> dict[str, Tensor]:
+        """Name -> parameter, of all that is trained."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    # ------------------------------------------------------------ passes
+
+    def references(self, batch: PairBatch, of_encoder: bool, table: Tensor) -> Tensor:
+        """-> [B, L_r + 1, dim]: rows of the true codes, or of those that the encoder gives for the waveform."""
+        if not of_encoder:
+            return self.codec.voice_rows(batch.reference, batch.n_reference, table)
+        if batch.encoded is not None:
+            return self.codec.voice_rows(batch.encoded, batch.n_reference, table)
+        latent = self.codec.encode_latent(batch.waveform, batch.n_reference * self.codec.params.frame_size).float()
+        rows = self.codec.voice_rows(self.codec.quantizer.encode(latent.detach()), batch.n_reference, table)
+        if latent.requires_grad:  # serving sees the codes, so their rows are the value; the gradient is the soft one's
+            soft = F.pad(soft_rows(self.codec, latent, self.scale, table), (0, 0, 0, 1))
+            inside = torch.arange(rows.shape[1], device=rows.device) < batch.n_reference[:, None]
+            rows = rows + torch.where(inside[..., None], soft - soft.detach(), 0)
+        return rows
+
+    def run(self, batch: PairBatch, of_encoder: bool, adapted: bool) -> Pass:
+        """One pass, with the encoder's reference or the true one, through the adapted model or the base model."""
+        table = self.table if adapted else self.base_table
+        x = self.embed(batch, self.references(batch, of_encoder, table), table)
+        with nullcontext() if adapted or not self.adapter else self.adapter.disable_adapter():
+            layers = self.backbone.hidden_states(x)
+            final = self.backbone.model.norm(layers[-1])
+        positions = batch.begins[:, None] + torch.arange(batch.speech.shape[-1] + 1, device=x.device)
+        positions = positions.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[-1])
+        hidden = final.gather(1, positions)
+        end = self.codec.params.semantic_codebook_size + N_SPECIAL_IDS
+        return Pass(layers, hidden, self.acoustic.semantic_codebook_output(hidden)[..., END_AUDIO:end].float())
+
+    def embed(self, batch: PairBatch, references: Tensor, table: Tensor) -> Tensor:
+        """The input of the backbone [B, S, dim]: text, reference and speech, each at its positions."""
+        speech = self.codec.embed_codes(batch.speech, table)
+        position = torch.arange(batch.kind.shape[1], device=batch.kind.device)
+        is_frame = (batch.kind == GENERATION) & (position > batch.begins[:, None])
+        text = self.backbone.embed_text(batch.tokens)
+        x = torch.where((batch.kind == AUDIO)[..., None], at(references, batch.place).to(text.dtype), text)
+        return torch.where(is_frame[..., None], at(speech, batch.place).to(text.dtype), x)
+
+    # ------------------------------------------------------------ losses
+
+    def forward(self, batch: PairBatch, seed: int) -> dict[str, Tensor]:
+        """-> the losses that have a weight. `seed`: of the noise at which velocities are compared."""
+        weights = {name: weight for name, weight in vars(self.config.loss).items() if weight}
+        teacher = None
+        if any(name in weights for name in DISTILLATION):
+            with torch.no_grad():
+                teacher = self.run(batch, of_encoder=False, adapted=False)
+        student = self.run(batch, of_encoder=True, adapted=True)
+        return self.losses(batch, student, teacher, list(weights), seed)
+
+    def losses(self, batch: PairBatch, student: Pass, teacher: Pass | None, names: list[str], seed: int) -> dict[str, Tensor]:
+        """Each a mean over positions, then over clips. Those between two passes need the teacher's."""
+        frame = torch.arange(student.hidden.shape[1], device=student.hidden.device)
+        speaks = frame < batch.n_speech[:, None]
+        predicts = speaks | (batch.is_whole[:, None] & (frame == batch.n_speech[:, None]))  # END_AUDIO, too
+        functions = {
+            "hidden": lambda: hidden_loss(student.layers, teacher.layers, batch.kind == AUDIO,
+                                          self.config.train.normalize_layers),
+            "semantic_kl": lambda: masked_mean(divergence(student.logits, teacher.logits), predicts),
+            "cross_entropy": lambda: masked_mean(F.cross_entropy(
+                student.logits.transpose(1, 2), self.next_ids(batch) - END_AUDIO, reduction="none"), predicts),
+            "velocity": lambda: self.flow(batch, student, teacher, speaks, seed),
+            "flow": lambda: self.flow(batch, student, None, speaks, seed)}
+        return {name: functions[name]() for name in names}
+
+    def next_ids(self, batch: PairBatch) -> Tensor:
+        """[B, L_s + 1] semantic ids: of the frame after each position, at last END_AUDIO."""
+        ids = F.pad(batch.speech[:, 0] + N_SPECIAL_IDS, (0, 1), value=END_AUDIO)
+        past = torch.arange(ids.shape[1], device=ids.device) >= batch.n_speech[:, None]
+        return ids.masked_fill(past, END_AUDIO)
+
+    def flow(self, batch: PairBatch, student: Pass, teacher: Pass | None, speaks: Tensor, seed: int) -> Tensor:
+        """Squared error of the velocity on the straight way from noise to the next frame's levels: against the
+        teacher's, or against the true one (flow matching, paper section 2.2)."""
+        levels = self.codec.params.acoustic_codebook_size - 1
+        target = batch.speech[:, 1:].transpose(1, 2).float() * 2 / levels - 1  # [B, L_s, acoustic_dim]
+        generator = torch.Generator(device=target.device).manual_seed(seed)
+        noise = torch.randn(target.shape, generator=generator, device=target.device)
+        draws = torch.rand(2, *target.shape[:2], 1, generator=generator, device=target.device)
+        x_t = (1 - draws[0]) * noise + draws[0] * target
+        condition = student.hidden[:, :-1]
+        if "acoustic" in self.config.train.trainable:
+            condition = torch.where(draws[1] < CONDITION_DROP, 0, condition)
+
+        def velocity(hidden):
+            return self.acoustic.velocity(x_t.flatten(0, 1), draws[0].flatten(), hidden.flatten(0, 1)).view_as(x_t)
+        if teacher is None:
+            wanted = target - noise
+        else:
+            with torch.no_grad():
+                wanted = velocity(teacher.hidden[:, :-1])
+        return masked_mean((velocity(condition) - wanted).square().mean(dim=-1), speaks[:, :-1])
+
+
+# ---------------------------------------------------------------- embeddings
+
+def at(rows: Tensor, place: Tensor) -> Tensor:
+    """rows [B, N, dim], place [B, S] -> [B, S, dim]; places beyond the rows give the last one."""
+    return rows.gather(1, place.clamp(max=rows.shape[1] - 1)[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def soft_rows(codec: VoxtralCodec, latent: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    """Latent [B, latent_dim, L] -> [B, L, dim], differentiable: the semantic rows weighed by a softmax over squared
+    distances (in units of `scale`), and between the rows of the two nearest levels of each acoustic channel, linearly."""
+    params, codebook = codec.params, codec.quantizer.semantic_codebook.embedding.to(latent.dtype)
+    semantic, squashed = latent[:, :params.semantic_dim].transpose(1, 2), latent[:, params.semantic_dim:].tanh()
+    distance = torch.cdist(semantic, codebook[None]).square()
+    offsets = codebook_offsets(params).to(latent.device)
+    first = offsets[0] + N_SPECIAL_IDS
+    rows = (-distance / scale).softmax(dim=-1) @ table[first:first + params.semantic_codebook_size]
+    level = (squashed + 1) / 2 * (params.acoustic_codebook_size - 1)
+    below = level.detach().floor().clamp(max=params.acoustic_codebook_size - 2)
+    share = (level - below).transpose(1, 2)[..., None]  # [B, L, acoustic_dim, 1]
+    index = below.long().transpose(1, 2) + N_SPECIAL_IDS + offsets[1:]
+    lower, upper = F.embedding(index, table), F.embedding(index + 1, table)
+    return rows + (lower + share * (upper - lower)).sum(dim=2)
+
+
+# ---------------------------------------------------------------- distances
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, S] -> mean over the masked positions of each sequence, then over the sequences."""
+    return (torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+
+
+def hidden_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, normalize: bool) -> Tensor:
+    """Mean over the layers of the squared error [B, S, dim] at masked positions; normalize: each divided by the
+    variance of the teacher's layer there."""
+    losses = []
+    for ours, true in zip(student, teacher):
+        loss = masked_mean((ours.float() - true.float()).square().mean(dim=-1), mask)
+        losses.append(loss / variance(true, mask) if normalize else loss)
+    return torch.stack(losses).mean()
+
+
+def variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Of all values of x [B, S, dim] at masked positions [B, S]."""
+    mean = masked_mean(x.float().mean(dim=-1), mask)
+    return masked_mean(x.float().square().mean(dim=-1), mask) - mean.square()
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Logits [..., K] -> KL(teacher || student) [...], nats."""
+    return F.kl_div(student.log_softmax(dim=-1), teacher.log_softmax(dim=-1), log_target=True, reduction="none").sum(dim=-1)
+
+
+@torch.no_grad()
+def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0) -> dict:
+    """The adapted model on held-out pairs against the base model under true references.
+
+    `ours`: under the encoder's references, what phase 2 is to mend. `preset`: under true ones, as a preset's prompt has
+    them, what it must not harm. For both: top1, the share of equal most likely semantic ids, and kl (nats) of their
+    distribution, where frames are predicted; mse, its normalized form and cosine of the layers by kind of position,
+    the mean and a list by layer. `loss/...`: the losses that have a weight, and `loss/total`.
+    """
+    sums, n_clips = {}, 0
+    weights = {name: weight for name, weight in vars(model.config.loss).items() if weight}
+    for batch in batches:
+        batch = batch.to(device)
+        teacher = model.run(batch, of_encoder=False, adapted=False)
+        frame = torch.arange(teacher.hidden.shape[1], device=device)
+        predicts = frame < batch.n_speech[:, None] + batch.is_whole[:, None]
+        values = {}
+        for name, of_encoder in (("ours", True), ("preset", False)):
+            student = model.run(batch, of_encoder, adapted=True)
+            if of_encoder:
+                losses = model.losses(batch, student, teacher, list(weights), seed)
+                values |= {f"loss/{key}": loss for key, loss in losses.items()}
+            same = (student.logits.argmax(dim=-1) == teacher.logits.argmax(dim=-1)).float()
+            values[f"{name}_top1"] = masked_mean(same, predicts)
+            values[f"{name}_kl"] = masked_mean(divergence(student.logits, teacher.logits), predicts)
+            for kind, number in KINDS.items():
+                mask = batch.kind == number
+                layers = list(zip(student.layers, teacher.layers))
+                errors = torch.stack([masked_mean((s.float() - t.float()).square().mean(dim=-1), mask) for s, t in layers])
+                variances = torch.stack([variance(t, mask) for _, t in layers])
+                cosines = torch.stack([masked_mean(F.cosine_similarity(s.float(), t.float(), dim=-1), mask) for s, t in layers])
+                values |= {f"{name}_mse_{kind}_by_layer": errors, f"{name}_normalized_{kind}_by_layer": errors / variances,
+                           f"{name}_cosine_{kind}_by_layer": cosines}
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0) + value.double().cpu() * len(batch.kind)
+        n_clips += len(batch.kind)
+    metrics = {name: (value / n_clips).tolist() for name, value in sums.items()}
+    means = {name.removesuffix("_by_layer"): sum(value) / len(value) for name, value in metrics.items() if isinstance(value, list)}
+    metrics["loss/total"] = sum(weight * metrics[f"loss/{name}"] for name, weight in weights.items())
+    return metrics | means
+
+
+# ---------------------------------------------------------------- back to the checkpoint
+
+def native_tensors(model: FullPipeline) -> dict[str, Tensor]:
+    """What is trained besides LoRA and encoder, under the checkpoint's names and in its order of rows."""
+    trainable, tensors = model.config.train.trainable, {}
+    if "embedding" in trainable:
+        tensors[EMBEDDING_NAME] = model.table
+    if "backbone" in trainable:
+        tensors |= model.backbone.native_state_dict()
+    if "acoustic" in trainable:
+        tensors |= {ACOUSTIC_PREFIX + name: tensor for name, tensor in model.acoustic.state_dict().items()}
+    return tensors

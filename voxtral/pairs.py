@@ -1,0 +1,209 @@
+"""Pairs of clips for phase 2: one is the reference of a prompt, the other is what the model is to say in that voice.
+
+Both come with the codes that they were decoded from (generate_clips.py), so that what the encoder makes of the
+reference can be compared frame by frame with what it should be.
+"""
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from voxtral.codec import VoxtralCodec, ceil_div
+from voxtral.data import BadClip, SpeechDataset, load_segment
+from voxtral.params import CodecParams
+from voxtral.sources import Clip, DataConfig, DataError
+from voxtral.tts import prompt_tokens
+
+PADDING, TEXT, AUDIO, GENERATION = 0, 1, 2, 3  # kinds of positions
+KINDS = {"audio": AUDIO, "text": TEXT, "generation": GENERATION}
+
+
+@dataclass
+class PairBatch:
+    """B sequences of up to S positions: prompt (text tokens, L_r + 1 rows of the reference), then L_s frames of speech.
+
+    A sequence begins at position 0; causal attention keeps the padding behind it from being seen.
+    """
+    waveform: Tensor | None  # [B, 1, L_r * 1920] float32, the reference; None where its codes are known already:
+    encoded: Tensor | None   # [B, 37, L_r] int64, what the frozen encoder makes of it
+    reference: Tensor   # [B, 37, L_r] int64, the codes that it was decoded from
+    n_reference: Tensor  # [B] int64, frames of it
+    speech: Tensor      # [B, 37, L_s] int64, codes of what is said
+    n_speech: Tensor    # [B] int64
+    is_whole: Tensor    # [B] bool: END_AUDIO comes after the speech; it was not cut
+    tokens: Tensor      # [B, S] int64, text tokens; AUDIO tokens where rows come
+    kind: Tensor        # [B, S] int64: PADDING, TEXT, AUDIO, GENERATION (the last prompt token and the frames)
+    place: Tensor       # [B, S] int64: which row or frame stands at a position
+    begins: Tensor      # [B] int64: position of the last prompt token, which predicts frame 0
+    n_tokens: int       # positions without padding
+    indices: list[int]  # of the reference clips in the data set
+    bad: list[tuple[str, str]]
+
+    def _map(self, function) -> "PairBatch":
+        tensors = {field.name: function(getattr(self, field.name)) for field in dataclasses.fields(self)
+                   if isinstance(getattr(self, field.name), Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def pin_memory(self) -> "PairBatch":
+        """Called by the DataLoader."""
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device, non_blocking: bool = False) -> "PairBatch":
+        """The same batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+class PairDataset(SpeechDataset):
+    """Item (number, index): clip `index` as the reference, another clip of its voice (its own, if it is the only one)
+    as the speech, each cut to max_sec."""
+
+    def __init__(self, clips: list[Clip], tokenizer: MistralTokenizer, params: CodecParams, max_sec: float, seed: int,
+                 fixed: bool = False):
+        """Raises DataError for clips without codes or text."""
+        for clip in clips:
+            if not clip.codes or not clip.text.strip():
+                raise DataError(f"{clip.path} comes without {'text' if clip.codes else 'codes'}: phase 2 needs clips "
+                                "made by generate_clips.py, or a manifest with the columns path, codes and text.")
+        self.params = params
+        self.encoded: list[Tensor] | None = None
+        self.max_frames = max(1, int(max_sec * params.frame_rate_hz))
+        self.prompts = {}  # text -> its prompt with a single AUDIO token
+        for text in dict.fromkeys(clip.text for clip in clips):
+            self.prompts[text] = prompt_tokens(tokenizer, text, 1)
+        self.of_voice = {}  # of no use while usable clips are sought
+        super().__init__(clips, max_sec, seed, fixed)
+        self._find_voices()
+
+    def load(self, index: int, random: np.random.Generator) -> dict:
+        """-> waveform or encoded, reference, speech, is_whole, and the sequence: tokens, kind, place [S]. Raises
+        BadClip."""
+        reference, _ = self._read_codes(self.clips[index])
+        heard = {"encoded": self.encoded[index].long()} if self.encoded else {"waveform": self.waveform(index)}
+        speaking = self._partner(index, random)
+        speech, is_whole = self._read_codes(speaking)
+        tokens, is_audio = self.prompts[speaking.text]
+        n_before, n_rows, n_frames = int(is_audio.int().argmax()), reference.shape[1] + 1, speech.shape[1]
+        after = tokens[n_before + 1:]
+        return {
+            **heard, "reference": reference, "speech": speech, "is_whole": is_whole,
+            "tokens": torch.cat([tokens[:n_before + 1], tokens[n_before].expand(n_rows - 1), after,
+                                 tokens[n_before].expand(n_frames)]),
+            "kind": torch.tensor([TEXT] * n_before + [AUDIO] * n_rows + [TEXT] * (len(after) - 1)
+                                 + [GENERATION] * (1 + n_frames)),
+            "place": torch.cat([torch.zeros(n_before, dtype=torch.long), torch.arange(n_rows),
+                                torch.zeros(len(after), dtype=torch.long), torch.arange(n_frames)]),
+            "begins": n_before + n_rows + len(after) - 1}
+
+    def waveform(self, index: int) -> Tensor:
+        """The reference [L_r * 1920] that clip `index` is. Raises BadClip."""
+        clip, frame_size = self.clips[index], self.params.frame_size
+        codes, is_whole = self._read_codes(clip)
+        n_samples = codes.shape[1] * frame_size
+        waveform, _ = load_segment(clip.path, 0.0, (n_samples + frame_size) / self.params.sampling_rate)
+        if len(waveform) != n_samples + (not is_whole) * frame_size:
+            raise BadClip(clip.path, f"its codes do not belong to it: {codes.shape[1]} frames are not its length")
+        return torch.from_numpy(waveform[:n_samples])
+
+    @torch.no_grad()
+    def encode(self, codec: VoxtralCodec, device, config: DataConfig) -> None:
+        """Once for the whole run, what a frozen encoder makes of every clip. Clips that cannot be used are left out,
+        and listed in `bad`. Raises DataError when none is left."""
+        loader = DataLoader(_Waveforms(self), config.batch_size, collate_fn=list, num_workers=config.num_workers)
+        usable, encoded = [], []
+        for items in tqdm(loader, desc="encoding", unit="batch", disable=None):
+            self.bad += [(clip.path, found) for clip, found in items if isinstance(found, str)]
+            items = [(clip, found) for clip, found in items if not isinstance(found, str)]
+            if items:
+                lengths = torch.tensor([len(waveform) for _, waveform in items], device=device)
+                waveform = pad_sequence([waveform for _, waveform in items], batch_first=True)[:, None].to(device)
+                codes = codec.encode(waveform, lengths).short().cpu()
+                encoded += [row[:, :ceil_div(n, self.params.frame_size)].clone() for row, n in zip(codes, lengths.tolist())]
+                usable += [clip for clip, _ in items]
+        if not usable:
+            raise DataError(f"None of the {len(self.clips)} clips can be used; the first: {': '.join(self.bad[0])}.")
+        self.clips, self.encoded = usable, encoded
+        self._find_voices()
+
+    def _find_voices(self) -> None:
+        self.of_voice = defaultdict(list)
+        for index, clip in enumerate(self.clips):
+            self.of_voice[clip.speaker].append(index)
+
+    def _partner(self, index: int, random: np.random.Generator) -> Clip:
+        others = self.of_voice.get(self.clips[index].speaker, [index])
+        place = others.index(index)
+        step = 1 if self.fixed else int(random.integers(1, max(2, len(others))))
+        return self.clips[others[(place + step) % len(others)]]
+
+    def _read_codes(self, clip: Clip) -> tuple[Tensor, bool]:
+        """-> the first max_frames frames [37, L], whether these are all. Raises BadClip."""
+        try:
+            codes = torch.from_numpy(np.load(clip.codes, allow_pickle=False).astype(np.int64))
+        except (OSError, ValueError, EOFError) as error:
+            raise BadClip(clip.codes, f"unreadable codes ({' '.join(str(error).split())})") from error
+        params = self.params
+        if codes.ndim != 2 or len(codes) != params.n_codebooks or not codes.shape[1]:
+            raise BadClip(clip.codes, f"codes of shape {list(codes.shape)}, not [{params.n_codebooks}, frames]")
+        largest = codes[0].max() < params.semantic_codebook_size and codes[1:].max() < params.acoustic_codebook_size
+        if codes.min() < 0 or not largest:
+            raise BadClip(clip.codes, "codes outside the codebooks of this checkpoint")
+        return codes[:, :self.max_frames], codes.shape[1] <= self.max_frames
+
+
+class _Waveforms(Dataset):
+    """Item: (clip, its waveform, or why it cannot be used)."""
+
+    def __init__(self, pairs: PairDataset):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Clip, Tensor | str]:
+        try:
+            return self.pairs.clips[index], self.pairs.waveform(index)
+        except BadClip as error:
+            return self.pairs.clips[index], error.reason
+
+
+def collate_pairs(items: list[dict]) -> PairBatch:
+    """Items of PairDataset -> PairBatch."""
+    def padded(key: str) -> Tensor:
+        return pad_sequence([item[key] for item in items], batch_first=True)
+
+    def padded_codes(key: str) -> Tensor:
+        return pad_sequence([item[key].T for item in items], batch_first=True).transpose(1, 2)
+
+    is_encoded = "encoded" in items[0]
+    return PairBatch(
+        None if is_encoded else padded("waveform")[:, None], padded_codes("encoded") if is_encoded else None,
+        padded_codes("reference"),
+        torch.tensor([item["reference"].shape[1] for item in items]), padded_codes("speech"),
+        torch.tensor([item["speech"].shape[1] for item in items]), torch.tensor([item["is_whole"] for item in items]),
+        padded("tokens"), padded("kind"), padded("place"), torch.tensor([item["begins"] for item in items]),
+        sum(len(item["tokens"]) for item in items), [item["index"] for item in items],
+        [entry for item in items for entry in item["bad"]])
+
+
+def fixed_batches(dataset: PairDataset, batch_size: int) -> list[PairBatch]:
+    """All items of a `fixed` data set, in order."""
+    items = [dataset[0, index] for index in range(len(dataset))]
+    batches = [collate_pairs(items[i:i + batch_size]) for i in range(0, len(items), batch_size)]
+    return batches
+
+
+def hold_out_texts(train: list[Clip], validation: list[Clip]) -> list[Clip]:
+    """The training clips whose text no validation clip has. Raises DataError when none is left."""
+    texts = {clip.text for clip in validation}
+    kept = [clip for clip in train if clip.text not in texts]
+    if not kept:
+        raise DataError("every training clip has a text of a validation clip: lower data.validation.clips, or generate "
+                        "clips of more sentences.")
+    return kept
