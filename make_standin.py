@@ -3,7 +3,8 @@
 The release withholds its encoder, so nobody can say how close a trained one comes to it. Here a whole codec (encoder,
 codebook, decoder) is trained by train_encoder.py's own loop and cut in two: OUTPUT_DIR/released/ is laid out as the
 release, without the encoder, and OUTPUT_DIR/withheld_encoder.safetensors is what to measure against. The backbone and
-the acoustic transformer are random: what such a checkpoint says is noise, what its codec repeats is speech.
+the acoustic transformer are random: what such a checkpoint says is noise, what its codec repeats is speech. Small ones
+can be trained by train_full_pipeline.py's own loop, and put in afterwards; assets/README.md has the commands.
 """
 import argparse
 from copy import deepcopy
@@ -64,8 +65,12 @@ def clips_of_voices(config: StandinConfig) -> dict[str, str]:
 
 
 def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str]) -> None:
-    """Writes released/ and withheld_encoder.safetensors from the best codec of the run, rounded to bf16."""
-    output = Path(config.output_dir)
+    """Writes released/ and withheld_encoder.safetensors from the best codec of the run, rounded to bf16, and the language
+    model of standin.language_model, if there is one."""
+    output, language_model = Path(config.output_dir), {}
+    if config.standin.language_model:
+        file = SafetensorsFile(config.standin.language_model)
+        language_model = {name: tensor.bfloat16() for name, tensor in file.read(file.entries).items()}
     files = [SafetensorsFile(output / "best" / f"{part}.safetensors") for part in ("encoder", "decoder")]
     tensors = {name: tensor.bfloat16() for file in files for name, tensor in file.read(file.entries).items()}
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER_PREFIXES)}
@@ -75,9 +80,11 @@ def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str]) 
     codec = VoxtralCodec(params.codec)
     codec.load_decoder(rest)
     codec.load_encoder(encoder)
-    codec.audio_embedding = random_tensor(EMBEDDING_NAME, (params.audio_embedding_size, params.dim), config.seed)
+    random_table = random_tensor(EMBEDDING_NAME, (params.audio_embedding_size, params.dim), config.seed)
+    codec.audio_embedding = language_model.get(EMBEDDING_NAME, random_table)
     embeddings = {name: encode_reference(codec, path)[0] for name, path in voices.items()}
-    write_random_checkpoint(output / "released", raw_params, embeddings, config.seed, config.standin.n_text_tokens, rest)
+    write_random_checkpoint(output / "released", raw_params, embeddings, config.seed, config.standin.n_text_tokens,
+                            rest | language_model)
     save_tensors(output / "withheld_encoder.safetensors", encoder)
 
 

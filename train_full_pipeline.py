@@ -128,7 +128,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         plot_run(rows, run.path / "plots")
         save_figure(layers_figure([row for row in rows if "validation/loss/total" in row]), run.path / "plots" / "layers.png")
         log.say(f"validation at step {step}: total {metrics['loss/total']:.4g}  " + "  ".join(
-            f"{name} {metrics[name]:.4g}" for name in ("ours_mse_audio", "ours_top1", "ours_kl", "preset_top1", "preset_kl")))
+            f"{name} {metrics[name]:.4g}" for name in ("ours_mse_audio", "ours_top1", "preset_top1", "semantic_equal", "levels_equal")))
         return metrics["loss/total"]
 
     def write_weights(folder):
@@ -184,18 +184,18 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         logging = (step + 1) % settings.log_every_steps == 0 or step + 1 == max_steps
         stopping = (logging or process.world_size == 1) and stop.agreed(process)
         ending = stopping or step + 1 == max_steps
-        if logging or ending:
+        validating = (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps
+        saving = (step + 1) % settings.save_every_steps == 0 or ending
+        if logging or validating or saving:  # a loss that is not finite is found before anything is kept
             log.flush({"optimizer/learning_rate": config.optimizer.learning_rate * factor,
                        "data/bad_clips": float(bad_clips.count)}, n_tokens / len(log.pending), "tokens")
             n_tokens = 0
-        if (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps:
-            log.flush()
+        if validating:
             if process.is_main:
                 best = keep_if_best(step + 1)
             process.wait()
             log.restart_clock()
-        if (step + 1) % settings.save_every_steps == 0 or ending:
-            log.flush()
+        if saving:
             if process.is_main:
                 run.save_step(step + 1, lambda folder: write_state(folder, step + 1), settings.keep_last)
             process.wait()

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import zip_longest
 from multiprocessing import forkserver
 from pathlib import Path

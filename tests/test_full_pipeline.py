@@ -215,7 +215,7 @@ def test_losses_by_hand(make_model):
     model, _, batch = make_model("loss.cross_entropy=1")
     shake_lora(model)
     teacher, student = model.run(batch, False, False), model.run(batch, True, True)
-    losses = model.losses(batch, student, teacher, ["hidden", "cross_entropy", "semantic_kl"], 0)
+    losses = model.losses(batch, student, None, teacher, ["hidden", "cross_entropy", "semantic_kl"], 0)
     expected = {name: 0.0 for name in losses}
     for i in range(3):
         audio = batch.kind[i] == AUDIO

@@ -98,6 +98,8 @@ class FullPipelineLosses:
     hidden: float = 1.0         # squared error of the hidden states at the reference's positions, mean over layers
     semantic_kl: float = 0.0    # KL of the semantic ids' distribution where frames are predicted
     velocity: float = 0.0       # squared error of the acoustic transformer's velocity there
+    preset_hidden: float = 0.0  # under true references, squared error of the hidden states at all positions: change nothing
+    preset_kl: float = 0.0      # under true references, KL of the semantic ids' distribution, likewise
     cross_entropy: float = 0.0  # of the semantic ids that were spoken: the paper's own objective, which needs no teacher
     flow: float = 0.0           # flow matching of the acoustic levels that were spoken, likewise
 
@@ -147,6 +149,7 @@ class StandinSizes:
     acoustic: Dict[str, Any] = field(default_factory=dict)  # keys of its acoustic_transformer_args
     n_text_tokens: int = 1048                               # text tokens of tekken.json
     voices: Dict[str, str] = field(default_factory=dict)    # preset name -> training speaker
+    language_model: Optional[str] = None                    # weights.safetensors of a train_full_pipeline.py run
 
 
 @dataclass

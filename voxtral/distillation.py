@@ -18,10 +18,12 @@ from voxtral.codec import VoxtralCodec, codebook_offsets
 from voxtral.config import FullPipelineConfig
 from voxtral.frames import Models
 from voxtral.losses import codebook_scale
-from voxtral.pairs import AUDIO, GENERATION, KINDS, PairBatch
+from voxtral.metrics import code_agreement
+from voxtral.pairs import AUDIO, GENERATION, KINDS, PADDING, PairBatch
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS
 
-DISTILLATION = ("hidden", "semantic_kl", "velocity")  # losses that compare with the teacher
+PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under true references
+DISTILLATION = ("hidden", "semantic_kl", "velocity", *PRESET)  # losses that compare with the teacher
 CONDITION_DROP = 0.1  # share of frames whose velocity is trained without a hidden state: what guidance subtracts
 
 
@@ -72,15 +74,20 @@ class FullPipeline(nn.Module):
         """-> [B, L_r + 1, dim]: rows of the true codes, or of those that the encoder gives for the waveform."""
         if not of_encoder:
             return self.codec.voice_rows(batch.reference, batch.n_reference, table)
-        if batch.encoded is not None:
-            return self.codec.voice_rows(batch.encoded, batch.n_reference, table)
-        latent = self.codec.encode_latent(batch.waveform, batch.n_reference * self.codec.params.frame_size).float()
-        rows = self.codec.voice_rows(self.codec.quantizer.encode(latent.detach()), batch.n_reference, table)
-        if latent.requires_grad:  # serving sees the codes, so their rows are the value; the gradient is the soft one's
+        codes, latent = self.encode(batch)
+        rows = self.codec.voice_rows(codes, batch.n_reference, table)
+        if latent is not None and latent.requires_grad:  # serving sees the codes, so their rows are the value; the gradient is the soft one's
             soft = F.pad(soft_rows(self.codec, latent, self.scale, table), (0, 0, 0, 1))
             inside = torch.arange(rows.shape[1], device=rows.device) < batch.n_reference[:, None]
             rows = rows + torch.where(inside[..., None], soft - soft.detach(), 0)
         return rows
+
+    def encode(self, batch: PairBatch) -> tuple[Tensor, Tensor | None]:
+        """-> the encoder's codes [B, 37, L_r] of the references, and its latent, unless the codes were known."""
+        if batch.encoded is not None:
+            return batch.encoded, None
+        latent = self.codec.encode_latent(batch.waveform, batch.n_reference * self.codec.params.frame_size).float()
+        return self.codec.quantizer.encode(latent.detach()), latent
 
     def run(self, batch: PairBatch, of_encoder: bool, adapted: bool) -> Pass:
         """One pass, with the encoder's reference or the true one, through the adapted model or the base model."""
@@ -113,12 +120,19 @@ class FullPipeline(nn.Module):
         if any(name in weights for name in DISTILLATION):
             with torch.no_grad():
                 teacher = self.run(batch, of_encoder=False, adapted=False)
-        student = self.run(batch, of_encoder=True, adapted=True)
-        return self.losses(batch, student, teacher, list(weights), seed)
+        student = preset = None
+        if any(name not in PRESET for name in weights):
+            student = self.run(batch, of_encoder=True, adapted=True)
+        if any(name in PRESET for name in weights):
+            preset = self.run(batch, of_encoder=False, adapted=True)
+        return self.losses(batch, student, preset, teacher, list(weights), seed)
 
-    def losses(self, batch: PairBatch, student: Pass, teacher: Pass | None, names: list[str], seed: int) -> dict[str, Tensor]:
-        """Each a mean over positions, then over clips. Those between two passes need the teacher's."""
-        frame = torch.arange(student.hidden.shape[1], device=student.hidden.device)
+    def losses(self, batch: PairBatch, student: Pass | None, preset: Pass | None, teacher: Pass | None, names: list[str],
+               seed: int) -> dict[str, Tensor]:
+        """Each a mean over positions, then over clips; the passes that `names` do not need may be None.
+
+        student, preset: the adapted model under the encoder's and under true references."""
+        frame = torch.arange(batch.speech.shape[-1] + 1, device=batch.speech.device)
         speaks = frame < batch.n_speech[:, None]
         predicts = speaks | (batch.is_whole[:, None] & (frame == batch.n_speech[:, None]))  # END_AUDIO, too
         functions = {
@@ -128,6 +142,9 @@ class FullPipeline(nn.Module):
             "cross_entropy": lambda: masked_mean(F.cross_entropy(
                 student.logits.transpose(1, 2), self.next_ids(batch) - END_AUDIO, reduction="none"), predicts),
             "velocity": lambda: self.flow(batch, student, teacher, speaks, seed),
+            "preset_hidden": lambda: hidden_loss(preset.layers, teacher.layers, batch.kind != PADDING,
+                                                 self.config.train.normalize_layers),
+            "preset_kl": lambda: masked_mean(divergence(preset.logits, teacher.logits), predicts),
             "flow": lambda: self.flow(batch, student, None, speaks, seed)}
         return {name: functions[name]() for name in names}
 
@@ -219,7 +236,8 @@ def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0
     `ours`: under the encoder's references, what phase 2 is to mend. `preset`: under true ones, as a preset's prompt has
     them, what it must not harm. For both: top1, the share of equal most likely semantic ids, and kl (nats) of their
     distribution, where frames are predicted; mse, its normalized form and cosine of the layers by kind of position,
-    the mean and a list by layer. `loss/...`: the losses that have a weight, and `loss/total`.
+    the mean and a list by layer. semantic_equal, levels_equal, levels_within_1: the encoder's codes against the true
+    ones. `loss/...`: the losses that have a weight, and `loss/total`.
     """
     sums, n_clips = {}, 0
     weights = {name: weight for name, weight in vars(model.config.loss).items() if weight}
@@ -228,12 +246,11 @@ def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0
         teacher = model.run(batch, of_encoder=False, adapted=False)
         frame = torch.arange(teacher.hidden.shape[1], device=device)
         predicts = frame < batch.n_speech[:, None] + batch.is_whole[:, None]
-        values = {}
-        for name, of_encoder in (("ours", True), ("preset", False)):
-            student = model.run(batch, of_encoder, adapted=True)
-            if of_encoder:
-                losses = model.losses(batch, student, teacher, list(weights), seed)
-                values |= {f"loss/{key}": loss for key, loss in losses.items()}
+        passes = {name: model.run(batch, of_encoder, adapted=True) for name, of_encoder in (("ours", True), ("preset", False))}
+        losses = model.losses(batch, passes["ours"], passes["preset"], teacher, list(weights), seed)
+        values = {f"loss/{name}": loss for name, loss in losses.items()}
+        values |= code_agreement(model.encode(batch)[0], batch.reference, batch.n_reference)
+        for name, student in passes.items():
             same = (student.logits.argmax(dim=-1) == teacher.logits.argmax(dim=-1)).float()
             values[f"{name}_top1"] = masked_mean(same, predicts)
             values[f"{name}_kl"] = masked_mean(divergence(student.logits, teacher.logits), predicts)
