@@ -1,8 +1,10 @@
 """Clips that the model itself speaks, as training data: which ones, which are fit, and a folder that survives a kill.
+`python -m voxtral.clips` makes such a folder of recordings.
 
 A clip is FOLDER/VOICE/00012.flac with its codes in 00012.npy (int16 [37, L]). It counts once its line stands in
 records-RANK.jsonl, which comes last. manifest.jsonl lists the clips that were kept.
 """
+import argparse
 import json
 import os
 import random
@@ -19,9 +21,9 @@ from torch import Tensor
 
 from voxtral.checkpoint import atomic_path, write_text
 from voxtral.codec import VoxtralCodec
-from voxtral.data import load_segment
-from voxtral.errors import UserError
-from voxtral.sources import Clip
+from voxtral.data import BadClip, load_segment, read_config
+from voxtral.errors import UserError, one_sentence
+from voxtral.sources import Clip, find_clips
 from voxtral.tts import Take
 
 MIN_SEC = 0.4             # less is no sentence
@@ -148,10 +150,34 @@ def resynthesize(codec: VoxtralCodec, clips: list[Clip], path, max_sec: float) -
     decoder makes of them. For checkpoints whose true encoder is known, but whose language model cannot speak."""
     folder, rows = ClipFolder(path), []
     for number, clip in enumerate(clips):
-        waveform, _ = load_segment(clip.path, 0.0, max_sec)
+        try:
+            waveform, _ = load_segment(clip.path, 0.0, max_sec)
+        except BadClip as error:
+            print(f"left out: {error}")
+            continue
         codes = codec.encode(torch.from_numpy(waveform)[None, None])
         planned = PlannedClip(f"{clip.speaker}/{number:05d}", clip.speaker, "", clip.text, (0,))
         folder.save_audio(planned, codes[0], codec.decode(codes)[0, 0], codec.params.sampling_rate)
         rows.append((planned, codes.shape[-1] / codec.params.frame_rate_hz))
     folder.record([clip for clip, _ in rows], [""] * len(rows), [seconds for _, seconds in rows])
     folder.write_manifest()
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser("python -m voxtral.clips", description=resynthesize.__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a checkpoint with its encoder")
+    parser.add_argument("--data", required=True, metavar="CONFIG.yaml", help="its data: block is read")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of clips and manifest.jsonl")
+    parser.add_argument("--max-sec", type=float, default=10.0, help="longer recordings are cut (default: 10)")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config")
+    options = parser.parse_intermixed_args(arguments)
+    with one_sentence():
+        codec = VoxtralCodec.from_checkpoint(options.checkpoint)
+        if not codec.has_encoder:
+            raise UserError(f"{options.checkpoint} has no encoder: put one in with inject_encoder.py.")
+        clips = [clip for source in find_clips(read_config(options.data, options.overrides))[0] for clip in source]
+        resynthesize(codec, clips, options.output, options.max_sec)
+
+
+if __name__ == "__main__":
+    main()
