@@ -8,7 +8,7 @@ can be trained by train_full_pipeline.py's own loop, and put in afterwards; asse
 """
 import argparse
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import soundfile
@@ -18,7 +18,7 @@ from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile
 from voxtral.codec import VoxtralCodec
 from voxtral.config import ConfigError, StandinConfig, check_encoder_config, load_config
 from voxtral.errors import UserError, one_sentence
-from voxtral.params import CodecParams, TransformerParams, parse_params
+from voxtral.params import CodecParams, TransformerParams, load_params, parse_params
 from voxtral.run import training_process
 from voxtral.sources import find_clips, split_validation
 from voxtral.standin import full_params, random_tensor, small_params, write_random_checkpoint
@@ -32,6 +32,7 @@ EXAMPLES = """examples:
   # the embedded stand-in (assets/standin), from a folder that holds train.csv and its clips
   python make_standin.py --config configs/standin_small.yaml data.data_root=/my/speech
   python make_standin.py --config configs/standin_small.yaml resume=true   # go on after a kill
+  python make_standin.py --config configs/standin_small.yaml checkpoint=DIR   # DIR: a stand-in with its encoder, trained on
 
   # 8 GB of random weights in the full layout, for benchmarks and dry runs
   python make_standin.py --random --size full --output /tmp/voxtral_random
@@ -89,13 +90,15 @@ def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str]) 
 
 
 def make_trained(config: StandinConfig) -> None:
-    """Trains the codec of `config` from random weights, then cuts it in two."""
+    """Trains the codec of `config`, from random weights or on from `checkpoint`, then cuts it in two."""
     check_encoder_config(config)
     raw_params, voices = params_of(config), clips_of_voices(config)
-    config = deepcopy(config)
-    config.checkpoint = str(Path(config.output_dir) / "initial")
+    config, start = deepcopy(config), config.checkpoint
+    if start and replace(load_params(start).codec, voice={}) != parse_params(raw_params).codec:
+        raise ConfigError(f"checkpoint: the codec of {start} has other sizes than standin.codec.")
+    config.checkpoint = start or str(Path(config.output_dir) / "initial")
     with training_process(config.device) as process:
-        if process.is_main:
+        if process.is_main and not start:
             write_random_checkpoint(config.checkpoint, raw_params, {}, config.seed, config.standin.n_text_tokens)
         process.wait()
         train(config, process)

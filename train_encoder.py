@@ -12,8 +12,8 @@ decoder rebuilds the speech, by the recipe of the Voxtral TTS paper (section 2.1
 Any key of the YAML can be overridden as key=value. The run folder (output_dir) holds checkpoints/, best/,
 metrics.jsonl, plots/, samples/ and tensorboard/.
 """
-import argparse
 import json
+import math
 from contextlib import nullcontext
 from functools import partial
 from typing import Iterator
@@ -27,17 +27,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from voxtral.asr import WhisperTeacher, asr_distillation_loss
 from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors, write_text
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples
-from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder, load_config
+from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
 from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, make_loader, steps_per_epoch, validation_batches
 from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
-from voxtral.errors import one_sentence
 from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebook_scale, commitment_loss, diversity_loss,
                             l1_loss, stft_loss)
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run, save_figure, spectrogram_figure
 from voxtral.quantizer import QuantizationDraws
-from voxtral.run import (Logger, Process, RunFolder, SideStream, StopSignal, cosine_with_warmup, load_state, read_metrics,
-                         set_learning_rate, training_process)
+from voxtral.run import (Logger, Process, RunFolder, SideStream, StopSignal, cosine_with_warmup, read_metrics, save_state,
+                         set_learning_rate, training_main)
 from voxtral.sources import find_clips, split_validation
 from voxtral.speaker import SpeakerEncoder, speaker_loss
 from voxtral.validation import embedding_norm, evaluate_codec
@@ -149,10 +148,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     stateful = {"model": model, "averaged": averaged, "discriminators": discriminators, "optimizer": optimizer,
                 "discriminator_optimizer": discriminator_optimizer, "balancer": balancer}
     stateful = {name: part for name, part in stateful.items() if part is not None}
-    start_step, best = 0, float("inf")
-    if config.resume and run.latest():
-        state = load_state(run.latest() / "run_state.pt", stateful, process.device)
-        start_step, best = state["step"], state["best"]
+    start_step, best = run.restore(stateful) if config.resume and run.latest() else (0, math.inf)
     if process.is_main:
         run.truncate_metrics(start_step)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
@@ -261,7 +257,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
 
     def write_state(folder, step):
         write_weights(folder)
-        torch.save({"step": step, "best": best, **{name: part.state_dict() for name, part in stateful.items()}}, folder / "run_state.pt")
+        save_state(folder, step, best, stateful)
 
     # ---- 8. the loop: step, log, validate, save --------------------------------------------------------------------
     yield start_step
@@ -328,14 +324,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/encoder.yaml", help="YAML with the run's settings (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML, such as train.max_steps=1000")
-    options = parser.parse_args(arguments)
-    with one_sentence():
-        config = load_config(EncoderConfig, options.config, options.overrides)
-        with training_process(config.device) as process:
-            train(config, process)
+    training_main(train, EncoderConfig, "configs/encoder.yaml", "train.max_steps=1000", __doc__, arguments)
 
 
 if __name__ == "__main__":

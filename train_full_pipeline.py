@@ -13,7 +13,6 @@ Any key of the YAML can be overridden as key=value. The run folder (output_dir) 
 checkpoints/, metrics.jsonl, report.json, plots/ and tensorboard/. Validation row 0 is the model before training: `ours`
 is to get closer to the base model under true references, and `preset` is to stay what it was.
 """
-import argparse
 import json
 import math
 from contextlib import nullcontext
@@ -25,15 +24,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from voxtral.checkpoint import SafetensorsFile, save_tensors, write_text
-from voxtral.config import FullPipelineConfig, check_full_pipeline_config, checkpoint_folder, load_config
+from voxtral.config import FullPipelineConfig, check_full_pipeline_config, checkpoint_folder
 from voxtral.data import BadClipLog, make_loader, steps_per_epoch
 from voxtral.distillation import FullPipeline, compare, native_tensors
-from voxtral.errors import UserError, one_sentence
+from voxtral.errors import UserError
 from voxtral.frames import Models
 from voxtral.pairs import PairDataset, collate_pairs, fixed_batches, hold_out_texts
 from voxtral.plots import layers_figure, plot_run, save_figure
-from voxtral.run import (Logger, Process, RunFolder, StopSignal, cosine_with_warmup, load_state, read_metrics,
-                         set_learning_rate, training_process)
+from voxtral.run import (Logger, Process, RunFolder, StopSignal, cosine_with_warmup, read_metrics, save_state,
+                         set_learning_rate, training_main)
 from voxtral.sources import find_clips, split_validation
 from voxtral.tts import load_tokenizer
 
@@ -103,10 +102,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     # ---- 4. run folder, resuming -----------------------------------------------------------------------------------
     run = RunFolder(config.output_dir, config, process, config.resume)
     stateful = {"trained": TrainedPart(model), "optimizer": optimizer}
-    start_step, best = 0, math.inf
-    if config.resume and run.latest():
-        state = load_state(run.latest() / "run_state.pt", stateful, process.device)
-        start_step, best = state["step"], state["best"]
+    start_step, best = run.restore(stateful) if config.resume and run.latest() else (0, math.inf)
     if process.is_main:
         run.truncate_metrics(start_step)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
@@ -143,7 +139,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
 
     def write_state(folder, step):
         write_weights(folder)
-        torch.save({"step": step, "best": best, **{name: part.state_dict() for name, part in stateful.items()}}, folder / "run_state.pt")
+        save_state(folder, step, best, stateful)
 
     def keep_if_best(step: int) -> float:
         loss = validate(step)
@@ -224,14 +220,7 @@ def write_report(run: RunFolder) -> str:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/full_pipeline.yaml", help="YAML with the run's settings (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML, such as lora.rank=4")
-    options = parser.parse_args(arguments)
-    with one_sentence():
-        config = load_config(FullPipelineConfig, options.config, options.overrides)
-        with training_process(config.device) as process:
-            train(config, process)
+    training_main(train, FullPipelineConfig, "configs/full_pipeline.yaml", "lora.rank=4", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_full_pipeline  # noqa: E402
 from voxtral.checkpoint import write_text  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
+from voxtral.evaluation_report import markdown  # noqa: E402
 
 ANCHORS = ["loss.semantic_kl=1", "loss.preset_kl=3", "loss.preset_hidden=3"]
 ROWS = {  # name -> what it changes of configs/full_pipeline.yaml
@@ -52,7 +53,7 @@ def run(name: str, seed: int, options) -> dict:
 
 def table(results: dict[str, list[dict]]) -> str:
     """Markdown: mean over the seeds, and their standard deviation where there are several."""
-    lines = ["| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "| --- |" + " --- |" * len(COLUMNS)]
+    lines = []
     first = next(iter(results.values()))
     for name, rows in {"no phase 2": [report["before"] for report in first[:1]],
                        **{name: [report["after"] for report in reports] for name, reports in results.items()}}.items():
@@ -61,8 +62,8 @@ def table(results: dict[str, list[dict]]) -> str:
             values = [row[key] for row in rows]
             spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
             cells.append(form.format(statistics.mean(values)) + spread)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *cells])
+    return markdown(["", *(title for title, _ in COLUMNS.values())], lines)
 
 
 def main(arguments=None) -> None:

@@ -25,46 +25,30 @@ Everything is also in OUTPUT/train_step.json; what train_encoder.py says meanwhi
 """
 import argparse
 import functools
-import gc
 import json
 import os
-import resource
-import signal
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Callable, Iterator
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
-from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_encoder  # noqa: E402
 from make_standin import make_random  # noqa: E402
-from voxtral.asr import WhisperTeacher  # noqa: E402
+from train_step_timing import N_PROFILED, breakdown, measure  # noqa: E402
 from voxtral.checkpoint import write_text  # noqa: E402
-from voxtral.codec import VoxtralCodec  # noqa: E402
 from voxtral.config import EncoderConfig, check_encoder_config, load_config  # noqa: E402
-from voxtral.data import SAMPLE_RATE, Batch, SpeechDataset, make_loader  # noqa: E402
-from voxtral.discriminator import DiscriminatorLoss  # noqa: E402
+from voxtral.data import SAMPLE_RATE, SpeechDataset, make_loader  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.losses import Balancer, MelDistance  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
-from voxtral.quantizer import Quantizer  # noqa: E402
 from voxtral.run import Process, environment, training_process  # noqa: E402
 from voxtral.sources import find_clips, split_validation  # noqa: E402
-from voxtral.speaker import SpeakerEncoder  # noqa: E402
 
 EXAMPLES = """examples:
   # a batch of 16 x 4 s with all losses of the paper, full widths with random weights, on the demo's speech
@@ -86,239 +70,9 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 2 benchmarks/train_step.py --random-full data.data_root=/speech
 """
 OWN_DEFAULTS = ["discriminator.warmup_steps=0", "train.max_total_loss=1e9"]
-N_BLOCKS = 5            # in which --compare takes turns
-N_PROFILED = 3          # steps of the table
 H100_TFLOPS = 790.0     # bf16, stated, not measured here
 WHISPER_SEC = 30.0      # asr.context_sec cannot be more
 GROWTH_AXES = {"batch": (int, "clips in a batch"), "seconds": (float, "seconds of a clip")}
-
-# Part of a step -> what does its work; backward follows from it. Torch itself names the optimizers' ranges.
-PARTS = {
-    "batch to device": [(Batch, "to")],
-    "encoder": [(VoxtralCodec, "encode_latent")],
-    "quantizer": [(Quantizer, "forward")],
-    "decoder": [(VoxtralCodec, "decode_latent")],
-    "ASR teacher": [(WhisperTeacher, "forward")],
-    "discriminators": [(DiscriminatorLoss, "forward"), (train_encoder, "random_crops"), (train_encoder, "crop")],
-    "loss feature": [(train_encoder, "feature_loss")],
-    "loss l1": [(train_encoder, "l1_loss")],
-    "loss stft": [(train_encoder, "stft_loss")],
-    "loss mel": [(MelDistance, "forward")],
-    "loss asr": [(train_encoder, "asr_distillation_loss")],
-    "loss commit": [(train_encoder, "commitment_loss")],
-    "loss diversity": [(train_encoder, "diversity_loss")],
-    "loss speaker": [(SpeakerEncoder, "forward"), (train_encoder, "speaker_loss")],
-    "balancer": [(Balancer, "gradient")],
-    "gradient clipping": [(nn.utils, "clip_grad_norm_")],
-    "weight averaging": [(AveragedModel, "update_parameters")],
-}
-RANGE, OPTIMIZERS, REST, DATA = "part: ", "optimizers", "the rest", "data"
-BACKWARD = "autograd::engine::evaluate_function: "  # of one node of the graph
-
-
-# ---------------------------------------------------------------- a training, step by step
-
-class Training:
-    """A run of train_encoder.py that stops after each step; everything it prints goes to the file `log`."""
-
-    def __init__(self, config: EncoderConfig, process: Process, log):
-        """Sets the training up in a folder of its own, CUDA graphs included; no data is read yet."""
-        self.folder = tempfile.TemporaryDirectory()
-        config = replace(config, output_dir=self.folder.name)
-        self.log, self.on_gpu = log, process.device.type == "cuda"
-        self.audio_sec = config.data.batch_size * config.data.max_sec * config.train.accumulation * process.world_size
-        self.waits: list[float] = []  # seconds for which the host waited for each batch
-        self.steps = train_encoder.training_steps(config, process)
-        with self.said_to_log():
-            next(self.steps)
-
-    @contextmanager
-    def said_to_log(self):
-        with redirect_stdout(self.log), redirect_stderr(self.log):
-            yield
-        self.log.flush()
-
-    def start(self, n_steps: int) -> None:
-        """The first steps, with which the loader starts too; they do not count."""
-        make = train_encoder.make_loader
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        with patch.object(train_encoder, "make_loader", lambda *args: waiting_for(make(*args), self.waits)):
-            self.advance(1)
-        for number, handler in handlers.items():  # Ctrl-C shall end the benchmark, not save a checkpoint
-            signal.signal(number, handler)
-        self.advance(n_steps - 1)
-        self.waits.clear()
-
-    def advance(self, n_steps: int) -> list[float]:
-        """Seconds of each of the next steps. Nothing waits for the device before they have all been launched."""
-        with self.said_to_log():
-            marks = [self.mark()]
-            for _ in range(n_steps):
-                next(self.steps)
-                marks.append(self.mark())
-            if self.on_gpu:
-                torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1000 if self.on_gpu else b - a for a, b in zip(marks, marks[1:])]
-
-    def mark(self):
-        """A moment: on the GPU the one at which all work launched so far is done."""
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def close(self) -> None:
-        """Ends its loader processes, frees its memory and CUDA graphs, removes its folder."""
-        self.steps.close()
-        gc.collect()
-        self.folder.cleanup()
-        if self.on_gpu:
-            torch.cuda.empty_cache()
-
-
-def waiting_for(loader, waits: list[float]) -> Iterator[Batch]:
-    """The loader's batches; how long each one let the host wait is appended to `waits`."""
-    batches = iter(loader)
-    while True:
-        started = time.perf_counter()
-        batch = next(batches)
-        waits.append(time.perf_counter() - started)
-        yield batch
-
-
-def measure(configs: list[EncoderConfig], process: Process, log, warm_up: int, n_steps: int) -> list[dict]:
-    """Speed of each configuration; several take turns, block by block. Memory of a single one."""
-    if process.device.type == "cuda":
-        torch.cuda.empty_cache()  # a training that did not fit may have left something
-        torch.cuda.reset_peak_memory_stats()
-    with ExitStack() as closing:
-        trainings = []
-        for config in configs:  # all CUDA graphs are recorded before a loader's threads use the GPU
-            trainings.append(Training(config, process, log))
-            closing.callback(trainings[-1].close)
-        for training in trainings:
-            training.start(warm_up)
-        n_blocks = min(N_BLOCKS, n_steps) if len(trainings) > 1 else 1
-        blocks = [[] for _ in trainings]
-        for i in range(n_blocks):
-            for training, mine in zip(trainings, blocks):
-                mine.append(training.advance((i + 1) * n_steps // n_blocks - i * n_steps // n_blocks))
-        memory = {"memory_gib": peak_memory_gib(process.device)} if len(trainings) == 1 else {}
-        return [summary(training, mine) | memory for training, mine in zip(trainings, blocks)]
-
-
-def peak_memory_gib(device: torch.device) -> dict[str, float]:
-    """GPU: since measure() began; CPU: since this process began."""
-    if device.type == "cuda":
-        return {"reserved": torch.cuda.max_memory_reserved() / 2**30,
-                "allocated": torch.cuda.max_memory_allocated() / 2**30}
-    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss
-    return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-
-
-def summary(training: Training, blocks: list[list[float]]) -> dict:
-    """What training.advance() returned, in numbers for people."""
-    seconds = [second for block in blocks for second in block]
-    p10, p50, p90 = (1000 * np.percentile(seconds, [10, 50, 90])).tolist()
-    return {"audio_sec_per_sec": 1000 * training.audio_sec / p50,
-            "audio_sec_per_sec_overall": training.audio_sec * len(seconds) / sum(seconds),
-            "step_ms": {"median": p50, "p10": p10, "p90": p90}, "audio_sec_per_step": training.audio_sec,
-            "data_wait_ms": 1000 * sum(training.waits) / len(seconds),
-            "block_audio_sec_per_sec": [training.audio_sec / median(block) for block in blocks],
-            "steps_ms": [round(1000 * second, 3) for second in seconds]}
-
-
-# ---------------------------------------------------------------- where the time goes
-
-def cdist_flop(a: tuple, b: tuple, *others, out_shape=None, **more) -> int:
-    """[..., P, D], [..., R, D]: distances of many vectors are a matrix product."""
-    return 2 * int(np.prod(a)) * b[-2]
-
-
-def attention_flop(query: tuple, key: tuple, value: tuple, *others, out_shape=None, **more) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-# What torch.utils.flop_counter does not know.
-MORE_FLOPS = {torch.ops.aten._cdist_forward: cdist_flop, torch.ops.aten._euclidean_dist: cdist_flop,
-              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop}
-
-
-def in_range(part: str, function: Callable) -> Callable:
-    """`function`, whose work the profiler finds under the name of `part`."""
-    @functools.wraps(function)
-    def named(*args, **kwargs):
-        with record_function(RANGE + part):
-            return function(*args, **kwargs)
-    return named
-
-
-def breakdown(config: EncoderConfig, process: Process, log) -> dict:
-    """FLOP of a step of this process, and ms of every part, of a training without CUDA graphs and logging."""
-    config = deepcopy(config)
-    config.train.cuda_graphs, config.train.log_every_steps, config.train.max_steps = False, 10**9, 10**6
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (process.device.type == "cuda")
-    with ExitStack() as stack:
-        for part, places in PARTS.items():
-            for owner, name in places:
-                stack.enter_context(patch.object(owner, name, in_range(part, getattr(owner, name))))
-        training = Training(config, process, log)
-        stack.callback(training.close)
-        training.start(N_PROFILED)
-        with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
-            training.advance(1)
-        with profile(activities=activities, acc_events=True) as profiler:
-            for _ in range(N_PROFILED):
-                with record_function(RANGE + REST):
-                    training.advance(1)
-    times = time_of_parts(profiler.events(), process.device.type == "cuda")
-    return {"flop_per_step": counter.get_total_flops(),
-            "parts_ms": {part: {way: us / 1000 / N_PROFILED for way, us in both.items()}
-                         for part, both in times.items()}}
-
-
-def part_of(name: str) -> str | None:
-    """The part of which the profiler's event of that name is the range, if it is one."""
-    if name.startswith(RANGE):
-        return name.removeprefix(RANGE)
-    return OPTIMIZERS if name.startswith("Optimizer.") else DATA if name.startswith("enumerate(DataLoader)") else None
-
-
-def time_of_parts(events: list, on_gpu: bool) -> dict[str, dict[str, float]]:
-    """Events of a profiler -> part -> microseconds, forward and backward.
-
-    An autograd node has the number of the operator that made it, so its backward is added to that operator's part.
-    """
-    main_thread = next(event.thread for event in events if event.name == RANGE + REST)
-    makers: dict[int, str] = {}  # number of an autograd node -> part; the last operator of that number made it
-    times: dict[str, dict[str, float]] = {}
-
-    def place(event) -> tuple[str, str]:
-        while event is not None:
-            if event.name.startswith(BACKWARD):
-                return makers.get(event.sequence_nr, REST), "backward"
-            if part := part_of(event.name):
-                return part, "forward"
-            event = event.cpu_parent
-        return REST, "forward"
-
-    host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU and not event.is_async]
-    for event in sorted(host, key=lambda event: event.time_range.start):
-        if event.thread == main_thread and event.sequence_nr >= 0:
-            part, way = place(event)
-            if way == "forward":
-                makers[event.sequence_nr] = part
-    for event in host:
-        # A range has a double of its name on the GPU, which is no kernel.
-        spent = (sum(kernel.duration for kernel in event.kernels if kernel.name != event.name) if on_gpu
-                 else event.self_cpu_time_total if event.thread == main_thread else 0)
-        if spent:
-            part, way = place(event)
-            times.setdefault(part, {"forward": 0.0, "backward": 0.0})[way] += spent
-    times.pop(DATA, None)  # the profiler slows the step down, and the loader has time to spare
-    return {part: times[part] for part in [*PARTS, OPTIMIZERS, REST] if part in times}
-
 
 # ---------------------------------------------------------------- the loader alone
 

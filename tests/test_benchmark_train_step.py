@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_encoder  # noqa: E402
 import train_step  # noqa: E402
+import train_step_timing as timing  # noqa: E402
 from voxtral.config import EncoderConfig, load_config  # noqa: E402
 from voxtral.losses import LOSS_NAMES  # noqa: E402
 from voxtral.run import Process, read_metrics  # noqa: E402
@@ -55,7 +56,7 @@ def benchmark(config_file, tmp_path, monkeypatch):
     """benchmark(arguments...) -> train_step.json. Nothing may stay behind: files, processes, signal handlers."""
     def run(*arguments):
         (tmp_path / "temporary").mkdir()
-        monkeypatch.setattr(train_step, "N_PROFILED", 1)
+        monkeypatch.setattr(timing, "N_PROFILED", 1)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         train_step.main(["--config", str(config_file), "--warm-up", "1", "--output", str(tmp_path / "out"), *arguments])
@@ -83,7 +84,7 @@ def test_the_steps_are_those_of_train_encoder(config_file, tmp_path, monkeypatch
 
     config = load_config(EncoderConfig, config_file, overrides)
     with (tmp_path / "log").open("w") as log:
-        training = train_step.Training(config, CPU, log)
+        training = timing.Training(config, CPU, log)
         training.start(1)
         seconds = training.advance(1)
         assert losses(Path(training.folder.name)) == expected[:2]
@@ -92,17 +93,17 @@ def test_the_steps_are_those_of_train_encoder(config_file, tmp_path, monkeypatch
 
 
 def test_every_part_of_a_step_is_found(config_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_step, "N_PROFILED", 1)
+    monkeypatch.setattr(timing, "N_PROFILED", 1)
     config = load_config(EncoderConfig, config_file, train_step.OWN_DEFAULTS)
-    kept = {(owner, name): getattr(owner, name) for places in train_step.PARTS.values() for owner, name in places}
+    kept = {(owner, name): getattr(owner, name) for places in timing.PARTS.values() for owner, name in places}
     with (tmp_path / "log").open("w") as log:
-        result = train_step.breakdown(config, CPU, log)
+        result = timing.breakdown(config, CPU, log)
     assert kept == {(owner, name): getattr(owner, name) for owner, name in kept}  # no range stays
     parts = result["parts_ms"]
-    assert list(parts) == [*train_step.PARTS, train_step.OPTIMIZERS, train_step.REST]
+    assert list(parts) == [*timing.PARTS, timing.OPTIMIZERS, timing.REST]
     assert {f"loss {name}" for name in LOSS_NAMES} <= parts.keys()
     assert all(both["forward"] > 0 for both in parts.values())
-    learning = {"encoder", "decoder", "quantizer", "discriminators", train_step.REST,
+    learning = {"encoder", "decoder", "quantizer", "discriminators", timing.REST,
                 *(part for part in parts if part.startswith("loss "))}
     assert {part for part, both in parts.items() if both["backward"]} == learning
     assert result["flop_per_step"] > 0
@@ -114,18 +115,18 @@ def test_backward_belongs_to_the_part_that_made_the_graph():
     x, few, many = torch.randn(300, 300), *(torch.randn(300, n, requires_grad=True) for n in (8, 3000))
 
     def product(part, weight):
-        return train_step.in_range(part, lambda: (x @ weight).sum())()
+        return timing.in_range(part, lambda: (x @ weight).sum())()
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        with record_function(train_step.RANGE + train_step.REST):
+        with record_function(timing.RANGE + timing.REST):
             with torch.no_grad():
                 product("ASR teacher", many)
             (product("encoder", few) + product("decoder", many)).backward()
-    times = train_step.time_of_parts(profiler.events(), on_gpu=False)
-    assert list(times) == ["encoder", "decoder", "ASR teacher", train_step.REST]
+    times = timing.time_of_parts(profiler.events(), on_gpu=False)
+    assert list(times) == ["encoder", "decoder", "ASR teacher", timing.REST]
     assert times["decoder"]["backward"] > 2 * times["encoder"]["backward"] > 0
     assert times["ASR teacher"]["forward"] > 0 and times["ASR teacher"]["backward"] == 0
-    root = next(event for event in profiler.events() if event.name == train_step.RANGE + train_step.REST)
+    root = next(event for event in profiler.events() if event.name == timing.RANGE + timing.REST)
     assert sum(sum(both.values()) for both in times.values()) == pytest.approx(root.cpu_time_total, rel=1e-3)
 
 
@@ -144,13 +145,13 @@ def test_kernels_belong_to_the_part_that_launched_them_on_any_thread():
     for number, us in ((8, 3), (7, 60)):
         node = event("autograd::engine::evaluate_function: X", thread=2, number=number, start=4)
         events += [node, event("aten::mm", node, [("gemm", us)], thread=2, start=5)]
-    assert train_step.time_of_parts(events, on_gpu=True) == {
+    assert timing.time_of_parts(events, on_gpu=True) == {
         "decoder": {"forward": 34, "backward": 60}, "optimizers": {"forward": 5, "backward": 0},
         "the rest": {"forward": 2, "backward": 3}}
 
 
 def test_distances_and_attention_are_counted():
-    with FlopCounterMode(display=False, custom_mapping=train_step.MORE_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=timing.MORE_FLOPS) as counter:
         torch.cdist(torch.randn(1, 50, 7), torch.randn(1, 30, 7))
         assert counter.get_total_flops() == 2 * 50 * 30 * 7
         q, k, v = torch.randn(3, 2, 5, 16), torch.randn(3, 2, 11, 16), torch.randn(3, 2, 11, 16)
@@ -177,12 +178,12 @@ def test_one_configuration(benchmark, capsys):
 
 
 def test_two_configurations_take_turns(benchmark, monkeypatch):
-    turns, advance = [], train_step.Training.advance
+    turns, advance = [], timing.Training.advance
 
     def watched(self, n_steps):
         turns.append((self.audio_sec, n_steps))
         return advance(self, n_steps)
-    monkeypatch.setattr(train_step.Training, "advance", watched)
+    monkeypatch.setattr(timing.Training, "advance", watched)
     parts = {"flop_per_step": 10**6, "parts_ms": {"encoder": {"forward": 1.0, "backward": 2.0}}}
     monkeypatch.setattr(train_step, "breakdown", lambda config, *others: parts | {"weight": config.loss.stft})
     results = benchmark("--steps", "7", *CHEAP, "--compare", "data.batch_size=1", "loss.stft=0")

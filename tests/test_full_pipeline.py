@@ -170,7 +170,7 @@ def test_encoding_once_gives_the_codes_that_the_step_would_compute(make_model):
     assert cached.waveform is None
     rows = model.references(cached, of_encoder=True, table=model.table)
     assert all(torch.equal(rows[i, :n + 1], in_step[i, :n + 1]) for i, n in enumerate(batch.n_reference.tolist()))
-    alone = model.codec.encode(dataset.waveform(4)[None, None])[0]
+    alone = model.codec.encode(dataset.read(4)[1][None, None])[0]
     assert torch.equal(dataset.encoded[4].long(), alone)
 
 

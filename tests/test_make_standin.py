@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import inject_encoder
 import make_standin
 from voxtral.checkpoint import ENCODER_PREFIXES, Checkpoint
 from voxtral.codec import VoxtralCodec
@@ -79,6 +80,24 @@ def test_a_codebook_to_be_trained_starts_among_the_latents(made):
     """Entries far from every latent would all be dead but one."""
     usage = VoxtralCodec.from_checkpoint(made / "released").quantizer.semantic_codebook.cluster_usage
     assert (usage > 0.5 * usage.median()).float().mean() > 0.5
+
+
+def test_training_goes_on_from_a_stand_in_with_its_encoder(config, made, tmp_path):
+    """At a learning rate that moves nothing, the halves stay what they were."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    inject_encoder.main(["--checkpoint", str(made / "released"), "--encoder", str(made / "withheld_encoder.safetensors"),
+                         "--output", str(whole)])
+    make_standin.main(["--config", str(config), f"checkpoint={whole}", f"output_dir={run}", "optimizer.learning_rate=1e-12"])
+    before, after = (load_file(folder / "withheld_encoder.safetensors") for folder in (made, run))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not (run / "initial").exists()
+
+
+def test_a_start_of_other_sizes_is_refused(config, made, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        make_standin.main(["--config", str(config), f"checkpoint={made / 'released'}", "standin.codec.hidden_dim=64",
+                           f"output_dir={tmp_path / 'run'}"])
+    assert end.value.code == 2 and "other sizes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("overrides, message", [

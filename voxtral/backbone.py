@@ -11,7 +11,7 @@ from transformers import MistralConfig, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 from voxtral.checkpoint import TEXT_EMBEDDING_NAME, Checkpoint, check_shapes
-from voxtral.params import ModelParams
+from voxtral.params import ModelParams, TransformerParams
 
 # Native module name -> transformers' name; inside a layer, both follow `layers.N.`.
 MODULE_NAMES = {TEXT_EMBEDDING_NAME.removesuffix(".weight"): "embed_tokens", "norm": "norm"}
@@ -53,6 +53,11 @@ def halves_to_native(weight: Tensor, n_heads: int, head_dim: int) -> Tensor:
     return weight.reshape(n_heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
+def rotated_heads(sizes: TransformerParams) -> dict[str, int]:
+    """Native name of a projection whose rows RoPE rotates -> its number of heads."""
+    return {"wq": sizes.n_heads, "wk": sizes.n_kv_heads}
+
+
 class Backbone(nn.Module):
     """Embeddings [B, S, dim] -> hidden states [B, S, dim]. `model` is the MistralModel, in which peft finds the usual
     q_proj, k_proj, v_proj and o_proj; its weights are frozen."""
@@ -81,7 +86,7 @@ class Backbone(nn.Module):
         found = {name: shape for name, shape in checkpoint.shapes.items()
                  if name.startswith(("layers.", "norm.")) or name == TEXT_EMBEDDING_NAME}
         check_shapes(found, expected, checkpoint.folder)
-        heads = {"wq": checkpoint.params.backbone.n_heads, "wk": checkpoint.params.backbone.n_kv_heads}
+        heads = rotated_heads(checkpoint.params.backbone)
         weights = {}
         for name in expected:
             weight = checkpoint.read([name])[name].to(device, dtype)
@@ -96,7 +101,7 @@ class Backbone(nn.Module):
 
     def native_state_dict(self) -> dict[str, Tensor]:
         """The weights as the checkpoint has them: its names, RoPE on adjacent rows."""
-        heads = {"wq": self.params.backbone.n_heads, "wk": self.params.backbone.n_kv_heads}
+        heads = rotated_heads(self.params.backbone)
         weights = {}
         for name, weight in self.model.state_dict().items():
             name = to_native_name(name)

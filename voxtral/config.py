@@ -89,7 +89,7 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0                   # the update is alpha / rank * B A
     dropout: float = 0.0
-    target_modules: List[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])  # wq, wk, wv, wo
+    target_modules: List[str] = field(default_factory=lambda: list(LORA_MODULES))  # wq, wk, wv, wo
 
 
 @dataclass

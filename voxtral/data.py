@@ -155,26 +155,31 @@ class SpeechDataset(Dataset):
         self.clips = usable
 
 
+class TensorBatch:
+    """A dataclass whose tensors move together; what else it holds stays as it is."""
+
+    def _map(self, function) -> "TensorBatch":
+        tensors = {field.name: function(value) for field in dataclasses.fields(self)
+                   if isinstance(value := getattr(self, field.name), Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def pin_memory(self) -> "TensorBatch":
+        """Called by the DataLoader."""
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device, non_blocking: bool = False) -> "TensorBatch":
+        """The same batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
 @dataclass
-class Batch:
+class Batch(TensorBatch):
     """B crops of T = max_sec * 24000 samples."""
     waveform: Tensor             # [B, 1, T] float32, zeros after each length
     lengths: Tensor              # [B] int64, samples
     native_rates: Tensor         # [B] int64, Hz
     indices: list[int]           # of the clips in the data set
     bad: list[tuple[str, str]]   # (path, reason) of clips that had to be replaced
-
-    def _map(self, function) -> "Batch":
-        tensors = {name: function(getattr(self, name)) for name in ("waveform", "lengths", "native_rates")}
-        return dataclasses.replace(self, **tensors)
-
-    def pin_memory(self) -> "Batch":
-        """Called by the DataLoader."""
-        return self._map(Tensor.pin_memory)
-
-    def to(self, device, non_blocking: bool = False) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 def collate(items: list[dict]) -> Batch:

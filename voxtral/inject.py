@@ -256,7 +256,7 @@ def lora_changes(folder, originals: list[Weights], params: ModelParams) -> dict[
     # transformers and peft take seconds to import, and most injections come without an adapter.
     from peft import LoraConfig
 
-    from voxtral.backbone import halves_to_native, to_native_name
+    from voxtral.backbone import halves_to_native, rotated_heads, to_native_name
     folder, defaults = Path(folder), LoraConfig().to_dict()
     config = read_json(folder / "adapter_config.json")[1]
     for key, value in config.items():
@@ -287,7 +287,7 @@ def lora_changes(folder, originals: list[Weights], params: ModelParams) -> dict[
         if not file.read([name])[name].isfinite().all():
             raise CheckpointError(f"{file.path}: {name} holds values that are no finite numbers.")
 
-    n_heads = {"wq": sizes.n_heads, "wk": sizes.n_kv_heads}
+    n_heads = rotated_heads(sizes)
 
     def merged(native: str) -> Tensor:
         a, b = (file.read([names[native] + end])[names[native] + end].float() for end in ("A.weight", "B.weight"))

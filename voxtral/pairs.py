@@ -3,7 +3,6 @@
 Both come with the codes that they were decoded from (generate_clips.py), so that what the encoder makes of the
 reference can be compared frame by frame with what it should be.
 """
-import dataclasses
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.data import BadClip, SpeechDataset, load_segment
+from voxtral.data import BadClip, SpeechDataset, TensorBatch, load_segment
 from voxtral.params import CodecParams
 from voxtral.sources import Clip, DataConfig, DataError
 from voxtral.tts import prompt_tokens
@@ -26,7 +25,7 @@ KINDS = {"audio": AUDIO, "text": TEXT, "generation": GENERATION}
 
 
 @dataclass
-class PairBatch:
+class PairBatch(TensorBatch):
     """B sequences of up to S positions: prompt (text tokens, L_r + 1 rows of the reference), then L_s frames of speech.
 
     A sequence begins at position 0; causal attention keeps the padding behind it from being seen.
@@ -45,19 +44,6 @@ class PairBatch:
     n_tokens: int       # positions without padding
     indices: list[int]  # of the reference clips in the data set
     bad: list[tuple[str, str]]
-
-    def _map(self, function) -> "PairBatch":
-        tensors = {field.name: function(getattr(self, field.name)) for field in dataclasses.fields(self)
-                   if isinstance(getattr(self, field.name), Tensor)}
-        return dataclasses.replace(self, **tensors)
-
-    def pin_memory(self) -> "PairBatch":
-        """Called by the DataLoader."""
-        return self._map(Tensor.pin_memory)
-
-    def to(self, device, non_blocking: bool = False) -> "PairBatch":
-        """The same batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 class PairDataset(SpeechDataset):
@@ -84,8 +70,12 @@ class PairDataset(SpeechDataset):
     def load(self, index: int, random: np.random.Generator) -> dict:
         """-> waveform or encoded, reference, speech, is_whole, and the sequence: tokens, kind, place [S]. Raises
         BadClip."""
-        reference, _ = self._read_codes(self.clips[index])
-        heard = {"encoded": self.encoded[index].long()} if self.encoded else {"waveform": self.waveform(index)}
+        if self.encoded:
+            reference, _ = self._read_codes(self.clips[index])
+            heard = {"encoded": self.encoded[index].long()}
+        else:
+            reference, waveform = self.read(index)
+            heard = {"waveform": waveform}
         speaking = self._partner(index, random)
         speech, is_whole = self._read_codes(speaking)
         tokens, is_audio = self.prompts[speaking.text]
@@ -101,15 +91,15 @@ class PairDataset(SpeechDataset):
                                 torch.zeros(len(after), dtype=torch.long), torch.arange(n_frames)]),
             "begins": n_before + n_rows + len(after) - 1}
 
-    def waveform(self, index: int) -> Tensor:
-        """The reference [L_r * 1920] that clip `index` is. Raises BadClip."""
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Clip `index` as a reference: its codes [37, L_r], its waveform [L_r * 1920]. Raises BadClip."""
         clip, frame_size = self.clips[index], self.params.frame_size
         codes, is_whole = self._read_codes(clip)
         n_samples = codes.shape[1] * frame_size
         waveform, _ = load_segment(clip.path, 0.0, (n_samples + frame_size) / self.params.sampling_rate)
         if len(waveform) != n_samples + (not is_whole) * frame_size:
             raise BadClip(clip.path, f"its codes do not belong to it: {codes.shape[1]} frames are not its length")
-        return torch.from_numpy(waveform[:n_samples])
+        return codes, torch.from_numpy(waveform[:n_samples])
 
     @torch.no_grad()
     def encode(self, codec: VoxtralCodec, device, config: DataConfig) -> None:
@@ -168,7 +158,7 @@ class _Waveforms(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Clip, Tensor | str]:
         try:
-            return self.pairs.clips[index], self.pairs.waveform(index)
+            return self.pairs.clips[index], self.pairs.read(index)[1]
         except BadClip as error:
             return self.pairs.clips[index], error.reason
 
@@ -195,8 +185,7 @@ def collate_pairs(items: list[dict]) -> PairBatch:
 def fixed_batches(dataset: PairDataset, batch_size: int) -> list[PairBatch]:
     """All items of a `fixed` data set, in order."""
     items = [dataset[0, index] for index in range(len(dataset))]
-    batches = [collate_pairs(items[i:i + batch_size]) for i in range(0, len(items), batch_size)]
-    return batches
+    return [collate_pairs(items[i:i + batch_size]) for i in range(0, len(items), batch_size)]
 
 
 def hold_out_texts(train: list[Clip], validation: list[Clip]) -> list[Clip]:

@@ -1,4 +1,5 @@
-"""What every training script shares: processes, the run folder, checkpoints, schedules, logging."""
+"""What every training script shares: command line, processes, the run folder, checkpoints, schedules, logging."""
+import argparse
 import json
 import math
 import os
@@ -21,7 +22,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from voxtral.checkpoint import flush, write_text
-from voxtral.config import ConfigError, dump_config
+from voxtral.config import ConfigError, dump_config, load_config
+from voxtral.errors import one_sentence
+
+STATE = "run_state.pt"  # in the folder of a checkpoint
 
 
 class TrainingDiverged(RuntimeError):
@@ -77,6 +81,22 @@ def training_process(device: str):
         sys.exit(f"training stopped: {error}")
     finally:
         process.close()
+
+
+def training_main(train: Callable, schema: type, default: str, example: str, description: str, arguments=None) -> None:
+    """The command line of a training script: --config and key=value overrides, then train(config, process).
+
+    schema: dataclass of its configuration; default: its YAML; example: of an override, for --help.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=default, help="YAML with the run's settings (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help=f"settings that override the YAML, such as {example}")
+    options = parser.parse_args(arguments)
+    with one_sentence():
+        config = load_config(schema, options.config, options.overrides)
+        with training_process(config.device) as process:
+            train(config, process)
 
 
 class StopSignal:
@@ -184,11 +204,21 @@ class RunFolder:
             shutil.rmtree(old)
         return final
 
+    def restore(self, parts: dict) -> tuple[int, float]:
+        """Gives every part its state of the newest checkpoint; returns its step and the best validation until then."""
+        state = load_state(self.latest() / STATE, parts, self.process.device)
+        return state["step"], state["best"]
+
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after `step`, which the run will write again."""
         path = self.path / "metrics.jsonl"
         if path.is_file():
             write_text(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step))
+
+
+def save_state(folder: Path, step: int, best: float, parts: dict) -> None:
+    """What a run needs to go on, besides its weights: RunFolder.restore() reads it."""
+    torch.save({"step": step, "best": best, **{name: part.state_dict() for name, part in parts.items()}}, folder / STATE)
 
 
 def load_state(path, parts: dict, device) -> dict:
