@@ -71,6 +71,10 @@ class Backbone(nn.Module):
             num_hidden_layers=sizes.n_layers, num_attention_heads=sizes.n_heads, num_key_value_heads=sizes.n_kv_heads,
             head_dim=sizes.head_dim, rms_norm_eps=sizes.norm_eps, sliding_window=None, use_cache=False,
             rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta}, attn_implementation="sdpa"))
+        for layer in self.model.layers:  # PyTorch's norm is one launch, transformers' own is six
+            layer.input_layernorm = nn.RMSNorm(sizes.dim, sizes.norm_eps)
+            layer.post_attention_layernorm = nn.RMSNorm(sizes.dim, sizes.norm_eps)
+        self.model.norm = nn.RMSNorm(sizes.dim, sizes.norm_eps)
         self.requires_grad_(False)
 
     @classmethod

@@ -111,7 +111,7 @@ class FullPipelineTrainConfig:
     max_steps: Optional[int] = None       # optimizer steps; null: from epochs
     accumulation: int = 1                 # micro-batches per optimizer step
     precision: str = "bf16"               # of backbone and acoustic transformer: bf16 or fp32; LoRA weights are fp32
-    gradient_checkpointing: bool = True   # compute layers twice, keep only their inputs
+    gradient_checkpointing: bool = False   # compute layers twice, keep only their inputs
     normalize_layers: bool = False        # divide each layer's hidden loss by the variance of the teacher's layer
     gradient_clip: float = 1.0
     max_total_loss: float = 1e6           # above it the run stops as exploded

@@ -4,12 +4,13 @@ Teacher: the frozen base model, whose prompt holds the rows of the codes that a 
 model being adapted, whose prompt holds the rows of the codes that the encoder gives for that clip's waveform. Text and
 speech behind the reference are the same, so every position has its counterpart.
 """
-from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from voxtral.acoustic import PREFIX as ACOUSTIC_PREFIX
@@ -52,12 +53,16 @@ class FullPipeline(nn.Module):
         self.table = nn.Parameter(self.base_table.clone(), requires_grad=False)
         self.parts = {"encoder": self.codec.encoder_parameters(), "embedding": [self.table],
                       "backbone": list(self.backbone.parameters()), "acoustic": list(self.acoustic.parameters())}
-        self.adapter = None
+        self.adapter, self.base = None, self.backbone
         if "lora" in config.train.trainable:
-            lora = config.lora
+            lora, shared = config.lora, {id(tensor): tensor for tensor in models.backbone.state_dict(keep_vars=True).values()}
+            self.base = deepcopy(models.backbone, shared)  # the same weights in modules that stay without LoRA
             self.adapter = get_peft_model(self.backbone.model, LoraConfig(
                 r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)))
             self.parts["lora"] = [p for name, p in self.adapter.named_parameters() if "lora_" in name]
+            for module in self.adapter.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.cast_input_dtype_enabled = False  # autocast sees to it, with fewer copies
         for part in config.train.trainable:
             for parameter in self.parts[part]:
                 parameter.requires_grad_(True)
@@ -93,9 +98,9 @@ class FullPipeline(nn.Module):
         """One pass, with the encoder's reference or the true one, through the adapted model or the base model."""
         table = self.table if adapted else self.base_table
         x = self.embed(batch, self.references(batch, of_encoder, table), table)
-        with nullcontext() if adapted or not self.adapter else self.adapter.disable_adapter():
-            layers = self.backbone.hidden_states(x)
-            final = self.backbone.model.norm(layers[-1])
+        backbone = self.backbone if adapted else self.base
+        layers = backbone.hidden_states(x)
+        final = backbone.model.norm(layers[-1])
         positions = batch.begins[:, None] + torch.arange(batch.speech.shape[-1] + 1, device=x.device)
         positions = positions.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[-1])
         hidden = final.gather(1, positions)
@@ -204,22 +209,20 @@ def soft_rows(codec: VoxtralCodec, latent: Tensor, scale: Tensor, table: Tensor)
 # ---------------------------------------------------------------- distances
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """[B, S] -> mean over the masked positions of each sequence, then over the sequences."""
-    return (torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+    """[..., B, S] -> [...], mean over the masked positions of each sequence, then over the sequences."""
+    return (torch.where(mask, values, 0.0).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)).mean(dim=-1)
 
 
 def hidden_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, normalize: bool) -> Tensor:
     """Mean over the layers of the squared error [B, S, dim] at masked positions; normalize: each divided by the
     variance of the teacher's layer there."""
-    losses = []
-    for ours, true in zip(student, teacher):
-        loss = masked_mean((ours.float() - true.float()).square().mean(dim=-1), mask)
-        losses.append(loss / variance(true, mask) if normalize else loss)
-    return torch.stack(losses).mean()
+    ours, true = torch.stack(student).float(), torch.stack(teacher).float()  # all layers at once: few launches
+    losses = masked_mean((ours - true).square().mean(dim=-1), mask)
+    return (losses / variance(true, mask) if normalize else losses).mean()
 
 
 def variance(x: Tensor, mask: Tensor) -> Tensor:
-    """Of all values of x [B, S, dim] at masked positions [B, S]."""
+    """Of all values of x [..., B, S, dim] at masked positions [B, S] -> [...]."""
     mean = masked_mean(x.float().mean(dim=-1), mask)
     return masked_mean(x.float().square().mean(dim=-1), mask) - mean.square()
 
