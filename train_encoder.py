@@ -12,7 +12,6 @@ decoder rebuilds the speech, by the recipe of the Voxtral TTS paper (section 2.1
 Any key of the YAML can be overridden as key=value. The run folder (output_dir) holds checkpoints/, best/,
 metrics.jsonl, plots/, samples/ and tensorboard/.
 """
-import json
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -25,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from voxtral.asr import WhisperTeacher, asr_distillation_loss
-from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors, write_text
+from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
 from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, make_loader, steps_per_epoch, validation_batches
@@ -293,23 +292,22 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
 
         stopping = (logging or process.world_size == 1) and stop.agreed(process)
         ending = stopping or step + 1 == max_steps
-        if logging or ending:
+        validating = (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps
+        saving = (step + 1) % settings.save_every_steps == 0 or ending
+        if logging or validating or saving:  # a loss that is not finite is found before anything is kept
             statistics = code_statistics(output.codes, frames, params.semantic_codebook_size, params.acoustic_codebook_size)
             log.flush({"optimizer/learning_rate": config.optimizer.learning_rate * factor, "data/bad_clips": float(bad_clips.count),
                        "code/embedding_norm": embedding_norm(codec, output.codes, frames),
                        **{f"code/{name}": value for name, value in statistics.items()}}, work=audio_sec_per_step)
-        if (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps:
-            log.flush()
+        if validating:
             if process.is_main:
                 distance = validate(step + 1)
                 if distance < best:
                     best = distance
-                    write_weights(run.path / "best")
-                    write_text(run.path / "best" / "metrics.json", json.dumps({"step": step + 1, "mel_distance": best}) + "\n")
+                    run.save_best(write_weights, step=step + 1, mel_distance=best)
             process.wait()
             log.restart_clock()
-        if (step + 1) % settings.save_every_steps == 0 or ending:
-            log.flush()
+        if saving:
             if process.is_main:
                 run.save_step(step + 1, lambda folder: write_state(folder, step + 1), settings.keep_last)
             process.wait()

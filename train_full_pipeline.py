@@ -128,7 +128,6 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         return metrics["loss/total"]
 
     def write_weights(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         if model.adapter:
             model.adapter.save_pretrained(folder / "adapter")
         if "encoder" in settings.trainable:
@@ -144,8 +143,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     def keep_if_best(step: int) -> float:
         loss = validate(step)
         if step and loss < best:
-            write_weights(run.path / "best")
-            write_text(run.path / "best" / "metrics.json", json.dumps({"step": step, "loss": loss}) + "\n")
+            run.save_best(write_weights, step=step, loss=loss)
         return min(best, loss) if step else best
 
     # ---- 6. the loop: step, log, validate, save --------------------------------------------------------------------

@@ -185,24 +185,34 @@ class RunFolder:
         return folders[-1] if folders else None
 
     def save_step(self, step: int, write: Callable[[Path], None], keep_last: int) -> Path:
-        """Fills checkpoints/step_XXXXXXXX/ through `write(folder)`; it appears only when whole. Drops the oldest."""
+        """checkpoints/step_XXXXXXXX/, filled by `write(folder)`. Drops the oldest."""
         final = self.checkpoints / f"step_{step:08d}"
-        temporary = self.checkpoints / f".{final.name}.tmp"
+        self._write_folder(final, write)
+        for old in sorted(self.checkpoints.glob("step_" + "[0-9]" * 8))[:-keep_last]:
+            shutil.rmtree(old)
+        return final
+
+    def save_best(self, write: Callable[[Path], None], **record: float) -> None:
+        """best/, filled by `write(folder)`, with `record` as its metrics.json, in place of the one before."""
+        def write_all(folder: Path) -> None:
+            write(folder)
+            write_text(folder / "metrics.json", json.dumps(record) + "\n")
+        self._write_folder(self.path / "best", write_all)
+
+    def _write_folder(self, final: Path, write: Callable[[Path], None]) -> None:
+        """It appears only when whole."""
+        temporary = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             write(temporary)
-            for file in temporary.iterdir():
-                flush(file)
-            flush(temporary)
+            for path in (*temporary.rglob("*"), temporary):
+                flush(path)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            flush(self.checkpoints)
+            flush(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in sorted(self.checkpoints.glob("step_" + "[0-9]" * 8))[:-keep_last]:
-            shutil.rmtree(old)
-        return final
 
     def restore(self, parts: dict) -> tuple[int, float]:
         """Gives every part its state of the newest checkpoint; returns its step and the best validation until then."""
