@@ -32,6 +32,7 @@ EXAMPLES = """examples:
 """
 SENTENCES = Path(__file__).parent / "assets" / "sentences.tsv"
 SORTED_BATCHES = 8  # so many batches are sorted by length of text: the items of one then end at about the same time
+LINE_SEC = 30  # between lines of progress, where there is no bar
 WRITERS = 8         # threads
 
 
@@ -79,12 +80,17 @@ def generate(options, process: Process) -> None:
     if mine:
         tts = TTS.from_checkpoint(options.checkpoint, process.device)
         max_frames = max(1, round(options.max_sec * tts.codec.params.frame_rate_hz))
-        started, seconds = time.perf_counter(), 0.0
-        with tqdm(total=len(mine), unit="clip", disable=not process.is_main) as bar:
-            for batch in batches_of(mine, options.batch_size):
+        started, seconds, said = time.perf_counter(), 0.0, 0.0
+        with tqdm(total=len(mine), unit="clip", disable=None if process.is_main else True) as bar:
+            for done, batch in enumerate(batches_of(mine, options.batch_size), start=1):
                 seconds += make_batch(tts, folder, batch, voices, max_frames)
+                elapsed = time.perf_counter() - started
                 bar.update(len(batch))
-                bar.set_postfix_str(f"{seconds / (time.perf_counter() - started):.1f} s of audio per second")
+                bar.set_postfix_str(f"{seconds / elapsed:.1f} s of audio per second")
+                if bar.disable and elapsed - said > LINE_SEC:
+                    said = elapsed
+                    print(f"process {process.rank}: {min(done * options.batch_size, len(mine))} of {len(mine)} clips, "
+                          f"{seconds / elapsed:.1f} s of audio per second", flush=True)
     dropped = folder.write_manifest()
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items())) or "none"
     print(f"process {process.rank}: {len(mine)} clips made now; {folder.path} has {len(folder.records)} of them, "

@@ -32,6 +32,9 @@ ROWS = {  # name -> what it changes of configs/full_pipeline.yaml
     "audio_codebook_embeddings alone": ["train.trainable=[embedding]"],
     "encoder alone": ["train.trainable=[encoder]", "optimizer.learning_rate=5e-4"],
     "encoder and LoRA rank 8, with the same three": ["train.trainable=[lora,encoder]", "optimizer.learning_rate=5e-4", *ANCHORS],
+    "encoder and LoRA rank 8, semantic_kl 1, preset_kl 200, preset_hidden 200": [
+        "train.trainable=[lora,encoder]", "optimizer.learning_rate=4e-4", "loss.semantic_kl=1", "loss.preset_kl=200",
+        "loss.preset_hidden=200"],
 }
 COLUMNS = {"ours_mse_audio": ("hidden MSE, audio", "{:.3f}"), "ours_cosine_audio": ("cosine", "{:.3f}"),
            "ours_top1": ("ours top-1", "{:.1%}"), "ours_kl": ("ours KL", "{:.3f}"),

@@ -197,6 +197,9 @@ def test_the_teacher_is_the_base_model_whatever_the_adapter_holds(make_model, fo
     assert all(torch.allclose(t[valid], e[valid], atol=1e-5) for t, e in zip(teacher.layers, expected))
     assert not any(torch.allclose(s[valid], e[valid], atol=1e-3) for s, e in zip(student.layers, expected))
     assert torch.allclose(teacher.hidden[1, :3], base(x)[1, batch.begins[1]:batch.begins[1] + 3], atol=1e-5)
+    pairs = zip(model.base.model.layers, model.backbone.model.layers)  # one set of weights in memory
+    assert all(b.self_attn.q_proj.weight is a.self_attn.q_proj.base_layer.weight
+               and b.mlp.up_proj.weight is a.mlp.up_proj.weight for b, a in pairs)
 
 
 @torch.no_grad()
@@ -229,6 +232,17 @@ def test_losses_by_hand(make_model):
         expected["semantic_kl"] += (p * (p.log() - logits.softmax(-1).log())).sum(-1).mean() / 3
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_preset_losses_are_of_the_adapted_model_under_true_references(make_model):
+    """An adapter that changes nothing changes no preset, however wrong the encoder; any other one does."""
+    model, _, batch = make_model("loss.preset_hidden=1", "loss.preset_kl=1")
+    losses = model(batch, seed=0)
+    assert losses["hidden"] > 1e-3 and losses["preset_hidden"] < 1e-9 and losses["preset_kl"].abs() < 1e-6
+    shake_lora(model)
+    losses = model(batch, seed=0)
+    assert losses["preset_hidden"] > 1e-4 and losses["preset_kl"] > 1e-6
 
 
 @torch.no_grad()

@@ -104,6 +104,24 @@ def test_a_failed_save_leaves_the_checkpoints_as_they_were(run):
     assert (run.latest() / "a").read_text() == "whole"
 
 
+def test_the_best_is_replaced_whole_or_not_at_all(run):
+    def write(folder):
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "a").write_text("whole")
+
+    def fail(folder):
+        write(folder)
+        raise OSError("disk full")
+    run.save_best(write, step=3, loss=0.5)
+    with pytest.raises(OSError, match="disk full"):
+        run.save_best(fail, step=4, loss=0.4)
+    best = run.path / "best"
+    assert sorted(os.listdir(best)) == ["adapter", "metrics.json"] and (best / "adapter" / "a").read_text() == "whole"
+    assert json.loads((best / "metrics.json").read_text()) == {"step": 3, "loss": 0.5}
+    run.save_best(lambda folder: (folder / "b").write_text("other"), step=4, loss=0.4)
+    assert sorted(os.listdir(best)) == ["b", "metrics.json"]
+
+
 KILLED_SAVE = """
 import os, signal, sys, torch
 from voxtral.config import EncoderConfig
