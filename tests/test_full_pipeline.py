@@ -23,6 +23,7 @@ from voxtral.config import FullPipelineConfig, load_config
 from voxtral.data import SAMPLE_RATE
 from voxtral.distillation import FullPipeline, compare, native_tensors, soft_rows
 from voxtral.inject import inject
+from voxtral.losses import MelDistance
 from voxtral.pairs import AUDIO, GENERATION, PADDING, PairDataset, collate_pairs, hold_out_texts
 from voxtral.sources import Clip, DataError, find_clips
 from voxtral.standin import small_params, write_random_checkpoint
@@ -109,7 +110,7 @@ def shake_lora(model):
 def test_a_prompt_with_true_codes_is_what_serving_builds(make_model, folder):
     model, dataset, batch = make_model()
     tts = TTS.from_checkpoint(folder)
-    rows = model.references(batch, of_encoder=False, table=model.table)
+    rows, _ = model.references(batch, of_encoder=False, table=model.table)
     x = model.embed(batch, rows, model.table)
     for i in range(3):
         n, begins, text = batch.n_reference[i], batch.begins[i], None
@@ -164,11 +165,11 @@ def test_held_out_texts_leave_the_training_clips():
 
 def test_encoding_once_gives_the_codes_that_the_step_would_compute(make_model):
     model, dataset, batch = make_model()
-    in_step = model.references(batch, of_encoder=True, table=model.table)
+    in_step, _ = model.references(batch, of_encoder=True, table=model.table)
     dataset.encode(model.codec, "cpu", model.config.data)
     cached = collate_pairs([dataset[0, index] for index in (0, 4, 8)])
     assert cached.waveform is None
-    rows = model.references(cached, of_encoder=True, table=model.table)
+    rows, _ = model.references(cached, of_encoder=True, table=model.table)
     assert all(torch.equal(rows[i, :n + 1], in_step[i, :n + 1]) for i, n in enumerate(batch.n_reference.tolist()))
     alone = model.codec.encode(dataset.read(4)[1][None, None])[0]
     assert torch.equal(dataset.encoded[4].long(), alone)
@@ -188,7 +189,7 @@ def test_the_loss_is_zero_only_when_the_encoder_finds_the_true_codes(make_model)
 @torch.no_grad()
 def test_the_teacher_is_the_base_model_whatever_the_adapter_holds(make_model, folder):
     model, _, batch = make_model()
-    x = model.embed(batch, model.references(batch, False, model.table), model.table)
+    x = model.embed(batch, model.references(batch, False, model.table)[0], model.table)
     base = Backbone.from_checkpoint(folder, dtype=torch.float32)
     expected = base.hidden_states(x)
     shake_lora(model)
@@ -299,11 +300,23 @@ def test_soft_rows_are_the_hard_ones_on_the_grid_and_have_the_right_gradient(mak
 def test_joint_training_sees_the_codes_and_moves_the_encoder(make_model):
     joint, _, batch = make_model("train.trainable=[lora,encoder]")
     frozen, _, _ = make_model()
-    rows = joint.references(batch, True, joint.table)
-    assert torch.allclose(rows, frozen.references(batch, True, frozen.table), atol=1e-6)  # the value is the codes'
+    rows = joint.references(batch, True, joint.table)[0]
+    assert torch.allclose(rows, frozen.references(batch, True, frozen.table)[0], atol=1e-6)  # the value is the codes'
     joint(batch, seed=0)["hidden"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in joint.codec.encoder_parameters())
     assert all(p.grad is None for p in joint.codec.decoder_blocks.parameters())
+
+
+def test_the_mel_loss_is_of_what_the_codes_sound_like(make_model):
+    """The validation metric of phase 1, and its gradient reaches the whole encoder and nothing else."""
+    model, _, batch = make_model("train.trainable=[encoder]", "loss.hidden=0", "loss.mel=1")
+    loss = model(batch, seed=0)["mel"]
+    lengths = batch.n_reference * 1920
+    decoded = model.codec.decode(model.codec.encode(batch.waveform, lengths))
+    assert loss.item() == pytest.approx(MelDistance(SAMPLE_RATE)(decoded, batch.waveform, lengths).item(), rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.codec.encoder_parameters())
+    assert all(p.grad is None for p in model.codec.decoder_blocks.parameters())
 
 
 # ---------------------------------------------------------------- what is reported
@@ -356,7 +369,7 @@ def test_the_adapter_goes_into_the_checkpoint(whole_run, make_model, folder, enc
                 parameter.copy_(weights[name.replace(".default", "")])
     merged = Backbone.from_checkpoint(output, dtype=torch.float32)
     with torch.no_grad():
-        x = model.embed(batch, model.references(batch, True, model.table), model.table)
+        x = model.embed(batch, model.references(batch, True, model.table)[0], model.table)
         expected = model.run(batch, of_encoder=True, adapted=True)
         found, base = merged.hidden_states(x)[-1], model.run(batch, of_encoder=True, adapted=False).layers[-1]
     valid = batch.kind != PADDING
@@ -465,6 +478,7 @@ def test_bad_clips_are_left_out_and_listed(command, clips_root, tmp_path):
     (["lora.target_modules=[gate_proj]"], "lora.target_modules"),
     (["train.trainable=[lora,backbone]"], "choose one of the two"),
     (["train.trainable=[acoustic]"], "acoustic learns from"),
+    (["loss.mel=1"], "loss.mel is the encoder's"),
     (["train.trainable=[codebook]"], "train.trainable"),
     (["loss.hidden=0"], "all weights are 0"),
     (["data.validation.speakers=[zoe]"], "nobody is called zoe"),

@@ -102,6 +102,7 @@ class FullPipelineLosses:
     preset_kl: float = 0.0      # under true references, KL of the semantic ids' distribution, likewise
     cross_entropy: float = 0.0  # of the semantic ids that were spoken: the paper's own objective, which needs no teacher
     flow: float = 0.0           # flow matching of the acoustic levels that were spoken, likewise
+    mel: float = 0.0            # mel distance of what the decoder makes of the encoder's codes: a trained encoder keeps its sound
 
 
 @dataclass
@@ -111,7 +112,7 @@ class FullPipelineTrainConfig:
     max_steps: Optional[int] = None       # optimizer steps; null: from epochs
     accumulation: int = 1                 # micro-batches per optimizer step
     precision: str = "bf16"               # of backbone and acoustic transformer: bf16 or fp32; LoRA weights are fp32
-    gradient_checkpointing: bool = False   # compute layers twice, keep only their inputs
+    gradient_checkpointing: bool = False  # compute layers twice, keep only their inputs
     normalize_layers: bool = False        # divide each layer's hidden loss by the variance of the teacher's layer
     gradient_clip: float = 1.0
     max_total_loss: float = 1e6           # above it the run stops as exploded
@@ -268,6 +269,8 @@ def check_full_pipeline_config(config: FullPipelineConfig) -> None:
         raise ConfigError(f"lora.target_modules: {unknown or 'nothing'} is not one of {', '.join(LORA_MODULES)}.")
     if {"lora", "backbone"} <= set(config.train.trainable):
         raise ConfigError("train.trainable: lora leaves the backbone's own weights as they are; choose one of the two.")
+    if config.loss.mel and "encoder" not in config.train.trainable:
+        raise ConfigError("loss.mel is the encoder's: it needs train.trainable=[encoder], or [lora,encoder].")
     if "acoustic" in config.train.trainable and not (config.loss.cross_entropy or config.loss.flow):
         raise ConfigError("train.trainable: acoustic learns from loss.cross_entropy and loss.flow only; give them a weight.")
 

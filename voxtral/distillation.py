@@ -18,10 +18,11 @@ from voxtral.checkpoint import EMBEDDING_NAME
 from voxtral.codec import VoxtralCodec, codebook_offsets
 from voxtral.config import FullPipelineConfig
 from voxtral.frames import Models
-from voxtral.losses import codebook_scale
+from voxtral.losses import MelDistance, codebook_scale
 from voxtral.metrics import code_agreement
 from voxtral.pairs import AUDIO, GENERATION, KINDS, PADDING, PairBatch
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS
+from voxtral.quantizer import QuantizationDraws
 
 PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under true references
 DISTILLATION = ("hidden", "semantic_kl", "velocity", *PRESET)  # losses that compare with the teacher
@@ -32,10 +33,12 @@ CONDITION_DROP = 0.1  # share of frames whose velocity is trained without a hidd
 class Pass:
     """What the model makes of a batch: `layers` n_layers tensors [B, S, dim] before the final norm; at the positions
     that predict a frame, the last prompt token and all frames: `hidden` [B, L_s + 1, dim] after it, and `logits`
-    [B, L_s + 1, 1 + K] float32 of END_AUDIO and the K semantic codes."""
+    [B, L_s + 1, 1 + K] float32 of END_AUDIO and the K semantic codes. `latent` [B, latent_dim, L_r]: the encoder's, if it
+    was at work."""
     layers: list[Tensor]
     hidden: Tensor
     logits: Tensor
+    latent: Tensor | None
 
 
 class FullPipeline(nn.Module):
@@ -48,6 +51,7 @@ class FullPipeline(nn.Module):
         self.codec, self.backbone, self.acoustic = models.codec, models.backbone, models.acoustic
         self.codec.audio_embedding = self.codec.audio_embedding.float()
         self.requires_grad_(False)
+        self.mel_distance = MelDistance(self.codec.params.sampling_rate)
         self.scale = codebook_scale(self.codec.quantizer.semantic_codebook.embedding)
         self.base_table = self.codec.audio_embedding  # the teacher's
         self.table = nn.Parameter(self.base_table.clone(), requires_grad=False)
@@ -75,17 +79,17 @@ class FullPipeline(nn.Module):
 
     # ------------------------------------------------------------ passes
 
-    def references(self, batch: PairBatch, of_encoder: bool, table: Tensor) -> Tensor:
-        """-> [B, L_r + 1, dim]: rows of the true codes, or of those that the encoder gives for the waveform."""
+    def references(self, batch: PairBatch, of_encoder: bool, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """-> [B, L_r + 1, dim]: rows of the true codes, or of those that the encoder gives for the waveform; its latent."""
         if not of_encoder:
-            return self.codec.voice_rows(batch.reference, batch.n_reference, table)
+            return self.codec.voice_rows(batch.reference, batch.n_reference, table), None
         codes, latent = self.encode(batch)
         rows = self.codec.voice_rows(codes, batch.n_reference, table)
         if latent is not None and latent.requires_grad:  # serving sees the codes, so their rows are the value; the gradient is the soft one's
             soft = F.pad(soft_rows(self.codec, latent, self.scale, table), (0, 0, 0, 1))
             inside = torch.arange(rows.shape[1], device=rows.device) < batch.n_reference[:, None]
             rows = rows + torch.where(inside[..., None], soft - soft.detach(), 0)
-        return rows
+        return rows, latent
 
     def encode(self, batch: PairBatch) -> tuple[Tensor, Tensor | None]:
         """-> the encoder's codes [B, 37, L_r] of the references, and its latent, unless the codes were known."""
@@ -97,7 +101,8 @@ class FullPipeline(nn.Module):
     def run(self, batch: PairBatch, of_encoder: bool, adapted: bool) -> Pass:
         """One pass, with the encoder's reference or the true one, through the adapted model or the base model."""
         table = self.table if adapted else self.base_table
-        x = self.embed(batch, self.references(batch, of_encoder, table), table)
+        rows, latent = self.references(batch, of_encoder, table)
+        x = self.embed(batch, rows, table)
         backbone = self.backbone if adapted else self.base
         layers = backbone.hidden_states(x)
         final = backbone.model.norm(layers[-1])
@@ -105,7 +110,7 @@ class FullPipeline(nn.Module):
         positions = positions.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[-1])
         hidden = final.gather(1, positions)
         end = self.codec.params.semantic_codebook_size + N_SPECIAL_IDS
-        return Pass(layers, hidden, self.acoustic.semantic_codebook_output(hidden)[..., END_AUDIO:end].float())
+        return Pass(layers, hidden, self.acoustic.semantic_codebook_output(hidden)[..., END_AUDIO:end].float(), latent)
 
     def embed(self, batch: PairBatch, references: Tensor, table: Tensor) -> Tensor:
         """The input of the backbone [B, S, dim]: text, reference and speech, each at its positions."""
@@ -150,8 +155,16 @@ class FullPipeline(nn.Module):
             "preset_hidden": lambda: hidden_loss(preset.layers, teacher.layers, batch.kind != PADDING,
                                                  self.config.train.normalize_layers),
             "preset_kl": lambda: masked_mean(divergence(preset.logits, teacher.logits), predicts),
-            "flow": lambda: self.flow(batch, student, None, speaks, seed)}
+            "flow": lambda: self.flow(batch, student, None, speaks, seed),
+            "mel": lambda: self.mel_distance(self.decode(student.latent), batch.waveform,
+                                             batch.n_reference * self.codec.params.frame_size)}
         return {name: functions[name]() for name in names}
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """[B, latent_dim, L] -> [B, 1, L * 1920] float32, what the decoder makes of its codes; straight-through gradient."""
+        never = latent.new_zeros(len(latent))  # passes through the quantizer unquantized
+        mixed, _, _ = self.codec.quantizer(latent, QuantizationDraws(never, never, torch.zeros_like(latent[:, :1])))
+        return self.codec.decode_latent(mixed).float()
 
     def next_ids(self, batch: PairBatch) -> Tensor:
         """[B, L_s + 1] semantic ids: of the frame after each position, at last END_AUDIO."""
