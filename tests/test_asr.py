@@ -1,4 +1,6 @@
 """Whisper distillation: loss and alignment by hand, the teacher end to end with a random tiny Whisper."""
+from itertools import count
+
 import pytest
 import torch
 import whisper
@@ -139,11 +141,14 @@ def test_transcription_equals_the_librarys(whisper_checkpoint, language):
 
 def speak(teacher, monkeypatch, no_speech, certain):
     """Makes the decoder say token 400, then end, with this probability of silence and certainty."""
-    def logits(tokens, features):
-        out = torch.zeros(*tokens.shape, teacher.model.dims.n_vocab)
-        out[:, 0, teacher.tokenizer.no_speech] = 30.0 if no_speech else 0.0
-        out[:, teacher.n_prefix - 1:teacher.n_prefix, 400] = 30.0 if certain else 1.0
-        out[:, teacher.n_prefix:, teacher.tokenizer.eot] = 30.0 if certain else 1.0
+    position = count()
+
+    def logits(token, features, kv_cache):
+        i, out = next(position), torch.zeros(1, 1, teacher.model.dims.n_vocab)
+        if i == 0:
+            out[:, :, teacher.tokenizer.no_speech] = 30.0 if no_speech else 0.0
+        if i >= teacher.n_prefix - 1:
+            out[:, :, 400 if i < teacher.n_prefix else teacher.tokenizer.eot] = 30.0 if certain else 1.0
         return out
     monkeypatch.setattr(teacher.model.decoder, "forward", logits)
     return teacher.transcribe(torch.zeros(1, 2, 16))[1].item()

@@ -250,14 +250,14 @@ def test_changes_are_differences_seed_by_seed(modules):
 # ---------------------------------------------------------------- kills and limits
 
 class StopAt:
-    """A StopSignal that comes when a file is there."""
+    """A StopSignal that comes when a file has its first line: the training then listens to signals."""
 
     def __init__(self, path):
         self.path = path
 
     @property
     def received(self):
-        return self.path.exists()
+        return self.path.exists() and self.path.stat().st_size > 0
 
 
 def kill_at(path):

@@ -141,28 +141,32 @@ class WhisperTeacher(nn.Module):
         """Greedy decoding, as whisper.decode without timestamps -> tokens [B, n_prefix + N] with <|endoftext|> after
         the text, number of text tokens [B]; N = max_tokens, or fewer on the CPU where all have ended.
 
-        Without a key-value cache: shapes stay the same, so that it can be one CUDA graph, and short texts bear it.
+        Every step of the cache has shapes of its own, the same for every batch, so that all can be one CUDA graph.
         """
         n_clips, eot = len(features), self.tokenizer.eot
-        tokens = self.prefix.repeat(n_clips, 1)
-        if self.language is None:
-            logits = self.model.decoder(tokens[:, :1], features)[:, 0]
-            tokens[:, 1] = self.languages[logits[:, self.languages].argmax(dim=1)]
-        tokens = F.pad(tokens, (0, self.max_tokens), value=eot)
+        tokens = F.pad(self.prefix.repeat(n_clips, 1), (0, self.max_tokens), value=eot)
         total = torch.zeros(n_clips, device=features.device)  # of the log probabilities
         ended = torch.zeros(n_clips, dtype=torch.bool, device=features.device)
-        for i in range(self.max_tokens):
-            last = self.n_prefix - 1 + i
-            logits = self.model.decoder(tokens, features)
-            if i == 0:
-                no_speech = logits[:, 0].softmax(dim=-1)[:, self.tokenizer.no_speech]
-            best, token = (logits[:, last] + self.suppressed[min(i, 1)]).log_softmax(dim=-1).max(dim=-1)
-            total += torch.where(ended, 0.0, best)
-            tokens[:, last + 1] = torch.where(ended, eot, token)
-            ended = ended | (token == eot)
-            if not features.is_cuda and ended.all():
-                tokens = tokens[:, :last + 1]
-                break
+        with ExitStack() as stack:
+            cache, hooks = self.model.install_kv_cache_hooks()
+            for hook in hooks:
+                stack.callback(hook.remove)
+            for i in range(self.n_prefix - 1 + self.max_tokens):
+                logits = self.model.decoder(tokens[:, i:i + 1], features, kv_cache=cache)[:, 0]
+                n_written = i + 1 - self.n_prefix  # text tokens before the one that is predicted now
+                if i == 0:
+                    no_speech = logits.softmax(dim=-1)[:, self.tokenizer.no_speech]
+                    if self.language is None:
+                        tokens[:, 1] = self.languages[logits[:, self.languages].argmax(dim=1)]
+                if n_written < 0:
+                    continue
+                best, token = (logits + self.suppressed[min(n_written, 1)]).log_softmax(dim=-1).max(dim=-1)
+                total += torch.where(ended, 0.0, best)
+                tokens[:, i + 1] = torch.where(ended, eot, token)
+                ended = ended | (token == eot)
+                if not features.is_cuda and ended.all():
+                    tokens = tokens[:, :i + 1]
+                    break
         n_text = (tokens[:, self.n_prefix:] != eot).sum(dim=1)
         # Where nobody speaks, Whisper makes words up; this is how whisper.transcribe tells silence.
         silent = (no_speech > 0.6) & (total / (n_text + 1) < -1.0)
