@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,29 @@ def test_the_best_is_replaced_whole_or_not_at_all(run):
     assert json.loads((best / "metrics.json").read_text()) == {"step": 3, "loss": 0.5}
     run.save_best(lambda folder: (folder / "b").write_text("other"), step=4, loss=0.4)
     assert sorted(os.listdir(best)) == ["b", "metrics.json"]
+
+
+@pytest.mark.parametrize("killed_before", [1, 2])
+def test_a_kill_while_the_best_is_replaced_loses_nothing(run, monkeypatch, killed_before):
+    """The old folder is renamed, then the new one: whichever rename is the last, the next run finds one of the two."""
+    run.save_best(lambda folder: (folder / "a").write_text("old"), step=1, loss=2.0)
+    renamed, replace = [], os.replace
+
+    def kill(source, target):
+        if Path(source).name in ("best", ".best.tmp"):
+            renamed.append(source)
+            if len(renamed) == killed_before:
+                raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", kill)
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a killed process cleans nothing
+    with pytest.raises(KeyboardInterrupt):
+        run.save_best(lambda folder: (folder / "a").write_text("new"), step=2, loss=1.0)
+    monkeypatch.undo()
+    RunFolder(run.path, EncoderConfig(), run.process, resume=True)
+    assert (run.path / "best" / "a").read_text() == "old"
+    run.save_best(lambda folder: (folder / "a").write_text("new"), step=2, loss=1.0)
+    assert (run.path / "best" / "a").read_text() == "new" and not list(run.path.glob(".best.former"))
 
 
 KILLED_SAVE = """

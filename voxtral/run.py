@@ -172,6 +172,12 @@ class RunFolder:
         process.wait()  # every process has looked before the first one writes
         if process.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
+            for former in (*self.path.glob(".*.former"), *self.checkpoints.glob(".*.former")):
+                final = former.with_name(former.name.removeprefix(".").removesuffix(".former"))
+                if final.exists():
+                    shutil.rmtree(former)
+                else:
+                    os.replace(former, final)
             write_text(self.path / "environment.json", json.dumps(environment(process), indent=2) + "\n")
             dump_config(config, self.path / "config.yaml")
 
@@ -200,19 +206,21 @@ class RunFolder:
         self._write_folder(self.path / "best", write_all)
 
     def _write_folder(self, final: Path, write: Callable[[Path], None]) -> None:
-        """It appears only when whole."""
-        temporary = final.with_name(f".{final.name}.tmp")
+        """It appears only when whole. One of that name stands aside until then; __init__ puts it back after a kill."""
+        temporary, former = (final.with_name(f".{final.name}.{suffix}") for suffix in ("tmp", "former"))
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             write(temporary)
             for path in (*temporary.rglob("*"), temporary):
                 flush(path)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                os.replace(final, former)
             os.replace(temporary, final)
             flush(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
 
     def restore(self, parts: dict) -> tuple[int, float]:
         """Gives every part its state of the newest checkpoint; returns its step and the best validation until then."""
