@@ -46,6 +46,7 @@ from voxtral.checkpoint import write_text  # noqa: E402
 from voxtral.config import EncoderConfig, check_encoder_config, load_config  # noqa: E402
 from voxtral.data import SAMPLE_RATE, SpeechDataset, make_loader  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
+from voxtral.evaluation_report import markdown  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
 from voxtral.run import Process, environment, training_process  # noqa: E402
 from voxtral.sources import find_clips, split_validation  # noqa: E402
@@ -105,11 +106,6 @@ def measure_loader(config: EncoderConfig, workers: list[int], n_batches: int) ->
 
 # ---------------------------------------------------------------- reports
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
-
-
 HEAD = ["", "audio s/s", "over all steps", "ms/step", "10 %", "90 %", "data wait ms", "peak GiB"]
 
 
@@ -131,7 +127,7 @@ def parts_report(result: dict) -> str:
     rows = [["data wait (host)", f"{result['data_wait_ms']:.2f}", "-", "-"], *rows]
     sums = [sum(both[way] for both in parts.values()) for way in ("forward", "backward")]
     rows.append(["sum without data wait", *(f"{value:.2f}" for value in sums), "100.0%"])
-    return table(["ms of a step", "forward", "backward", "share"], rows)
+    return markdown(["ms of a step", "forward", "backward", "share"], rows)
 
 
 def flops_report(result: dict, ceiling_tflops: float | None) -> str:
@@ -218,7 +214,7 @@ def speed(options, process: Process, config: EncoderConfig, random_checkpoint: s
     if process.is_main:
         said = Path(log.name).read_text(encoding="utf-8").splitlines()
         say("\n" + "\n".join(f"train_encoder.py: {line}" for line in said if "absent" in line or "clips," in line))
-    say("\n" + table(HEAD, [row(name, result) for name, result in measured.items()]))
+    say("\n" + markdown(HEAD, [row(name, result) for name, result in measured.items()]))
     results = {"configurations": measured}
     if len(measured) > 1:
         a, b = (result["block_audio_sec_per_sec"] for result in measured.values())
@@ -241,7 +237,7 @@ def speed(options, process: Process, config: EncoderConfig, random_checkpoint: s
 def growth(options, process: Process, config: EncoderConfig, log, say) -> dict:
     """Speed and memory along an axis."""
     axis, configs = grown(options.growth, config)
-    say(f"{describe(config, process)}\n\n{table([axis, *HEAD[1:]], [])}")
+    say(f"{describe(config, process)}\n\n{markdown([axis, *HEAD[1:]], []).rstrip()}")
     results = []
     for value, one in configs.items():
         try:
@@ -265,7 +261,7 @@ def loader_alone(options, config: EncoderConfig) -> dict:
     results = measure_loader(config, workers, options.steps)
     rows = [[str(r["num_workers"]), f"{r['audio_sec_per_sec']:.4g}", f"{r['batch_ms']:.2f}", f"{r['sound_share']:.1%}",
              ", ".join(f"{rate / 1000:g}: {count}" for rate, count in r["native_rates_hz"].items())] for r in results]
-    print(table(["loader processes", "audio s/s, padding counted", "ms/batch", "of it sound", "clips by kHz"], rows))
+    print(markdown(["loader processes", "audio s/s, padding counted", "ms/batch", "of it sound", "clips by kHz"], rows))
     return {"loader": results}
 
 

@@ -206,7 +206,7 @@ def test_a_flush_writes_the_last_step_with_its_extras(log, run, capsys):
     assert (row["code/levels"], row["optimizer/learning_rate"]) == ([0.25, 0.75], 0.1)
     assert row["time/audio_sec_per_sec"] == pytest.approx(4000 / row["time/step_ms"])
     assert "step 2/10" in capsys.readouterr().out
-    log.flush()
+    log.flush({}, work=4.0)
     assert len(read_metrics(run.path / "metrics.jsonl")) == 1  # nothing new to say
 
 
@@ -219,7 +219,7 @@ def test_divergence_stops_with_the_step_and_its_losses(log, run, losses, what):
     log.add(2, scalars(**losses))
     log.add(3, scalars(total=math.nan, asr=math.nan))
     with pytest.raises(TrainingDiverged) as error:
-        log.flush()
+        log.flush({}, work=4.0)
     message = str(error.value)
     assert message.startswith("step 2: ") and what in message and "\n" not in message
     for name, value in losses.items():
@@ -231,4 +231,4 @@ def test_divergence_stops_with_the_step_and_its_losses(log, run, losses, what):
 def test_a_gradient_that_is_not_finite_counts_as_divergence(log):
     log.add(1, {**scalars(total=1), "grad/encoder": torch.tensor(math.nan)})
     with pytest.raises(TrainingDiverged, match="grad/encoder not finite.*none yet"):
-        log.flush()
+        log.flush({}, work=4.0)

@@ -226,12 +226,15 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (torch.where(mask, values, 0.0).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)).mean(dim=-1)
 
 
+def layer_errors(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
+    """Mean squared error [n_layers] of the layers [B, S, dim] at masked positions; all at once: few launches."""
+    return masked_mean((torch.stack(student).float() - torch.stack(teacher).float()).square().mean(dim=-1), mask)
+
+
 def hidden_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, normalize: bool) -> Tensor:
-    """Mean over the layers of the squared error [B, S, dim] at masked positions; normalize: each divided by the
-    variance of the teacher's layer there."""
-    ours, true = torch.stack(student).float(), torch.stack(teacher).float()  # all layers at once: few launches
-    losses = masked_mean((ours - true).square().mean(dim=-1), mask)
-    return (losses / variance(true, mask) if normalize else losses).mean()
+    """Mean of the layers' errors; normalize: each divided by the variance of the teacher's layer there."""
+    errors = layer_errors(student, teacher, mask)
+    return (errors / variance(torch.stack(teacher), mask) if normalize else errors).mean()
 
 
 def variance(x: Tensor, mask: Tensor) -> Tensor:
@@ -272,10 +275,10 @@ def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0
             values[f"{name}_kl"] = masked_mean(divergence(student.logits, teacher.logits), predicts)
             for kind, number in KINDS.items():
                 mask = batch.kind == number
-                layers = list(zip(student.layers, teacher.layers))
-                errors = torch.stack([masked_mean((s.float() - t.float()).square().mean(dim=-1), mask) for s, t in layers])
-                variances = torch.stack([variance(t, mask) for _, t in layers])
-                cosines = torch.stack([masked_mean(F.cosine_similarity(s.float(), t.float(), dim=-1), mask) for s, t in layers])
+                errors = layer_errors(student.layers, teacher.layers, mask)
+                variances = variance(torch.stack(teacher.layers), mask)
+                ours, true = torch.stack(student.layers).float(), torch.stack(teacher.layers).float()
+                cosines = masked_mean(F.cosine_similarity(ours, true, dim=-1), mask)
                 values |= {f"{name}_mse_{kind}_by_layer": errors, f"{name}_normalized_{kind}_by_layer": errors / variances,
                            f"{name}_cosine_{kind}_by_layer": cosines}
         for name, value in values.items():

@@ -295,7 +295,7 @@ class Logger:
         self.pending.append((step, scalars))
         self.bar.update(1)
 
-    def flush(self, extra: dict | None = None, work: float = 0.0, unit: str = "audio_sec") -> None:
+    def flush(self, extra: dict, work: float, unit: str = "audio_sec") -> None:
         """Reads and checks what was added; logs the last step with `extra` (tensors or numbers) and the speed: `work`
         of that unit a step."""
         if not self.pending:
@@ -321,9 +321,8 @@ class Logger:
         step_sec = (now - self.last_flush) / len(self.pending)
         self.last_flush, self.pending = now, []
         self.step_times.append(step_sec)
-        row = {**rows[-1][1], **{name: to_number(value) for name, value in (extra or {}).items()}, "time/step_ms": 1000 * step_sec}
-        if work:
-            row[f"time/{unit}_per_sec"] = work / step_sec
+        row = {**rows[-1][1], **{name: to_number(value) for name, value in extra.items()}, "time/step_ms": 1000 * step_sec,
+               f"time/{unit}_per_sec": work / step_sec}
         if self.run.process.device.type == "cuda":
             row["time/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(rows[-1][0], row)
