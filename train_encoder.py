@@ -260,7 +260,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
 
     # ---- 8. the loop: step, log, validate, save --------------------------------------------------------------------
     yield start_step
-    dataset = SpeechDataset(train_clips, config.data.max_sec, config.seed)
+    dataset = SpeechDataset(train_clips, config.data.max_sec, config.seed, speed=config.data.speed)
     batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size, settings.accumulation))
     audio_sec_per_step = global_batch * settings.accumulation * config.data.max_sec
     stop = StopSignal()
@@ -279,8 +279,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
                 scalars, output, frames = micro_step(step, micro, batch, logging and last)
         if "codebook" in settings.trainable:
             valid = torch.arange(n_frames, device=process.device) < frames[:, None]
-            codec.quantizer.semantic_codebook.update(output.latent[:, :params.semantic_dim].transpose(1, 2)[valid],
-                                                     codebook_generator.manual_seed(step))
+            semantic = output.latent[:, :params.semantic_dim].transpose(1, 2)
+            codec.quantizer.semantic_codebook.update(semantic.flatten(0, 1), valid.flatten(), codebook_generator.manual_seed(step))
         scalars["grad/encoder"] = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings.gradient_clip)
         if discriminators:
             scalars["grad/discriminator"] = nn.utils.clip_grad_norm_(discriminators.parameters(), settings.gradient_clip)

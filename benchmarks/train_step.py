@@ -85,7 +85,7 @@ def measure_loader(config: EncoderConfig, workers: list[int], n_batches: int) ->
     for n_workers in workers:
         data = deepcopy(config.data)
         data.num_workers = n_workers
-        batches = iter(make_loader(SpeechDataset(clips, data.max_sec, config.seed), data, config.seed))
+        batches = iter(make_loader(SpeechDataset(clips, data.max_sec, config.seed, speed=data.speed), data, config.seed))
         for _ in range(1 + 2 * n_workers):
             next(batches)
         # Workers finish together: whole rounds of them, and many.

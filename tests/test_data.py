@@ -82,6 +82,31 @@ def test_sine_keeps_frequency_and_amplitude(tmp_path, rate):
     assert spectrum.argmax() == 1000 and spectrum[1000] == pytest.approx(0.5, abs=0.001)
 
 
+@pytest.mark.parametrize("rate, speed", [(22050, 1.2), (24000, 0.84), (44100, 0.9)])
+def test_a_faster_crop_is_higher_and_starts_at_the_same_place(tmp_path, rate, speed):
+    """Past its middle the tone doubles: the crop from the middle on has the second half alone, at `speed` times its pitch."""
+    time = np.arange(4 * rate) / rate
+    path = write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 1000 * time * np.where(time < 2, 1, 2)), rate, "FLOAT")
+    crop, native_rate = load_segment(path, 0.5 / (1 - 0.25 * speed), 1.0, speed)
+    spectrum = np.abs(np.fft.rfft(crop[1200:] * np.hanning(22800))) / 5700
+    heard = spectrum.argmax() / 0.95
+    assert native_rate == rate and len(crop) == 24000
+    assert heard == pytest.approx(2000 * speed, rel=0.005) and 0.4 < spectrum.max() < 0.52
+
+
+def test_speeds_are_drawn_between_the_two_and_not_for_fixed_clips(tmp_path, monkeypatch):
+    clips = [Clip(write(tmp_path / "a.wav", noise(1, 24000), 24000), "anna", 0)]
+    speeds, load = [], data.load_segment
+    monkeypatch.setattr(data, "load_segment", lambda *args: speeds.append(args[3]) or load(*args))
+    dataset = SpeechDataset(clips, 0.5, seed=0, speed=[0.9, 1.2])
+    first = [dataset[number, 0]["waveform"] for number in range(50)]
+    assert 0.9 <= min(speeds) < 0.95 and 1.15 < max(speeds) <= 1.2
+    assert torch.equal(dataset[7, 0]["waveform"], first[7])
+    speeds.clear()
+    SpeechDataset(clips, 0.5, seed=0, fixed=True)[0, 0]
+    assert set(speeds) == {1.0}
+
+
 def test_long_file_is_not_decoded_as_a_whole(tmp_path, monkeypatch):
     path = write(tmp_path / "a.flac", noise(30, 16000), 16000)
     read, decoded = soundfile.SoundFile.read, []
@@ -435,7 +460,7 @@ def test_present_sources_are_used_and_absent_ones_named(tmp_path):
     ({"sources": [SourceConfig(kind="folder"), SourceConfig(kind="folder", weight=0)]}, "1..weight is 0"),
     ({"sources": [SourceConfig(kind="librispeech")]}, r"sources\[0\].subsets"),
     ({"sources": [SourceConfig(kind="common_voice")]}, r"sources\[0\].language"),
-    ({"max_sec": 0.079}, "data.max_sec is 0.079"), ({"batch_size": 0}, "data.batch_size"),
+    ({"speed": [1.2, 0.9]}, r"data.speed is \[1.2, 0.9\]"), ({"speed": [1.0]}, "data.speed"), ({"max_sec": 0.079}, "data.max_sec is 0.079"), ({"batch_size": 0}, "data.batch_size"),
     ({"num_workers": -1}, "data.num_workers"),
     ({"validation": ValidationConfig(clips=0)}, "data.validation.clips")])
 def test_unusable_values_are_named(values, message):

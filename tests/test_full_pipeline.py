@@ -478,6 +478,7 @@ def test_bad_clips_are_left_out_and_listed(command, clips_root, tmp_path):
     (["lora.target_modules=[gate_proj]"], "lora.target_modules"),
     (["train.trainable=[lora,backbone]"], "choose one of the two"),
     (["train.trainable=[acoustic]"], "acoustic learns from"),
+    (["data.speed=[0.9,1.1]"], "data.speed: the codes"),
     (["loss.mel=1"], "loss.mel is the encoder's"),
     (["train.trainable=[codebook]"], "train.trainable"),
     (["loss.hidden=0"], "all weights are 0"),

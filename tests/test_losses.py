@@ -1,10 +1,11 @@
 """Every loss against values worked out by hand; padding never counts."""
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from voxtral.discriminator import DiscriminatorConfig, Discriminators
+from voxtral.discriminator import DiscriminatorConfig, Discriminators, FoldedConv2d
 from voxtral.losses import (Balancer, MelDistance, clip_mean, codebook_scale, commitment_loss, discriminator_hinge_loss,
                             diversity_loss, feature_matching_loss, l1_loss, stft_distance, stft_loss, stft_magnitude)
 
@@ -121,6 +122,19 @@ def test_feature_matching_values():
         maps[:, :, 2:] = 0  # silent padding is equal on both sides
     assert feature_matching_loss(real, fake, torch.tensor([0.5])).item() == pytest.approx(3)
     assert feature_matching_loss(real, real, torch.ones(1)).item() == 0
+
+
+@pytest.mark.parametrize("frames, bins", [(30, 40), (13, 35), (3, 9), (1, 20)])
+@pytest.mark.parametrize("channels, kernel, stride, dilation, fold", [
+    ((2, 6), (3, 9), 1, 1, 8), ((6, 6), (3, 9), 2, 1, 2), ((6, 6), (3, 9), 2, 4, 2), ((6, 1), (3, 3), 1, 1, 1), ((6, 1), (3, 3), 1, 2, 8)])
+def test_a_folded_convolution_is_the_plain_one(channels, kernel, stride, dilation, fold, frames, bins):
+    conv = FoldedConv2d(*channels, kernel, stride, dilation, fold).double()
+    x = torch.randn(2, channels[0], frames, bins, dtype=torch.double, requires_grad=True)
+    outputs = [function(x) for function in (conv, partial(torch.nn.Conv2d.forward, conv))]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    towards = torch.randn_like(outputs[0])
+    gradients = [torch.autograd.grad((y * towards).sum(), [x, conv.weight, conv.bias]) for y in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
 
 
 def test_discriminators_shapes_and_gradients():

@@ -176,8 +176,9 @@ def test_processes_together_draw_what_one_draws():
 
 # ---------------------------------------------------------------- the codebook that follows an average
 
-def update(book, x, **settings):
-    book.update(torch.tensor(x, dtype=torch.float32), torch.Generator().manual_seed(0), **settings)
+def update(book, x, valid=None, **settings):
+    valid = torch.ones(len(x), dtype=torch.bool) if valid is None else torch.tensor(valid)
+    book.update(torch.tensor(x, dtype=torch.float32), valid, torch.Generator().manual_seed(0), **settings)
 
 
 def test_codebook_update_by_hand():
@@ -205,6 +206,14 @@ def test_dead_entries_restart_at_vectors_of_the_batch():
     assert book.embedding[0].tolist() == pytest.approx([6 / 3.5, 6 / 3.5])
     assert book.embedding[1].tolist() == pytest.approx([50, 50])
     assert book.embedding[2].tolist() in x
+
+
+def test_vectors_of_padding_change_nothing():
+    books = [codebook([[0, 0], [10, 0]] + [[1000.0, i] for i in range(30)], usage=[1.0] * 2 + [1e-3] * 30) for _ in range(2)]
+    update(books[0], [[1, 1], [3, 1], [8, 2]])
+    update(books[1], [[77, 7], [1, 1], [3, 1], [88, 8], [8, 2], [99, 9]], [False, True, True, False, True, False])
+    assert torch.equal(books[0].embedding_sum, books[1].embedding_sum) and torch.equal(books[0].cluster_usage, books[1].cluster_usage)
+    assert {tuple(entry) for entry in books[1].embedding[2:].tolist()} == {(1, 1), (3, 1), (8, 2)}
 
 
 def test_restarts_repeat_by_generator_and_differ_from_each_other():

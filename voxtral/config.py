@@ -267,6 +267,8 @@ def check_full_pipeline_config(config: FullPipelineConfig) -> None:
     unknown = sorted(set(config.lora.target_modules) - set(LORA_MODULES))
     if unknown or not config.lora.target_modules:
         raise ConfigError(f"lora.target_modules: {unknown or 'nothing'} is not one of {', '.join(LORA_MODULES)}.")
+    if list(config.data.speed) != [1, 1]:
+        raise ConfigError("data.speed: the codes of a clip hold for its own speed only; leave it at [1, 1] here.")
     if {"lora", "backbone"} <= set(config.train.trainable):
         raise ConfigError("train.trainable: lora leaves the backbone's own weights as they are; choose one of the two.")
     if config.loss.mel and "encoder" not in config.train.trainable:

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import soundfile
@@ -45,35 +45,40 @@ class BadClip(ValueError):
 
 # ---------------------------------------------------------------- reading
 
-def load_segment(path: str, position: float, max_sec: float) -> tuple[np.ndarray, int]:
+def load_segment(path: str, position: float, max_sec: float, speed: float = 1.0) -> tuple[np.ndarray, int]:
     """-> float32 [n] mono at 24 kHz with n <= max_sec * 24000 and peaks of at most 1, native rate in Hz.
 
     `position` in [0, 1) places the crop among all that fit. No more of a long file is decoded than needed.
-    The crop is what cutting the resampled file would give, within 1e-6. Raises BadClip.
+    The crop is what cutting the resampled file would give, within 1e-6. `speed`: the tape runs so many times as fast,
+    pitch and formants too (to within 50 Hz of the rate). Raises BadClip.
     """
     try:
-        audio, rate, skip = _read_crop(path, position, max_sec)
+        audio, rate, played, skip = _read_crop(path, position, max_sec, speed)
     except (soundfile.SoundFileError, OSError) as error:
         raise BadClip(path, f"unreadable ({getattr(error, 'error_string', error)})") from error
     audio = audio.mean(axis=1)
     if not np.isfinite(audio).all():
         raise BadClip(path, "holds values that are not finite")
-    audio = soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")[skip:skip + round(max_sec * SAMPLE_RATE)]
+    audio = soxr.resample(audio, played, SAMPLE_RATE, quality="HQ")[skip:skip + round(max_sec * SAMPLE_RATE)]
     if len(audio) < round(min(MIN_SEC, max_sec) * SAMPLE_RATE):
         raise BadClip(path, f"shorter than {MIN_SEC} s" if len(audio) else "empty")
     return audio / max(1.0, np.abs(audio).max()), rate
 
 
-def _read_crop(path: str, position: float, max_sec: float) -> tuple[np.ndarray, int, int]:
-    """-> native frames [n, channels] with margins for the resampler, rate, 24 kHz samples before the crop."""
+def _read_crop(path: str, position: float, max_sec: float, speed: float) -> tuple[np.ndarray, int, int, int]:
+    """-> native frames [n, channels] with margins for the resampler, their rate, the rate to play them at, 24 kHz
+    samples before the crop."""
+    def played_at(rate: int) -> int:
+        return rate if speed == 1 else round(rate * speed / 100) * 100  # has a large common divisor with 24 kHz
+
     # Truncated files and some MP3 report frames that are not there: then what can be decoded is the file.
     with contextlib.suppress(soundfile.SoundFileError), soundfile.SoundFile(path) as file:
         rate = file.samplerate
-        start, stop, skip = _window(file.frames, rate, position, max_sec)
+        start, stop, skip = _window(file.frames, played_at(rate), position, max_sec)
         file.seek(start)
         audio = file.read(stop - start, dtype="float32", always_2d=True)
         if len(audio) == stop - start:
-            return audio, rate, skip
+            return audio, rate, played_at(rate), skip
     # At once if possible: soundfile seeks after each read, and MP3 decoders do so inexactly. A read that
     # fails gives nothing at all, so small ones come closer to where the file breaks off.
     for block_frames in (2 ** 25, 4096):
@@ -84,8 +89,9 @@ def _read_crop(path: str, position: float, max_sec: float) -> tuple[np.ndarray, 
         if blocks:
             break
     audio = np.concatenate(blocks or [np.zeros((0, 1), np.float32)])
-    start, stop, skip = _window(len(audio), file.samplerate, position, max_sec)
-    return audio[start:stop], file.samplerate, skip
+    rate = file.samplerate
+    start, stop, skip = _window(len(audio), played_at(rate), position, max_sec)
+    return audio[start:stop], rate, played_at(rate), skip
 
 
 def _window(frames: int, rate: int, position: float, max_sec: float) -> tuple[int, int, int]:
@@ -104,12 +110,13 @@ class SpeechDataset(Dataset):
     """Crops of clips. Item (number, index) depends on seed, number and index alone.
 
     A bad clip is replaced by another one, drawn from the same random stream, and reported. With `fixed`,
-    crops start at 0 and bad clips are left out from the beginning, listed in `bad`. Raises DataError if no
-    clip is left, or after too many bad ones in a row. A subclass says what else a clip is read into.
+    crops start at 0 and bad clips are left out from the beginning, listed in `bad`. Otherwise each is played at a speed
+    between the two of `speed`. Raises DataError if no clip is left, or after too many bad ones in a row. A subclass says
+    what else a clip is read into.
     """
 
-    def __init__(self, clips: list[Clip], max_sec: float, seed: int, fixed: bool = False):
-        self.clips, self.max_sec, self.seed, self.fixed = clips, max_sec, seed, fixed
+    def __init__(self, clips: list[Clip], max_sec: float, seed: int, fixed: bool = False, speed: Sequence[float] = (1, 1)):
+        self.clips, self.max_sec, self.seed, self.fixed, self.speed = clips, max_sec, seed, fixed, speed
         self.bad: list[tuple[str, str]] = []
         if fixed:
             self._keep_usable()
@@ -134,11 +141,10 @@ class SpeechDataset(Dataset):
         raise DataError(f"{len(bad)} clips in a row cannot be used, the last is {bad[-1][0]} ({bad[-1][1]}); "
                         "run python -m voxtral.data --check on the config and mend data.sources.")
 
-
     def load(self, index: int, random: np.random.Generator) -> dict:
         """-> waveform [1, max_samples] padded with zeros, length (samples), native_rate (Hz). Raises BadClip."""
-        position = 0.0 if self.fixed else random.random()
-        segment, rate = load_segment(self.clips[index].path, position, self.max_sec)
+        position, speed = (0.0, 1.0) if self.fixed else (random.random(), random.uniform(*self.speed))
+        segment, rate = load_segment(self.clips[index].path, position, self.max_sec, speed)
         waveform = torch.zeros(1, round(self.max_sec * SAMPLE_RATE))
         waveform[0, :len(segment)] = torch.from_numpy(segment)
         return {"waveform": waveform, "length": len(segment), "native_rate": rate}

@@ -39,17 +39,19 @@ class SemanticCodebook(nn.Module):
         self.embedding_sum.copy_(chosen + 0.1 * x.float().std(dim=0) * noise)
 
     @torch.no_grad()
-    def update(self, x: Tensor, generator: torch.Generator, decay: float = 0.99, dead_share: float = 0.1):
-        """EMA step towards the vectors [N, dim] that training saw (only when a whole codec is trained).
+    def update(self, x: Tensor, valid: Tensor, generator: torch.Generator, decay: float = 0.99, dead_share: float = 0.1):
+        """EMA step towards those of the vectors [N, dim] that are `valid` [N] (only when a whole codec is trained).
 
         Entries used less than `dead_share` of the average restart at vectors of this batch. Processes share their
-        statistics and the vectors of rank 0.
+        statistics and the vectors of rank 0. The device is not waited for.
         """
-        x = x.float()
+        x, weight = x.float(), valid.float()
         codes = self.encode(x)
-        usage = torch.zeros_like(self.cluster_usage).index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
-        total = torch.zeros_like(self.embedding_sum).index_add_(0, codes, x)
-        restart = x[torch.randint(len(x), (len(usage),), generator=generator, device=x.device)]
+        usage = torch.zeros_like(self.cluster_usage).index_add_(0, codes, weight)
+        total = torch.zeros_like(self.embedding_sum).index_add_(0, codes, x * weight[:, None])
+        draws = torch.rand(len(usage), generator=generator, device=x.device)
+        count = valid.cumsum(0)  # the n-th valid vector is the first at which this is n
+        restart = x[torch.searchsorted(count, (draws * count[-1]).long() + 1)]
         if dist.is_initialized():
             dist.all_reduce(usage)
             dist.all_reduce(total)

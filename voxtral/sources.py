@@ -64,6 +64,7 @@ class DataConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     batch_size: int = 4         # clips per process and micro-batch
     max_sec: float = 4.0        # longest crop of a clip, seconds
+    speed: List[float] = field(default_factory=lambda: [1.0, 1.0])  # each crop is played between so fast and so fast
     num_workers: int = 4        # loader processes per training process; 0: none
 
 
@@ -127,6 +128,8 @@ def check_config(config: DataConfig) -> None:
             raise DataError(f"{key}.max_clips is {source.max_clips}; it must be at least 1.")
     if not config.max_sec >= CODEC_FRAME_SEC:
         raise DataError(f"data.max_sec is {config.max_sec}; a codec frame is {CODEC_FRAME_SEC} s, the least.")
+    if len(config.speed) != 2 or not 0.5 <= config.speed[0] <= config.speed[1] <= 2:
+        raise DataError(f"data.speed is {list(config.speed)}; it must be two numbers from 0.5 to 2, the lower one first.")
     for key, value, least in (("batch_size", config.batch_size, 1), ("num_workers", config.num_workers, 0),
                               ("validation.clips", config.validation.clips, 1)):
         if value < least:
