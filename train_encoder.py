@@ -111,6 +111,12 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
     beside = SideStream(process.device)
     scale = codebook_scale(codec.quantizer.semantic_codebook.embedding)
+    hinge_loss = DiscriminatorLoss(discriminators) if discriminators else None
+    matching_loss = partial(feature_loss, discriminators)
+    if settings.compile and on_cuda:
+        matching_loss = torch.compile(matching_loss, dynamic=False)
+        for module in filter(None, (model, hinge_loss)):
+            module.forward = torch.compile(module.forward, dynamic=False)
     # Thousands of small launches a step become one each. Recorded here, before the loader's threads use the GPU too.
     recording = settings.cuda_graphs and on_cuda
     graphed = torch.cuda.make_graphed_callables if recording else lambda function, samples: function
@@ -125,9 +131,9 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     with autocast:
         parallel_model = wrap(graphed(model, (audio, lengths, *vars(draws).values())))
         if discriminators:
-            hinge_loss = graphed(DiscriminatorLoss(discriminators), (audio_crop, audio_crop.clone(), lengths / n_samples))
+            hinge_loss = graphed(hinge_loss, (audio_crop, audio_crop.clone(), lengths / n_samples))
             real = [m.detach().clone() for m in hinge_loss(audio_crop, audio_crop, lengths / n_samples)[1:]]
-            matching_loss = graphed(partial(feature_loss, discriminators),
+            matching_loss = graphed(matching_loss,
                                     (audio_crop.clone().requires_grad_(), lengths / n_samples, *real))
             hinge_loss = wrap(hinge_loss)
 

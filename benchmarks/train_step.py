@@ -197,6 +197,7 @@ def describe(config: EncoderConfig, process: Process) -> str:
     weights = ", ".join(f"{name} {weight:g}" for name, weight in vars(config.loss).items() if weight)
     return (f"batch {config.data.batch_size} x {config.data.max_sec:g} s"
             f"{f' x {config.train.accumulation}' if config.train.accumulation > 1 else ''}, {config.train.precision}, "
+            f"{'compiled, ' if config.train.compile and process.device.type == 'cuda' else ''}"
             f"CUDA graphs {'on' if config.train.cuda_graphs and process.device.type == 'cuda' else 'off'}, "
             f"{config.data.num_workers} loader processes; losses {weights}")
 
@@ -229,7 +230,7 @@ def speed(options, process: Process, config: EncoderConfig, random_checkpoint: s
             result["ceiling_share"] = result["tflop_per_sec"] / options.ceiling_tflops
         where = "kernels" if process.device.type == "cuda" else "main thread"
         say(f"\n{name}: {flops_report(result, options.ceiling_tflops)}\n\nparts of a step with "
-            f"train.cuda_graphs=false ({where}, mean of {N_PROFILED} steps without logging); as configured a step "
+            f"train.cuda_graphs=false train.compile=false ({where}, mean of {N_PROFILED} steps without logging); as configured a step "
             f"takes {result['step_ms']['median']:.1f} ms\n\n{parts_report(result)}")
     return results
 

@@ -39,6 +39,7 @@ class TrainConfig:
     accumulation: int = 1                 # micro-batches per optimizer step
     precision: str = "bf16"               # bf16 (autocast) or fp32; spectral losses are always fp32
     cuda_graphs: bool = True              # replay recorded launches on a GPU; false: launch kernel by kernel
+    compile: bool = False                 # torch.compile on a GPU: a minute or two at the start, faster steps after it
     reconstruction_decay: float = 0.9999  # gamma: l1 and stft weigh gamma^step
     stft_fft_sizes: List[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
     ema_decay: float = 0.999              # of the weights that are validated and saved; 0 turns averaging off

@@ -119,9 +119,9 @@ class DiscriminatorLoss(nn.Module):
 def feature_loss(discriminators: Discriminators, reconstruction: Tensor, valid_share: Tensor, *real: Tensor) -> Tensor:
     """What the generator learns from them; `real`: what DiscriminatorLoss gave for the same weights. The discriminators
     get no gradient."""
-    discriminators.requires_grad_(False)
-    fake = [layer for one in discriminators(reconstruction) for layer in one[:-1]]
-    discriminators.requires_grad_(True)
+    frozen = {name: parameter.detach() for name, parameter in discriminators.named_parameters()}
+    maps = torch.func.functional_call(discriminators, frozen, (reconstruction,))
+    fake = [layer for one in maps for layer in one[:-1]]
     return feature_matching_loss([real], [fake], valid_share)
 
 
