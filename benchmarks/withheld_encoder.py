@@ -48,7 +48,7 @@ class Row:
     changes: str
 
 
-# a to d build the paper's recipe piece by piece, e to i change one thing of it. Commitment is in all: without it
+# a to d build the paper's recipe piece by piece, e to k change one thing of it. Commitment is in all: without it
 # nothing ties the semantic latent to the codebook. The paper's schedule of quantization is a piece as well: a and b
 # quantize always (no key of the config says so: train_run swaps the draws), c shows what the schedule is worth.
 ROWS = {
@@ -62,6 +62,7 @@ ROWS = {
     "g": Row("no average of the weights", "d", "train.ema_decay=0"),
     "h": Row("+ mel distance", "d", "loss.mel=1"),
     "i": Row("16 kHz speech", "d", "training_hz=16000"),
+    "k": Row("ten times the commitment", "d", "loss.commit=1"),
     "best": Row("all cures together", "d", "loss.diversity=0.1 loss.speaker=1 loss.mel=1"),
 }
 SCORE_NAMES = ("mel", "stft", "estoi", "wer")
