@@ -24,10 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from voxtral.asr import WhisperTeacher, asr_distillation_loss
+from voxtral.asr_cache import AsrCache, SegmentDataset
 from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
-from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, make_loader, steps_per_epoch, validation_batches
+from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, collate, make_loader, steps_per_epoch, validation_batches
 from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
 from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebook_scale, commitment_loss, diversity_loss,
                             l1_loss, stft_loss)
@@ -103,6 +104,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
 
     # ---- 4. models -------------------------------------------------------------------------------------------------
     teacher = WhisperTeacher(config.asr, config.data.max_sec, process.device) if weights["asr"] else None
+    said_before = AsrCache(config.asr.teacher_cache, teacher, config.asr, config.data.max_sec) if teacher and config.asr.teacher_cache else None
     speaker_encoder = SpeakerEncoder(config.speaker, process.device) if weights["speaker"] else None
     discriminators = Discriminators(config.discriminator).to(process.device) if weights["feature"] else None
     mel_distance = MelDistance(params.sampling_rate).to(process.device)
@@ -114,9 +116,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     hinge_loss = DiscriminatorLoss(discriminators) if discriminators else None
     matching_loss = partial(feature_loss, discriminators)
     if settings.compile and on_cuda:
-        matching_loss = torch.compile(matching_loss, dynamic=False)
-        for module in filter(None, (model, hinge_loss)):
-            module.forward = torch.compile(module.forward, dynamic=False)
+        model.forward = torch.compile(model.forward, dynamic=False)
     # Thousands of small launches a step become one each. Recorded here, before the loader's threads use the GPU too.
     recording = settings.cuda_graphs and on_cuda
     graphed = torch.cuda.make_graphed_callables if recording else lambda function, samples: function
@@ -184,7 +184,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         draws = QuantizationDraws.sample(seed, config.data.batch_size, params.acoustic_dim, n_frames, process.device,
                                          process.rank, process.world_size)
         lengths, frames = batch.lengths, ceil_div(batch.lengths, params.frame_size)
-        if teacher:  # hears the batch beside all else, on a stream of its own
+        known = said_before and batch.targets
+        if teacher and not known:  # hears the batch beside all else, on a stream of its own
             with beside:
                 targets = teacher(batch.waveform, lengths, n_frames)
         with autocast:
@@ -213,7 +214,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             losses["speaker"] = speaker_loss(speaker_encoder(reconstruction, lengths), wanted)
         if "asr" in active:
             beside.wait()
-            losses["asr"] = asr_distillation_loss(projected.float(), targets)
+            losses["asr"] = asr_distillation_loss(projected.float(), known or targets)
 
         total = sum(active[name] * loss for name, loss in losses.items())
         if balancer:
@@ -224,6 +225,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         else:
             total_backward = total
         (total_backward / settings.accumulation).backward()
+        if said_before and not known:
+            said_before.write(batch.files, targets)
 
         if log_zero_weights:  # cheap losses of weight 0 are shown all the same
             idle = [name for name, w in weights.items() if not w]
@@ -266,8 +269,10 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
 
     # ---- 8. the loop: step, log, validate, save --------------------------------------------------------------------
     yield start_step
-    dataset = SpeechDataset(train_clips, config.data.max_sec, config.seed, speed=config.data.speed)
-    batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size, settings.accumulation))
+    dataset = (SegmentDataset(train_clips, config.seed, said_before) if said_before else
+               SpeechDataset(train_clips, config.data.max_sec, config.seed, speed=config.data.speed))
+    batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size, settings.accumulation,
+                               said_before.collate if said_before else collate))
     audio_sec_per_step = global_batch * settings.accumulation * config.data.max_sec
     stop = StopSignal()
     codebook_generator = torch.Generator(device=process.device)

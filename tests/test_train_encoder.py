@@ -452,6 +452,20 @@ def test_a_folder_that_holds_a_run_is_left_alone(halfway, command, capsys):
     assert all(path.read_bytes() == before[path] for path in untouched)
 
 
+def test_with_a_teacher_cache_whisper_is_asked_once(command, tmp_path, monkeypatch, capsys):
+    """The first run fills the cache; the second one, which never asks, has the same losses."""
+    def losses(name):
+        train_encoder.main(command(tmp_path / name, f"asr.teacher_cache={tmp_path}/kept", "loss.speaker=0", "data.batch_size=8"))
+        return [{key: value for key, value in row.items() if key.startswith("loss/")} for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+    first = losses("first")
+    forward, asked = train_encoder.WhisperTeacher.forward, []
+    monkeypatch.setattr(train_encoder.WhisperTeacher, "forward", lambda *args: asked.append(1) or forward(*args))
+    for a, b in zip(first, losses("second"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert not asked and any(row.get("loss/asr", 0) > 0 for row in first)
+    assert "asr.teacher_cache: what" in refused(command(tmp_path / "third", f"asr.teacher_cache={tmp_path}/kept", "data.speed=[0.9,1.1]"), capsys)
+
+
 def test_a_mistake_in_a_real_process_has_no_traceback(command, tmp_path):
     arguments = command(tmp_path / "run", "checkpoint=/nowhere")
     result = subprocess.run([sys.executable, "train_encoder.py", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -21,6 +21,7 @@ from whisper.model import disable_sdpa
 from whisper.tokenizer import LANGUAGES, get_tokenizer
 
 from voxtral.codec import ceil_div, mask_samples
+from voxtral.data import TensorBatch
 from voxtral.errors import UserError
 
 POSITIONS_PER_SEC = whisper.audio.TOKENS_PER_SECOND  # 50: the encoder makes one position of two mel frames
@@ -37,10 +38,11 @@ class AsrConfig:
     language: Optional[str] = None  # en, ar, ...; None: detected per clip
     context_sec: float = 10.0       # Whisper sees so many seconds instead of 30
     tokens_per_sec: float = 7.5     # cap on decoded tokens
+    teacher_cache: Optional[str] = None  # folder that keeps what Whisper said; clips are then cut at fixed places
 
 
 @dataclass
-class AsrTargets:
+class AsrTargets(TensorBatch):
     """What the loss needs of a batch: N text tokens (padded), Whisper's width W, codec frames."""
     hidden: Tensor     # [B, N, W] float32
     alignment: Tensor  # [B, N, n_frames] float32, >= 0, zero beyond a clip's end

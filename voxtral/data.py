@@ -144,7 +144,10 @@ class SpeechDataset(Dataset):
     def load(self, index: int, random: np.random.Generator) -> dict:
         """-> waveform [1, max_samples] padded with zeros, length (samples), native_rate (Hz). Raises BadClip."""
         position, speed = (0.0, 1.0) if self.fixed else (random.random(), random.uniform(*self.speed))
-        segment, rate = load_segment(self.clips[index].path, position, self.max_sec, speed)
+        return self.padded(*load_segment(self.clips[index].path, position, self.max_sec, speed))
+
+    def padded(self, segment: np.ndarray, rate: int) -> dict:
+        """What load_segment() gives -> waveform, length, native_rate: see load()."""
         waveform = torch.zeros(1, round(self.max_sec * SAMPLE_RATE))
         waveform[0, :len(segment)] = torch.from_numpy(segment)
         return {"waveform": waveform, "length": len(segment), "native_rate": rate}
@@ -162,12 +165,13 @@ class SpeechDataset(Dataset):
 
 
 class TensorBatch:
-    """A dataclass whose tensors move together; what else it holds stays as it is."""
+    """A dataclass whose tensors (and those of others in it) move together; what else it holds stays as it is."""
 
     def _map(self, function) -> "TensorBatch":
-        tensors = {field.name: function(value) for field in dataclasses.fields(self)
-                   if isinstance(value := getattr(self, field.name), Tensor)}
-        return dataclasses.replace(self, **tensors)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: value._map(function) if isinstance(value, TensorBatch) else function(value)
+                 for name, value in values.items() if isinstance(value, (Tensor, TensorBatch))}
+        return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> "TensorBatch":
         """Called by the DataLoader."""

@@ -154,7 +154,7 @@ def feature_matching_loss(real: list[list[Tensor]], fake: list[list[Tensor]], va
     for real_maps, fake_maps in zip(real, fake, strict=True):
         for a, b in zip(real_maps, fake_maps, strict=True):
             # Beyond a clip's end both inputs are silent and the difference is 0: dividing by the share excludes it.
-            losses.append(((b.float() - a.detach().float()).abs().mean(dim=(1, 2, 3)) / valid_share).mean())
+            losses.append(((b - a.detach()).abs().mean(dim=(1, 2, 3), dtype=torch.float32) / valid_share).mean())
     return torch.stack(losses).mean()
 
 
