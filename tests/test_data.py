@@ -103,7 +103,7 @@ def test_speeds_are_drawn_between_the_two_and_not_for_fixed_clips(tmp_path, monk
     assert 0.9 <= min(speeds) < 0.95 and 1.15 < max(speeds) <= 1.2
     assert torch.equal(dataset[7, 0]["waveform"], first[7])
     speeds.clear()
-    SpeechDataset(clips, 0.5, seed=0, fixed=True)[0, 0]
+    SpeechDataset(clips, 0.5, seed=0, fixed=True, speed=[0.9, 1.2])[0, 0]
     assert set(speeds) == {1.0}
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from voxtral.discriminator import DiscriminatorConfig, Discriminators, FoldedConv2d
+from voxtral.discriminator import DiscriminatorConfig, DiscriminatorLoss, Discriminators, FoldedConv2d, feature_loss
 from voxtral.losses import (Balancer, MelDistance, clip_mean, codebook_scale, commitment_loss, discriminator_hinge_loss,
                             diversity_loss, feature_matching_loss, l1_loss, stft_distance, stft_loss, stft_magnitude)
 
@@ -135,6 +135,16 @@ def test_a_folded_convolution_is_the_plain_one(channels, kernel, stride, dilatio
     towards = torch.randn_like(outputs[0])
     gradients = [torch.autograd.grad((y * towards).sum(), [x, conv.weight, conv.bias]) for y in outputs]
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
+
+
+def test_feature_matching_moves_the_reconstruction_alone():
+    discriminators = Discriminators(DiscriminatorConfig(fft_sizes=[78], channels=4))
+    real, fake = noise(2, 1, 4800), noise(2, 1, 4800, seed=1).requires_grad_()
+    _, *maps = DiscriminatorLoss(discriminators)(real, fake, torch.ones(2))
+    loss = feature_loss(discriminators, fake, torch.ones(2), *maps)
+    assert loss.item() == pytest.approx(feature_matching_loss([maps], [discriminators(fake)[0][:-1]], torch.ones(2)).item())
+    loss.backward()
+    assert fake.grad.abs().sum() > 0 and all(parameter.grad is None for parameter in discriminators.parameters())
 
 
 def test_discriminators_shapes_and_gradients():
