@@ -113,8 +113,6 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
     beside = SideStream(process.device)
     scale = codebook_scale(codec.quantizer.semantic_codebook.embedding)
-    hinge_loss = DiscriminatorLoss(discriminators) if discriminators else None
-    matching_loss = partial(feature_loss, discriminators)
     if settings.compile and on_cuda:
         model.forward = torch.compile(model.forward, dynamic=False)
     # Thousands of small launches a step become one each. Recorded here, before the loader's threads use the GPU too.
@@ -131,9 +129,9 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     with autocast:
         parallel_model = wrap(graphed(model, (audio, lengths, *vars(draws).values())))
         if discriminators:
-            hinge_loss = graphed(hinge_loss, (audio_crop, audio_crop.clone(), lengths / n_samples))
+            hinge_loss = graphed(DiscriminatorLoss(discriminators), (audio_crop, audio_crop.clone(), lengths / n_samples))
             real = [m.detach().clone() for m in hinge_loss(audio_crop, audio_crop, lengths / n_samples)[1:]]
-            matching_loss = graphed(matching_loss,
+            matching_loss = graphed(partial(feature_loss, discriminators),
                                     (audio_crop.clone().requires_grad_(), lengths / n_samples, *real))
             hinge_loss = wrap(hinge_loss)
 
@@ -184,8 +182,9 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         draws = QuantizationDraws.sample(seed, config.data.batch_size, params.acoustic_dim, n_frames, process.device,
                                          process.rank, process.world_size)
         lengths, frames = batch.lengths, ceil_div(batch.lengths, params.frame_size)
-        known = said_before and batch.targets
-        if teacher and not known:  # hears the batch beside all else, on a stream of its own
+        targets = said_before and batch.targets
+        asked = teacher and not targets
+        if asked:  # hears the batch beside all else, on a stream of its own
             with beside:
                 targets = teacher(batch.waveform, lengths, n_frames)
         with autocast:
@@ -214,7 +213,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             losses["speaker"] = speaker_loss(speaker_encoder(reconstruction, lengths), wanted)
         if "asr" in active:
             beside.wait()
-            losses["asr"] = asr_distillation_loss(projected.float(), known or targets)
+            losses["asr"] = asr_distillation_loss(projected.float(), targets)
 
         total = sum(active[name] * loss for name, loss in losses.items())
         if balancer:
@@ -225,7 +224,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         else:
             total_backward = total
         (total_backward / settings.accumulation).backward()
-        if said_before and not known:
+        if said_before and asked:
             said_before.write(batch.files, targets)
 
         if log_zero_weights:  # cheap losses of weight 0 are shown all the same

@@ -18,7 +18,7 @@ What is printed
   the table   time of every part's own work, forward and, for what autograd does because of that part, backward. GPU:
               sum of its kernels, so parts that overlap (Whisper has a stream of its own) may add up to more than a
               step. CPU: time on the main thread. A replayed CUDA graph hides what it launches, so the table is made in
-              a second training with train.cuda_graphs=false; the speed above it is that of the config as it is.
+              a second training with train.cuda_graphs=false train.compile=false; the speed above it is the config's own.
               Waiting for data is measured in the first one, on the host.
 
 Everything is also in OUTPUT/train_step.json; what train_encoder.py says meanwhile is in OUTPUT/train_step.log.

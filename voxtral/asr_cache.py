@@ -12,14 +12,13 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-import soundfile
 import torch
 from filelock import FileLock
 from torch import Tensor
 
 from voxtral.asr import AsrConfig, AsrTargets, WhisperTeacher
 from voxtral.checkpoint import write_text
-from voxtral.data import BadClip, Batch, SpeechDataset, collate, load_segment
+from voxtral.data import BadClip, Batch, SpeechDataset, collate, load_segment, read_header
 from voxtral.errors import UserError
 from voxtral.sources import Clip
 
@@ -56,11 +55,13 @@ class AsrCache:
 
     def segment(self, path: str, draw: float) -> tuple[float, Path]:
         """The segment of a clip that `draw` in [0, 1) falls on: its position for load_segment(), the file of its targets.
-        Raises soundfile.SoundFileError or OSError."""
-        info = soundfile.info(path)
-        wanted = math.ceil(self.max_sec * info.samplerate)
-        number = int(draw * max(1, math.ceil(info.frames / wanted)))
-        n_places = max(info.frames - wanted + 1, 1)  # as load_segment() counts them
+        Raises BadClip."""
+        seconds, rate, bad = read_header(path)
+        if bad:
+            raise BadClip(path, bad)
+        frames, wanted = round(seconds * rate), math.ceil(self.max_sec * rate)
+        number = int(draw * max(1, math.ceil(frames / wanted)))
+        n_places = max(frames - wanted + 1, 1)  # as load_segment() counts them
         first = min(number * wanted, n_places - 1)
         key = hashlib.sha256(f"{Path(path).absolute()}\n{os.stat(path).st_size}\n{number}".encode()).hexdigest()
         return (first + 0.5) / n_places, self.folder / key[:2] / f"{key[2:34]}.npz"
@@ -111,8 +112,5 @@ class SegmentDataset(SpeechDataset):
     def load(self, index: int, random: np.random.Generator) -> dict:
         """-> as SpeechDataset.load(), and file, kept."""
         path = self.clips[index].path
-        try:
-            position, file = self.cache.segment(path, random.random())
-        except (soundfile.SoundFileError, OSError) as error:
-            raise BadClip(path, f"unreadable ({getattr(error, 'error_string', error)})") from error
+        position, file = self.cache.segment(path, random.random())
         return {**self.padded(*load_segment(path, position, self.max_sec)), "file": file, "kept": self.cache.read(file)}
