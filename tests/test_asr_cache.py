@@ -73,6 +73,7 @@ def test_batches_hold_targets_when_all_are_known(cache, tmp_path, teacher):
     fresh = teacher(batch.waveform, batch.lengths, 7)
     cache.write(batch.files, fresh)
     again = cache.collate([dataset[5, 0], dataset[9, 1]]).to("cpu", non_blocking=True)
+    assert again.to("meta").targets.hidden.is_meta
     n = fresh.mask.sum(1).max()
     assert torch.equal(again.targets.mask[:, :n], fresh.mask[:, :n]) and not again.targets.mask[:, n:].any()
     for name in ("hidden", "alignment"):

@@ -168,18 +168,17 @@ class TensorBatch:
     """A dataclass whose tensors (and those of others in it) move together; what else it holds stays as it is."""
 
     def _map(self, function) -> "TensorBatch":
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {name: value._map(function) if isinstance(value, TensorBatch) else function(value)
-                 for name, value in values.items() if isinstance(value, (Tensor, TensorBatch))}
+        moved = {field.name: function(value) for field in dataclasses.fields(self)
+                 if isinstance(value := getattr(self, field.name), (Tensor, TensorBatch))}
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> "TensorBatch":
         """Called by the DataLoader."""
-        return self._map(Tensor.pin_memory)
+        return self._map(lambda one: one.pin_memory())
 
     def to(self, device, non_blocking: bool = False) -> "TensorBatch":
         """The same batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._map(lambda one: one.to(device, non_blocking=non_blocking))
 
 
 @dataclass
