@@ -321,11 +321,20 @@ def test_benchmark_reports_a_row_per_batch_size(folder, capsys, monkeypatch):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and {len(line.split("|")) for line in table} == {14}
     assert [line.split("|")[1].strip() for line in table[2:]] == ["1", "2"]
-    monkeypatch.setattr(generation, "full_params", small_params)
-    models = generation.random_models(torch.device("cpu"))
-    assert models.codec.decode(torch.zeros(1, 37, 2, dtype=torch.long)).isfinite().all()
-    assert models.backbone(torch.randn(1, 9, 64).bfloat16()).std() > 0.1
     monkeypatch.delenv("VOXTRAL_CKPT", raising=False)
     with pytest.raises(SystemExit) as exit_info:
         generation.main(["--device", "cpu"])
     assert exit_info.value.code == 2
+
+
+def test_random_models_are_filled_to_the_last_buffer(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import generation
+    monkeypatch.setattr(generation, "full_params", small_params)
+    torch.use_deterministic_algorithms(True)  # memory that nothing was written to is NaN
+    try:
+        models = generation.random_models(torch.device("cpu"))
+        assert models.codec.decode(torch.zeros(1, 37, 2, dtype=torch.long)).isfinite().all()
+        assert models.backbone(torch.randn(1, 9, 64).bfloat16()).std() > 0.1
+    finally:
+        torch.use_deterministic_algorithms(False)
