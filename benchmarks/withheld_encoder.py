@@ -27,6 +27,7 @@ from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, l
 from voxtral.data import SAMPLE_RATE  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.evaluation import METRICS, load_samples  # noqa: E402
+from voxtral.inject import inject  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
 from voxtral.run import StopSignal, duration, environment, start_process  # noqa: E402
 from voxtral.scores import check_scores, not_measured  # noqa: E402
@@ -39,21 +40,22 @@ from withheld_runs import Run, band_limited, check_continues, train_until  # noq
 
 @dataclass(frozen=True)
 class Row:
-    """`changes`: keys of the config, and two of this benchmark's own:
+    """`changes`: keys of the config, and three of this benchmark's own:
     quantization  stochastic: the paper's 50/25/25, as train_encoder.py does; always: every clip, as serving does
     training_hz   24000: clips as they are; 16000: copies with nothing above 8 kHz, as upsampled 16 kHz speech has
+    start         fresh: as with the released checkpoint; true: the withheld encoder, to see whether training keeps it
     """
     what: str
     of: str        # the row that it changes; the two together show what the change does
     changes: str
 
 
-# a to d build the paper's recipe piece by piece, e to k change one thing of it. Commitment is in all: without it
+# a to d build the paper's recipe piece by piece, e to t change one thing of it. Commitment is in all: without it
 # nothing ties the semantic latent to the codebook. The paper's schedule of quantization is a piece as well: a and b
 # quantize always (no key of the config says so: train_run swaps the draws), c shows what the schedule is worth.
 ROWS = {
     "a": Row("reconstruction only", "", "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 "
-             "loss.diversity=0 loss.speaker=0 quantization=always training_hz=24000"),
+             "loss.diversity=0 loss.speaker=0 quantization=always training_hz=24000 start=fresh"),
     "b": Row("+ discriminators with feature matching", "a", "loss.feature=1"),
     "c": Row("+ stochastic quantization", "b", "quantization=stochastic"),
     "d": Row("+ ASR distillation: the paper's recipe", "c", "loss.asr=1"),
@@ -63,9 +65,11 @@ ROWS = {
     "h": Row("+ mel distance", "d", "loss.mel=1"),
     "i": Row("16 kHz speech", "d", "training_hz=16000"),
     "k": Row("ten times the commitment", "d", "loss.commit=1"),
+    "t": Row("started at the true encoder", "d", "start=true"),
     "best": Row("all cures together", "d", "loss.diversity=0.1 loss.speaker=1 loss.mel=1"),
 }
 SCORE_NAMES = ("mel", "stft", "estoi", "wer")
+TRUE_CHECKPOINT = "true_checkpoint"  # in OUTPUT: the stand-in with its true encoder, from which rows may start
 PROBE_STEPS = 30
 N_NAMED = 8  # speakers in a message, at most
 
@@ -90,12 +94,13 @@ def schedule(steps: int) -> list[str]:
 def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
     """The run and its config. Raises UserError."""
     changes = changes_of(row)
-    quantization, training_hz = changes.pop("quantization"), int(changes.pop("training_hz"))
+    quantization, training_hz, start = changes.pop("quantization"), int(changes.pop("training_hz")), changes.pop("start")
     # A stand-in's config will do: it names the speakers that the stand-in has not heard.
     loaded = load_config(StandinConfig, options.data, [*schedule(steps), *options.overrides,
                                                        *(f"{key}={value}" for key, value in changes.items())])
     config = EncoderConfig(**{field.name: getattr(loaded, field.name) for field in fields(EncoderConfig)})
-    config.checkpoint, config.output_dir, config.resume = options.standin, str(folder), True
+    config.checkpoint = options.standin if start == "fresh" else str(options.output / TRUE_CHECKPOINT)
+    config.output_dir, config.resume = str(folder), True
     config.seed, config.train.max_steps = seed, steps
     check_encoder_config(config)
     if not config.data.validation.speakers:
@@ -150,6 +155,9 @@ def benchmark(options) -> None:
 
     # ---- 2. the true and the untrained encoder ----
     options.output.mkdir(parents=True, exist_ok=True)
+    true_checkpoint = options.output / TRUE_CHECKPOINT
+    if not true_checkpoint.is_dir() and any(run.config.checkpoint == str(true_checkpoint) for run in runs):
+        inject(options.standin, options.withheld, output=true_checkpoint)
     process = start_process(native.device)
     judge = Judge(options, samples, native, process.device)
     audio_sec = options.steps * native.data.batch_size * native.train.accumulation * native.data.max_sec

@@ -324,6 +324,12 @@ def test_time_that_is_up_leaves_a_table(modules, command, tmp_path, capsys, monk
     assert "| true encoder |" in (tmp_path / "table.md").read_text().replace("|  |", "|", 1)
 
 
+def test_a_run_can_start_at_the_true_encoder(modules, command, tmp_path):
+    modules[0].main(command(tmp_path, "--rows", "t", "--seeds", "0", "--metrics", "mel", "optimizer.learning_rate=1e-9"))
+    values = report_of(tmp_path)["rows"]["t"]["values"]
+    assert values["levels_equal"]["mean"] > 0.97 and values["semantic_equal"]["mean"] > 0.9  # the checkpoint holds bf16
+
+
 def test_a_row_that_cannot_be_trained_is_told_by_the_probe(modules, command, tmp_path, capsys):
     message = refused(capsys, modules[0].main, command(tmp_path, "--rows", "a,d", "--seeds", "0", "asr.model=none.pt"))
     assert "row d cannot be trained" in message and "asr.model is 'none.pt'" in message

@@ -1,0 +1,209 @@
+"""How far do decoder and losses ask for the true encoder's codes at all? Three measurements that train no encoder.
+
+noise    The true latents, disturbed by so much of their own deviation: which agreement of the codes goes with which
+         nearness, and what does the sound tell of it?
+descent  No encoder: the latents of every clip start at the true ones and follow the gradient of the reconstruction
+         losses (loss.l1, loss.stft, loss.mel, loss.commit of the config) through the frozen decoder. If they walk away
+         from the true codes while the sound gets better, then sound alone does not tell which codes are the true ones.
+echo     The true encoder hears what the decoder makes of its own codes: how many come back? A trained encoder that was
+         taught by decoded clips with known codes is taught that, and not what the true one does with speech.
+
+Needs a stand-in checkpoint and its withheld encoder, minutes on two CPU cores. OUTPUT gets results.json, table.md and
+limits.png.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
+from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
+from voxtral.codec import VoxtralCodec, ceil_div, mask_samples  # noqa: E402
+from voxtral.config import EncoderConfig, StandinConfig, load_config  # noqa: E402
+from voxtral.data import Batch, validation_batches  # noqa: E402
+from voxtral.errors import UserError, one_sentence  # noqa: E402
+from voxtral.evaluation_report import markdown  # noqa: E402
+from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss  # noqa: E402
+from voxtral.metrics import code_agreement  # noqa: E402
+from voxtral.plots import save_figure  # noqa: E402
+from voxtral.run import cosine_with_warmup, environment, start_process  # noqa: E402
+from withheld_encoder import unseen_clips  # noqa: E402
+
+NOISE = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the deviation of every latent channel
+N_SHOWN = 6                         # points of a descent
+COLUMNS = {"mel": "mel ↓", "semantic_equal": "semantic =", "levels_equal": "levels =", "levels_within_1": "levels ±1",
+           "loss": "loss"}
+
+EXAMPLES = """examples:
+  # the embedded stand-in, its held-out synthetic voices
+  python benchmarks/code_limits.py --standin assets/standin --withheld assets/standin_withheld_encoder.safetensors \\
+      --data configs/demo.yaml
+
+  # a stand-in of your own, on people, with the losses that it was trained with (those of its config)
+  python benchmarks/code_limits.py --standin runs/standin_mid/released --data configs/standin_mid.yaml \\
+      --withheld runs/standin_mid/withheld_encoder.safetensors --eval /my/speech/eval.csv data.data_root=/my/speech
+"""
+
+
+class Limits:
+    """Batches of unseen clips, their true latents, and what other latents would be worth."""
+
+    def __init__(self, codec: VoxtralCodec, batches: list[Batch], config: EncoderConfig):
+        self.codec, self.config = codec, config
+        self.mel_distance = MelDistance(codec.params.sampling_rate).to(codec.audio_embedding.device)
+        self.batches = [batch.to(codec.audio_embedding.device) for batch in batches]
+        self.frames = [ceil_div(batch.lengths, codec.params.frame_size) for batch in self.batches]
+        self.true = [self.encode(batch.waveform, batch.lengths) for batch in self.batches]
+        together = torch.cat([latent.transpose(1, 2)[self.valid(i)] for i, latent in enumerate(map(self.squash, self.true))])
+        self.deviation = together.std(dim=0)[:, None]  # [latent_dim, 1], as the decoder sees them
+
+    @torch.no_grad()
+    def encode(self, waveform: Tensor, lengths: Tensor) -> Tensor:
+        return self.codec.encode_latent(waveform, lengths).float()
+
+    def valid(self, i: int) -> Tensor:
+        """[B, L]: frames of batch i that are not padding."""
+        return torch.arange(self.true[i].shape[-1], device=self.frames[i].device) < self.frames[i][:, None]
+
+    def squash(self, latent: Tensor) -> Tensor:
+        """What the decoder sees of a latent that nothing quantizes."""
+        semantic = self.codec.params.semantic_dim
+        return torch.cat([latent[:, :semantic], latent[:, semantic:].tanh()], dim=1)
+
+    def unsquash(self, seen: Tensor) -> Tensor:
+        semantic = self.codec.params.semantic_dim
+        return torch.cat([seen[:, :semantic], seen[:, semantic:].clamp(-0.9999, 0.9999).atanh()], dim=1)
+
+    @torch.no_grad()
+    def measure(self, latents: list[Tensor]) -> dict[str, float]:
+        """COLUMNS but the loss: mean over clips for the sound, over frames for the codes."""
+        sums, n_clips, n_frames = dict.fromkeys(("mel", "semantic_equal", "levels_equal", "levels_within_1"), 0.0), 0, 0
+        for batch, latent, true, frames in zip(self.batches, latents, self.true, self.frames):
+            codes = self.codec.quantizer.encode(latent)
+            decoded = self.codec.decode(codes)[..., :batch.waveform.shape[-1]].float()
+            sums["mel"] += len(frames) * self.mel_distance(decoded, batch.waveform, batch.lengths).item()
+            for name, value in code_agreement(codes, self.codec.quantizer.encode(true), frames).items():
+                sums[name] += frames.sum().item() * value.item()
+            n_clips, n_frames = n_clips + len(frames), n_frames + frames.sum().item()
+        return {name: value / (n_clips if name == "mel" else n_frames) for name, value in sums.items()}
+
+    def loss(self, i: int, latent: Tensor) -> Tensor:
+        """The reconstruction losses of the config at step 0, nothing quantized, clips weighing alike whatever the batch."""
+        batch, weights, semantic = self.batches[i], self.config.loss, self.codec.params.semantic_dim
+        decoded = self.codec.decode_latent(self.squash(latent))[..., :batch.waveform.shape[-1]].float()
+        decoded = mask_samples(decoded, batch.lengths)
+        quantized = self.codec.quantizer.decode(self.codec.quantizer.encode(latent.detach()))[:, :semantic]
+        losses = {"l1": lambda: l1_loss(decoded, batch.waveform, batch.lengths),
+                  "stft": lambda: stft_loss(decoded, batch.waveform, batch.lengths, self.config.train.stft_fft_sizes),
+                  "mel": lambda: self.mel_distance(decoded, batch.waveform, batch.lengths),
+                  "commit": lambda: commitment_loss(latent[:, :semantic], quantized, self.frames[i])}
+        return sum(getattr(weights, name) * loss() for name, loss in losses.items() if getattr(weights, name))
+
+    # ------------------------------------------------------------ the three measurements
+
+    def noise(self) -> list[dict]:
+        generator = torch.Generator().manual_seed(0)
+        rows = []
+        for share in (0.0, *NOISE):
+            latents = [self.unsquash(self.squash(true) + share * self.deviation * torch.randn(true.shape, generator=generator)
+                                     .to(true.device)) if share else true for true in self.true]
+            rows.append({"measurement": "noise", "at": share} | self.measure(latents))
+        return rows
+
+    def descent(self, steps: int, learning_rate: float) -> list[dict]:
+        latents = [true.clone().requires_grad_() for true in self.true]
+        optimizer = torch.optim.Adam(latents, lr=learning_rate)
+        shown = {round(steps * i / N_SHOWN) for i in range(N_SHOWN + 1)}
+        rows, n_clips = [], sum(len(batch.lengths) for batch in self.batches)
+        for step in range(steps + 1):
+            optimizer.zero_grad()
+            total = 0.0
+            for i, latent in enumerate(latents):
+                loss = len(latent) * self.loss(i, latent)  # every clip's latents follow the gradient of its own loss
+                loss.backward()
+                total += loss.item()
+            if step in shown:
+                rows.append({"measurement": "descent", "at": step} | self.measure([latent.detach() for latent in latents])
+                            | {"loss": total / n_clips})
+                print(f"descent, step {step}: " + "  ".join(f"{COLUMNS[name]} {rows[-1][name]:.3f}" for name in COLUMNS), flush=True)
+            optimizer.param_groups[0]["lr"] = learning_rate * cosine_with_warmup(step, 0, steps)
+            optimizer.step()
+        return rows
+
+    @torch.no_grad()
+    def echo(self) -> list[dict]:
+        again = [self.encode(mask_samples(self.codec.decode(self.codec.quantizer.encode(true)), batch.lengths)[..., :batch.waveform.shape[-1]],
+                             batch.lengths) for true, batch in zip(self.true, self.batches)]
+        return [{"measurement": "echo", "at": 1} | self.measure(again)]
+
+
+def table(rows: list[dict]) -> str:
+    names = {"noise": "noise, of the deviation", "descent": "descent, step", "echo": "echo"}
+    lines = [[names[row["measurement"]], f"{row['at']:g}", f"{row['mel']:.3f}",
+              *(f"{row[name]:.1%}" for name in ("semantic_equal", "levels_equal", "levels_within_1")),
+              f"{row['loss']:.3f}" if "loss" in row else ""] for row in rows]
+    return markdown(["", "at", *COLUMNS.values()], lines)
+
+
+def figure_of(rows: list[dict]) -> Figure:
+    """Agreement with the true codes against noise and along the descent; the mel distance beside it."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axis, (name, label) in zip(figure.subplots(1, 2), (("noise", "noise, of the latents' deviation"),
+                                                           ("descent", "step of the descent from the true latents"))):
+        chosen = [row for row in rows if row["measurement"] == name]
+        for column in ("semantic_equal", "levels_equal", "levels_within_1"):
+            axis.plot([row["at"] for row in chosen], [row[column] for row in chosen], marker="o", markersize=3, label=COLUMNS[column])
+        axis.set_xlabel(label)
+        axis.set_ylabel("share of the true codes")
+        axis.set_ylim(0, 1.02)
+        axis.grid(alpha=0.3)
+        beside = axis.twinx()
+        beside.plot([row["at"] for row in chosen], [row["mel"] for row in chosen], color="black", linestyle="--", label="mel distance")
+        beside.set_ylim(0, 1.3 * max(row["mel"] for row in rows))
+        beside.set_ylabel("mel distance (dashed)")
+        axis.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--standin", metavar="DIR", required=True, help="checkpoint without encoder (make_standin.py)")
+    parser.add_argument("--withheld", metavar="FILE", required=True, help="its true encoder")
+    parser.add_argument("--data", metavar="CONFIG", required=True,
+                        help="YAML of train_encoder.py or make_standin.py: held-out speakers, data.max_sec, losses")
+    parser.add_argument("--eval", metavar="WHAT", help="other speech to measure on: a folder, a manifest or a config")
+    parser.add_argument("--clips", metavar="N", type=int, default=32, help="spread over the speakers (default: %(default)s)")
+    parser.add_argument("--steps", metavar="N", type=int, default=120, help="of the descent (default: %(default)s)")
+    parser.add_argument("--learning-rate", metavar="R", type=float, default=0.02, help="of the descent (default: %(default)s)")
+    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/code_limits"), help="(default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config of --data")
+    options = parser.parse_intermixed_args(arguments)
+    with one_sentence():
+        for name, value in (("--clips", options.clips), ("--steps", options.steps)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be 1 or more.")
+        config = load_config(StandinConfig, options.data, options.overrides)
+        if not any(getattr(config.loss, name) for name in ("l1", "stft", "mel")):
+            raise UserError(f"{options.data}: the descent needs loss.l1, loss.stft or loss.mel.")
+        batches = validation_batches(unseen_clips(options, config.data), config.data)
+        process = start_process(config.device)
+        codec = VoxtralCodec.from_checkpoint(options.standin)
+        file = SafetensorsFile(options.withheld)
+        codec.load_encoder(file.read(file.entries), options.withheld)
+        limits = Limits(codec.to(process.device).requires_grad_(False), batches, config)
+        options.output.mkdir(parents=True, exist_ok=True)
+        rows = [*limits.noise(), *limits.descent(options.steps, options.learning_rate), *limits.echo()]
+        report = environment(process) | {"clips": sum(len(batch.lengths) for batch in batches), "rows": rows,
+                                         "options": {name: str(value) for name, value in vars(options).items()}}
+        write_text(options.output / "results.json", json.dumps(report, indent=2) + "\n")
+        write_text(options.output / "table.md", table(rows))
+        save_figure(figure_of(rows), options.output / "limits.png")
+        print(f"\n{table(rows)}\n{report['clips']} clips; written to {options.output}/")
+
+
+if __name__ == "__main__":
+    main()
