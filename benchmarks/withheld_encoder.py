@@ -5,20 +5,25 @@ an encoder against that stand-in, from the same random start, on the same crops 
 train_encoder.py's own loop. Then it is measured as evaluate.py measures, on speakers that neither it nor the stand-in
 has heard. What counts is how many codes equal the true encoder's: codes are what the language model sees.
 
-Each run is a process of its own and survives a kill: --resume goes on with it, and skips what is finished. OUTPUT gets
-results.json, table.md and curves.png, new after every run, and a folder per run with its encoder, log and metrics.
+Each run is a process of its own, one on each GPU at a time. It survives a kill: --resume goes on with it, and skips what
+is finished. OUTPUT gets results.json, table.md and curves.png, new after every run, and a folder per run with its
+encoder, log and metrics.
 """
 import argparse
 import json
 import math
 import shutil
 import sys
+import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from multiprocessing import forkserver
 from pathlib import Path
+
+import torch
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]  # also in the processes that it starts
 from evaluate import choose_clips, finite  # noqa: E402
@@ -167,6 +172,8 @@ def benchmark(options) -> None:
 
     # ---- 3. the plan ----
     stop, failed = StopSignal(), {}
+    n_gpus = torch.cuda.device_count() if process.device.type == "cuda" else 1
+    at_once = options.at_once or n_gpus
     waiting = [run for run in runs if not run.encoder.exists()]
     print(f"{len(options.rows)} rows × {len(options.seeds)} seeds: {len(runs)} runs of {options.steps} steps, "
           f"{audio_sec / 3600:.2f} h of audio each; {len(runs) - len(waiting)} are finished")
@@ -176,27 +183,36 @@ def benchmark(options) -> None:
     run_sec = probe(options, waiting, deadline, stop) if waiting and time.monotonic() < deadline else 0.0
     if run_sec:
         limit = f" of {duration(60 * options.minutes)}" if options.minutes < math.inf else ""
-        print(f"estimate: {duration(len(waiting) * (run_sec + judge.seconds))} for {len(waiting)} runs, if all were as "
-              f"slow as this row; {duration(time.monotonic() - started)}{limit} are gone", flush=True)
+        print(f"estimate: {duration(len(waiting) * (run_sec + judge.seconds) / at_once)} for {len(waiting)} runs, "
+              f"{at_once} at a time, if all were as slow as this row; {duration(time.monotonic() - started)}{limit} are gone",
+              flush=True)
 
-    # ---- 4. train and measure, one run after the other ----
-    took = {}
-    for run in waiting:
-        expected_sec = took.get(run.row, run_sec) + judge.seconds
-        if stop.received or time.monotonic() + expected_sec > deadline:
-            continue  # a quicker one may still fit
-        began = time.monotonic()
-        code = train_until(run, deadline, stop)
-        if run.encoder.exists():
-            took[run.row] = time.monotonic() - began
-            values = numbers_of(judge.of_run(run))
-            shown = "  ".join(f"{COLUMNS[name]} {value:.4g}" for name, value in values.items())
-            print(f"{run.name}: {took[run.row]:.0f} s, {run.step_ms():.0f} ms a step  {shown}", flush=True)
-        elif code:
-            failed[run.name] = (f"killed by signal {-code}; --resume goes on with it" if code < 0
-                                else f"{run.last_words()} ({run.folder}/log.txt)")
-            print(f"{run.name}: {failed[run.name]}", flush=True)
-        write_results(options, runs, judge, failed, about)
+    # ---- 4. train and measure ----
+    took, measuring = {}, threading.Lock()
+
+    def work(worker: int) -> None:
+        while waiting:
+            run = waiting.pop(0)
+            expected_sec = took.get(run.row, run_sec) + judge.seconds
+            if stop.received or time.monotonic() + expected_sec > deadline:
+                continue  # a quicker one may still fit
+            began = time.monotonic()
+            code = train_until(run, deadline, stop, worker % n_gpus)
+            ran_sec = time.monotonic() - began
+            with measuring:
+                if run.encoder.exists():
+                    took[run.row] = ran_sec
+                    values = numbers_of(judge.of_run(run))
+                    shown = "  ".join(f"{COLUMNS[name]} {value:.4g}" for name, value in values.items())
+                    print(f"{run.name}: {ran_sec:.0f} s, {run.step_ms():.0f} ms a step  {shown}", flush=True)
+                elif code:
+                    failed[run.name] = (f"killed by signal {-code}; --resume goes on with it" if code < 0
+                                        else f"{run.last_words()} ({run.folder}/log.txt)")
+                    print(f"{run.name}: {failed[run.name]}", flush=True)
+                write_results(options, runs, judge, failed, about)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(work, range(at_once)))
 
     # ---- 5. the table ----
     text = write_results(options, runs, judge, failed, about)
@@ -213,7 +229,7 @@ def probe(options, waiting: list[Run], deadline: float, stop: StopSignal) -> flo
     shutil.rmtree(folder, ignore_errors=True)
     run = make_run(options, slowest.row, slowest.seed, PROBE_STEPS, folder)
     began = time.monotonic()
-    train_until(run, deadline, stop)
+    train_until(run, deadline, stop, gpu=0)
     seconds = time.monotonic() - began
     if stop.received or time.monotonic() > deadline:
         return 0.0
@@ -286,6 +302,8 @@ def main(arguments=None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on in OUTPUT; finished runs are skipped")
     parser.add_argument("--minutes", metavar="M", type=float, default=math.inf,
                         help="stop then: a run that would not be ready is not begun, one that is not ready is saved")
+    parser.add_argument("--at-once", metavar="N", type=int, help="runs at a time, each on its GPU (default: one a GPU; "
+                                                                 "ms per step is that of a run that shares the machine)")
     parser.add_argument("--metrics", metavar="NAME,...", default=",".join(SCORE_NAMES),
                         help="scores of evaluate.py (default: %(default)s); codes are compared always")
     parser.add_argument("--whisper", metavar="MODEL", default="base",
@@ -306,7 +324,8 @@ def main(arguments=None) -> None:
                 raise UserError(f"--seeds: '{seed}' is no number; write them as 0,1,2.")
         options.seeds = list(map(int, options.seeds))
         for name, value, least in (("--steps", options.steps, 1), ("--clips", options.clips, 1),
-                                   ("--minutes", options.minutes, 0), ("--max-sec", options.max_sec, 0.1)):
+                                   ("--at-once", options.at_once or 1, 1), ("--minutes", options.minutes, 0),
+                                   ("--max-sec", options.max_sec, 0.1)):
             if not value >= least:
                 raise UserError(f"{name} is {value}; it must be {least} or more.")
         check_scores(options.metrics)

@@ -97,12 +97,14 @@ def flat(settings: dict, prefix: str = "") -> dict:
 
 # ---------------------------------------------------------------- the process of a run
 
-def train_run(run: Run) -> None:
-    """Trains to the end or to a SIGTERM, from where the run was.
+def train_run(run: Run, gpu: int) -> None:
+    """Trains to the end or to a SIGTERM, from where the run was, on the GPU of this number where there is one.
 
     Of a finished run the last average of the weights is kept: `best` is chosen by the mel distance, and may have heard
     less audio than the encoders that it is compared with.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # CUDA has not been started in this process yet
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     run.folder.mkdir(parents=True, exist_ok=True)
     log = os.open(run.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):  # also what C libraries say
@@ -132,10 +134,11 @@ def always_quantized(seed: int, batch_size: int, acoustic_dim: int, n_frames: in
                              torch.zeros(batch_size, acoustic_dim, n_frames, device=device))
 
 
-def train_until(run: Run, deadline: float, stop: StopSignal) -> int:
-    """Trains `run` in a new process, which is told to save and stop at `deadline` or with `stop`; -> its exit code."""
+def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
+    """Trains `run` on a GPU in a new process, which is told to save and stop at `deadline` or with `stop`; -> its exit
+    code."""
     # From a server that has imported everything and never touched a GPU: starts at once, and CUDA can be used in it.
-    child = multiprocessing.get_context("forkserver").Process(target=train_run, args=(run,))
+    child = multiprocessing.get_context("forkserver").Process(target=train_run, args=(run, gpu))
     child.start()
     told = False
     while child.is_alive():

@@ -276,12 +276,12 @@ def test_a_stopped_and_killed_run_goes_on_to_the_same_encoder(modules, command, 
     monkeypatch.setattr(benchmark, "probe", lambda *_: 1.0)
     checkpoints = output / "a_seed0" / "checkpoints"
 
-    def stopped(run, deadline, stop):
-        return train_until(run, deadline, StopAt(run.folder / "metrics.jsonl"))
+    def stopped(run, deadline, stop, gpu):
+        return train_until(run, deadline, StopAt(run.folder / "metrics.jsonl"), gpu)
 
-    def killed(run, deadline, stop):
+    def killed(run, deadline, stop, gpu):
         kill_at(run.folder / "samples" / "step_00000006")
-        return train_until(run, deadline, stop)
+        return train_until(run, deadline, stop, gpu)
 
     monkeypatch.setattr(benchmark, "train_until", stopped)
     benchmark.main(command(output, "--rows", "a", "--seeds", "0"))
@@ -322,6 +322,42 @@ def test_time_that_is_up_leaves_a_table(modules, command, tmp_path, capsys, monk
     assert "2 of 2 runs are not finished" in capsys.readouterr().out
     assert list(report_of(tmp_path)["not_finished"]) == ["a, seed 0", "best, seed 0"]
     assert "| true encoder |" in (tmp_path / "table.md").read_text().replace("|  |", "|", 1)
+
+
+def test_two_runs_at_once_train_the_same_encoders(modules, command, whole, tmp_path, monkeypatch):
+    benchmark, train_until, asked, both = modules[0], modules[1].train_until, [], threading.Barrier(2, timeout=60)
+
+    def together(run, deadline, stop, gpu):
+        if run.folder.name != "probe":
+            asked.append((run.row, gpu))
+            if len(asked) <= 2:
+                both.wait()  # the second run begins before the first one ends
+        return train_until(run, deadline, stop, gpu)
+    monkeypatch.setattr(benchmark, "train_until", together)
+    benchmark.main(command(tmp_path, "--rows", "a,c,i", "--seeds", "0", "--at-once", "2"))
+    assert sorted(asked) == [("a", 0), ("c", 0), ("i", 0)]  # there is one device
+    assert (tmp_path / "a_seed0" / "encoder.safetensors").read_bytes() == (whole[0] / "a_seed0" / "encoder.safetensors").read_bytes()
+    one, other = (report_of(folder)["rows"] for folder in (whole[0], tmp_path))
+    for row in one:
+        assert one[row]["values"]["mel"] == other[row]["values"]["mel"]
+
+
+def test_each_run_sees_its_gpu_only(modules, monkeypatch, tmp_path):
+    runs = modules[1]
+    monkeypatch.setattr(runs.train_encoder, "train", lambda *_: None)
+    monkeypatch.setattr(runs.threading, "Thread", lambda **_: type("Idle", (), {"start": lambda self: None})())
+    monkeypatch.setattr(runs.os, "dup2", lambda *_: None)
+
+    class Asked:
+        row, seed, quantization, folder = "a", 0, "stochastic", tmp_path
+        config = type("Config", (), {"device": "cpu", "train": type("Train", (), {"max_steps": 1})})
+    for visible, gpu, expected in ((None, 1, "1"), ("", 0, "0"), ("4,7", 1, "7"), ("4,7", 0, "4")):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        runs.train_run(Asked, gpu)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
 def test_a_run_can_start_at_the_true_encoder(modules, command, tmp_path):
