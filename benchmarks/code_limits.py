@@ -1,4 +1,7 @@
-"""How far do decoder and losses ask for the true encoder's codes at all? Three measurements that train no encoder.
+"""How far do decoder and losses ask for the true encoder's codes at all? Four measurements that train no encoder.
+
+shuffle  The true codes, but the semantic ones, or the acoustic ones, taken from other frames: what does the decoder make
+         of each? Codes that it hardly hears cannot be found by listening to it.
 
 noise    The true latents, disturbed by so much of their own deviation: which agreement of the codes goes with which
          nearness, and what does the sound tell of it?
@@ -103,7 +106,19 @@ class Limits:
                   "commit": lambda: commitment_loss(latent[:, :semantic], quantized, self.frames[i])}
         return sum(getattr(weights, name) * loss() for name, loss in losses.items() if getattr(weights, name))
 
-    # ------------------------------------------------------------ the three measurements
+    # ------------------------------------------------------------ the four measurements
+
+    def shuffle(self) -> list[dict]:
+        generator, semantic = torch.Generator().manual_seed(0), self.codec.params.semantic_dim
+        rows = []
+        for name, part in (("semantic", slice(None, semantic)), ("acoustic", slice(semantic, None))):
+            latents = [true.clone() for true in self.true]
+            for i, latent in enumerate(latents):
+                values = latent[:, part].transpose(1, 2)  # a view of [B, L, channels]
+                chosen = values[self.valid(i)]
+                values[self.valid(i)] = chosen[torch.randperm(len(chosen), generator=generator).to(chosen.device)]
+            rows.append({"measurement": f"{name} codes shuffled", "at": 1} | self.measure(latents))
+        return rows
 
     def noise(self) -> list[dict]:
         generator = torch.Generator().manual_seed(0)
@@ -142,8 +157,8 @@ class Limits:
 
 
 def table(rows: list[dict]) -> str:
-    names = {"noise": "noise, of the deviation", "descent": "descent, step", "echo": "echo"}
-    lines = [[names[row["measurement"]], f"{row['at']:g}", f"{row['mel']:.3f}",
+    names = {"noise": "noise, of the deviation", "descent": "descent, step"}
+    lines = [[names.get(row["measurement"], row["measurement"]), f"{row['at']:g}", f"{row['mel']:.3f}",
               *(f"{row[name]:.1%}" for name in ("semantic_equal", "levels_equal", "levels_within_1")),
               f"{row['loss']:.3f}" if "loss" in row else ""] for row in rows]
     return markdown(["", "at", *COLUMNS.values()], lines)
@@ -196,7 +211,7 @@ def main(arguments=None) -> None:
         codec.load_encoder(file.read(file.entries), options.withheld)
         limits = Limits(codec.to(process.device).requires_grad_(False), batches, config)
         options.output.mkdir(parents=True, exist_ok=True)
-        rows = [*limits.noise(), *limits.descent(options.steps, options.learning_rate), *limits.echo()]
+        rows = [*limits.shuffle(), *limits.noise(), *limits.descent(options.steps, options.learning_rate), *limits.echo()]
         report = environment(process) | {"clips": sum(len(batch.lengths) for batch in batches), "rows": rows,
                                          "options": {name: str(value) for name, value in vars(options).items()}}
         write_text(options.output / "results.json", json.dumps(report, indent=2) + "\n")

@@ -62,6 +62,19 @@ def test_a_descent_lowers_the_loss_and_starts_at_the_true_codes(limits):
     assert limits.noise()[0]["levels_equal"] == 1  # the true latents are where they were
 
 
+def test_shuffling_moves_one_kind_of_codes_and_keeps_all_of_them(limits, monkeypatch):
+    semantic, acoustic = limits.shuffle()
+    assert semantic["levels_equal"] == 1 > semantic["semantic_equal"]
+    assert acoustic["semantic_equal"] == 1 > acoustic["levels_equal"]
+    assert acoustic["mel"] > semantic["mel"]  # of this stand-in: nothing but sound has taught it what codes mean
+    seen = []
+    monkeypatch.setattr(limits, "measure", lambda latents: seen.append(latents) or {})
+    limits.shuffle()
+    valid = limits.valid(0)
+    before, after = (latents[0].transpose(1, 2)[valid][:, 0].sort().values for latents in (limits.true, seen[0]))
+    assert torch.equal(before, after)
+
+
 def test_padding_decides_nothing(limits):
     def with_tail(value):
         return [latent.masked_fill(~limits.valid(i)[:, None], value) for i, latent in enumerate(limits.true)]
@@ -84,7 +97,8 @@ def test_echo_is_what_encoding_the_decoded_clip_says(limits):
 def test_command(code_limits, tmp_path, capsys):
     code_limits.main([*COMMAND, "--output", str(tmp_path), "--clips", "2", "--steps", "6"])
     report = json.loads((tmp_path / "results.json").read_text())
-    assert [row["measurement"] for row in report["rows"]] == ["noise"] * 6 + ["descent"] * 7 + ["echo"]
+    assert [row["measurement"] for row in report["rows"]] == ["semantic codes shuffled", "acoustic codes shuffled", *["noise"] * 6,
+                                                                     *["descent"] * 7, "echo"]
     assert report["clips"] == 2 and (tmp_path / "limits.png").stat().st_size > 5000
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n") == 2 + len(report["rows"])
