@@ -1,0 +1,63 @@
+"""benchmarks/on_gpus.sh: which commands it runs where, and that their settings are ones that exist."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, load_config
+
+ROOT = Path(__file__).parents[1]
+STUB = """#!{python}
+import json, os, sys
+if sys.argv[1] == "-c":
+    print({gpus})
+else:
+    with open("{calls}", "a") as file:
+        file.write(json.dumps([os.environ["CUDA_VISIBLE_DEVICES"], *sys.argv[1:]]) + "\\n")
+    sys.exit("test" in sys.argv[1])
+"""
+
+
+def calls_of(tmp_path, gpus) -> list[list[str]]:
+    """[GPUs, arguments...] of every command, and parts.txt checked against their number."""
+    (tmp_path / "speech").mkdir()
+    for name in ("train.csv", "eval.csv"):
+        (tmp_path / "speech" / name).write_text("path,speaker\n")
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text(STUB.format(python=sys.executable, gpus=gpus, calls=tmp_path / "calls"))
+        (tmp_path / name).chmod(0o755)
+    subprocess.run([ROOT / "benchmarks/on_gpus.sh", "speech", "base", "out"], cwd=tmp_path, check=True, timeout=60,
+                   env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True)
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    parts = (tmp_path / "out" / "parts.txt").read_text().splitlines()
+    assert len(parts) == len(calls) and len({part.split(":")[0] for part in parts}) == len(parts)
+    return calls
+
+
+def test_settings_exist_and_both_gpus_are_used(tmp_path):
+    calls = calls_of(tmp_path, 2)
+    assert {call[0] for call in calls} == {"0", "1", "0,1"}
+    scripts = [next(word for word in call[1:] if word.endswith(".py") or word == "pytest") for call in calls]
+    assert {Path(script).stem for script in scripts} == {"make_standin", "train_encoder", "train_step", "withheld_encoder",
+                                                        "code_limits", "pytest"}
+    for call, script in zip(calls, scripts):
+        overrides = [word for word in call if "=" in word and word.split("=")[0] not in ("batch", "seconds")]
+        if script in ("train_encoder.py", "benchmarks/train_step.py"):
+            check_encoder_config(load_config(EncoderConfig, ROOT / "configs/encoder.yaml", overrides))
+        elif overrides:
+            check_encoder_config(load_config(StandinConfig, ROOT / "configs/standin_mid.yaml", overrides))
+            assert f"data.data_root={tmp_path / 'speech'}" in overrides  # wherever the script was called from
+
+
+def test_one_gpu_does_all_but_two_processes(tmp_path):
+    calls = calls_of(tmp_path, 1)
+    assert {call[0] for call in calls} == {"0"} and not any("--nproc-per-node" in call for call in calls)
+
+
+@pytest.mark.parametrize("arguments, words", [([], "usage"), (["x", "base", "out"], "x: there must be train.csv")])
+def test_mistakes(tmp_path, arguments, words):
+    done = subprocess.run([ROOT / "benchmarks/on_gpus.sh", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out").exists()
