@@ -32,6 +32,7 @@ from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, collate,
 from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
 from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebook_scale, commitment_loss, diversity_loss,
                             l1_loss, stft_loss)
+from voxtral.matching import CodeMatching, known_codes
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run, save_figure, spectrogram_figure
 from voxtral.quantizer import QuantizationDraws
@@ -109,6 +110,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     discriminators = Discriminators(config.discriminator).to(process.device) if weights["feature"] else None
     mel_distance = MelDistance(params.sampling_rate).to(process.device)
     balancer = Balancer(config.balancer.decay) if config.balancer.enabled else None
+    known, bad_codes = known_codes(config.match.codes, params) if weights["match"] else (None, [])
+    matching = CodeMatching(known, codec.quantizer, process.device) if known else None
     model = TrainingModel(codec, teacher.width if teacher else None).to(process.device).train()
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
     beside = SideStream(process.device)
@@ -149,7 +152,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     # ---- 6. run folder, resuming -----------------------------------------------------------------------------------
     run = RunFolder(config.output_dir, config, process, config.resume)
     stateful = {"model": model, "averaged": averaged, "discriminators": discriminators, "optimizer": optimizer,
-                "discriminator_optimizer": discriminator_optimizer, "balancer": balancer}
+                "discriminator_optimizer": discriminator_optimizer, "balancer": balancer, "matching": matching}
     stateful = {name: part for name, part in stateful.items() if part is not None}
     start_step, best = run.restore(stateful) if config.resume and run.latest() else (0, math.inf)
     if process.is_main:
@@ -161,7 +164,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     log.say(f"{len(train_clips)} training clips, {len(validation_clips)} validation clips, {per_epoch:.1f} steps per epoch; "
             f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {process.device}; "
             f"steps {start_step} to {max_steps} in {run.path}")
-    bad_clips.add(fixed[0].bad)
+    bad_clips.add([*fixed[0].bad, *bad_codes])
 
     # ---- 7. the pieces of a step -----------------------------------------------------------------------------------
     def waveform_losses(names, reconstruction, target, lengths):
@@ -174,6 +177,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         semantic = output.latent[:, :params.semantic_dim]
         functions = {"commit": lambda: commitment_loss(semantic, output.semantic_quantized, frames),
                      "diversity": lambda: diversity_loss(semantic, codec.quantizer.semantic_codebook.embedding, scale, frames)}
+        if matching:
+            functions["match"] = lambda: matching(output, frames)
         return {name: functions[name]() for name in names if name in functions}
 
     def micro_step(step: int, micro: int, batch: Batch, log_zero_weights: bool) -> tuple[dict, CodecOutput, torch.Tensor]:

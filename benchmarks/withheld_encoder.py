@@ -28,6 +28,8 @@ import torch
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]  # also in the processes that it starts
 from evaluate import choose_clips, finite  # noqa: E402
 from voxtral.checkpoint import write_text  # noqa: E402
+from voxtral.clips import resynthesize  # noqa: E402
+from voxtral.codec import VoxtralCodec  # noqa: E402
 from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, load_config  # noqa: E402
 from voxtral.data import SAMPLE_RATE  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
@@ -37,7 +39,7 @@ from voxtral.plots import save_figure  # noqa: E402
 from voxtral.run import StopSignal, duration, environment, start_process  # noqa: E402
 from voxtral.scores import check_scores, not_measured  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation  # noqa: E402
-from withheld_report import COLUMNS, Judge, change_of, curves_figure, numbers_of, results_of, table  # noqa: E402
+from withheld_report import COLUMNS, Judge, change_of, curves_figure, numbers_of, read_tensors, results_of, table  # noqa: E402
 from withheld_runs import Run, band_limited, check_continues, train_until  # noqa: E402
 
 
@@ -60,7 +62,7 @@ class Row:
 # quantize always (no key of the config says so: train_run swaps the draws), c shows what the schedule is worth.
 ROWS = {
     "a": Row("reconstruction only", "", "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 "
-             "loss.diversity=0 loss.speaker=0 quantization=always training_hz=24000 start=fresh"),
+             "loss.diversity=0 loss.speaker=0 loss.match=0 quantization=always training_hz=24000 start=fresh"),
     "b": Row("+ discriminators with feature matching", "a", "loss.feature=1"),
     "c": Row("+ stochastic quantization", "b", "quantization=stochastic"),
     "d": Row("+ ASR distillation: the paper's recipe", "c", "loss.asr=1"),
@@ -70,11 +72,14 @@ ROWS = {
     "h": Row("+ mel distance", "d", "loss.mel=1"),
     "i": Row("16 kHz speech", "d", "training_hz=16000"),
     "k": Row("ten times the commitment", "d", "loss.commit=1"),
+    "l": Row("learning rate 1e-3", "d", "optimizer.learning_rate=0.001"),
+    "m": Row("+ statistics of known codes", "d", "loss.match=0.3"),
     "t": Row("started at the true encoder", "d", "start=true"),
-    "best": Row("all cures together", "d", "loss.diversity=0.1 loss.speaker=1 loss.mel=1"),
+    "best": Row("what helps, together", "d", "loss.mel=1 loss.match=0.3 loss.commit=1"),
 }
 SCORE_NAMES = ("mel", "stft", "estoi", "wer")
 TRUE_CHECKPOINT = "true_checkpoint"  # in OUTPUT: the stand-in with its true encoder, from which rows may start
+KNOWN_CODES = "known_codes"          # in OUTPUT: codes of the preset voices, for loss.match
 PROBE_STEPS = 30
 N_NAMED = 8  # speakers in a message, at most
 
@@ -107,6 +112,7 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
     config.checkpoint = options.standin if start == "fresh" else str(options.output / TRUE_CHECKPOINT)
     config.output_dir, config.resume = str(folder), True
     config.seed, config.train.max_steps = seed, steps
+    config.match.codes = str(options.output / KNOWN_CODES) if config.loss.match else None
     check_encoder_config(config)
     if not config.data.validation.speakers:
         raise UserError(f"{options.data}: data.validation.speakers is empty; name the speakers that neither the "
@@ -114,6 +120,18 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
     if training_hz != SAMPLE_RATE:
         config.data = band_limited(config.data, options.output / "band_limited")
     return Run(row, seed, config, quantization)
+
+
+def write_known_codes(options, data: DataConfig) -> None:
+    """What the true encoder makes of the training speech of the preset voices (of all voices, if the config names no
+    presets), written once: codes as a language model of this codec would speak them."""
+    folder = options.output / KNOWN_CODES
+    if not (folder / "manifest.jsonl").is_file():
+        presets = load_config(StandinConfig, options.data, options.overrides).standin.voices.values()
+        clips = [clip for source in split_validation(find_clips(data)[0], data.validation)[0] for clip in source]
+        codec = VoxtralCodec.from_checkpoint(options.standin)
+        codec.load_encoder(read_tensors(options.withheld), options.withheld)
+        resynthesize(codec, [clip for clip in clips if not presets or clip.speaker in presets], folder, options.max_sec)
 
 
 def unseen_clips(options, data: DataConfig) -> list[Clip]:
@@ -163,6 +181,8 @@ def benchmark(options) -> None:
     true_checkpoint = options.output / TRUE_CHECKPOINT
     if not true_checkpoint.is_dir() and any(run.config.checkpoint == str(true_checkpoint) for run in runs):
         inject(options.standin, options.withheld, output=true_checkpoint)
+    if any(run.config.loss.match for run in runs):
+        write_known_codes(options, native.data)
     process = start_process(native.device)
     judge = Judge(options, samples, native, process.device)
     audio_sec = options.steps * native.data.batch_size * native.train.accumulation * native.data.max_sec

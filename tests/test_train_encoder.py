@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -57,23 +58,28 @@ def settings(tmp_path_factory, whisper_checkpoint, speaker_checkpoint):
         shutil.copy(path, folder / "speech")
     audio, rate = soundfile.read(SPEECH[0])
     soundfile.write(folder / "speech" / "short.wav", audio[rate // 2:rate * 4 // 5], rate)  # 0.3 s: padded, masked
+    (folder / "coded").mkdir()
+    codes = np.random.default_rng(0).integers(8, 13, (37, 40))
+    np.save(folder / "coded" / "0.npy", codes.astype(np.int16))
+    (folder / "coded" / "manifest.jsonl").write_text('{"path": "0.flac", "codes": "0.npy"}\n')
     return {
         "checkpoint": str(folder / "checkpoint"), "device": "cpu", "seed": 3,
         "data": {"data_root": str(folder), "sources": [{"kind": "folder", "path": "speech"}],
                  "validation": {"clips": 2}, "batch_size": 2, "max_sec": 0.5, "num_workers": 0},
         "train": {"max_steps": 6, "precision": "fp32", "stft_fft_sizes": [256, 64], "ema_decay": 0.5, "n_samples": 1,
                   "log_every_steps": 1, "validate_every_steps": 3, "save_every_steps": 3, "keep_last": 1},
-        "optimizer": {"warmup_steps": 2, "learning_rate": 1e-3},
+        "optimizer": {"warmup_steps": 2, "learning_rate": 4e-3},
         "loss": {"l1": 1.0, "stft": 1.0, "mel": 1.0, "feature": 1.0, "asr": 1.0, "commit": 0.1, "diversity": 0.1,
-                 "speaker": 1.0},
+                 "speaker": 1.0, "match": 1e-3},
         "discriminator": {"fft_sizes": [78, 334], "channels": 2, "crop_sec": 0.3, "warmup_steps": 2},
         "asr": {"model": whisper_checkpoint, "language": "en", "context_sec": 1.26},
         "speaker": {"model": speaker_checkpoint},
+        "match": {"codes": str(folder / "coded")},
         "balancer": {"enabled": True},
     }
 
 
-ONLY_CHEAP = ["loss.feature=0", "loss.asr=0", "loss.speaker=0", "loss.mel=0", "loss.diversity=0",
+ONLY_CHEAP = ["loss.feature=0", "loss.asr=0", "loss.speaker=0", "loss.mel=0", "loss.diversity=0", "loss.match=0",
               "balancer.enabled=false"]
 
 
@@ -157,13 +163,13 @@ def test_every_loss_is_logged_at_every_step(whole):
         assert all(math.isfinite(value) for name, value in row.items() if isinstance(value, float))
         assert row["grad/encoder"] > 0 and row["grad/discriminator"] > 0
     assert [row["optimizer/learning_rate"] for _, row in rows] == pytest.approx(
-        [1e-3 * f for f in (0.5, 1, 1, *(0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3)))])
+        [4e-3 * f for f in (0.5, 1, 1, *(0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3)))])
 
 
 def test_total_is_the_weighted_sum_with_decay(whole):
     for step, row in losses(whole).items():
         decay = 0.9999 ** (step - 1)
-        weight = {"commit": 0.1, "diversity": 0.1, "l1": decay, "stft": decay}
+        weight = {"commit": 0.1, "diversity": 0.1, "match": 1e-3, "l1": decay, "stft": decay}
         total = sum(weight.get(name, 1.0) * row.get(f"loss/{name}", 0.0) for name in LOSS_NAMES)
         assert row["loss/total"] == pytest.approx(total, rel=1e-5)
 

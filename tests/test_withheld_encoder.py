@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import evaluate
 from voxtral.checkpoint import save_tensors
+from voxtral.codec import VoxtralCodec
 from voxtral.config import StandinConfig, load_config
 from voxtral.data import load_segment
 from voxtral.layout import withheld_layout
@@ -364,6 +365,19 @@ def test_a_run_can_start_at_the_true_encoder(modules, command, tmp_path):
     modules[0].main(command(tmp_path, "--rows", "t", "--seeds", "0", "--metrics", "mel", "optimizer.learning_rate=1e-9"))
     values = report_of(tmp_path)["rows"]["t"]["values"]
     assert values["levels_equal"]["mean"] > 0.97 and values["semantic_equal"]["mean"] > 0.9  # the checkpoint holds bf16
+
+
+def test_known_codes_are_the_true_ones_of_the_preset_voices(modules, command, base, tmp_path):
+    presets = "standin.voices={one: k_am_adam}"
+    modules[0].main(command(tmp_path, "--rows", "m", "--seeds", "0", "--metrics", "mel", presets))
+    row = json.loads((tmp_path / "known_codes" / "manifest.jsonl").read_text().splitlines()[0])
+    assert row["voice"] == "k_am_adam" and {path.name for path in (tmp_path / "known_codes").iterdir() if path.is_dir()} == {"k_am_adam"}
+    codec = VoxtralCodec.from_checkpoint(base / "released")
+    codec.load_encoder(load_file(base / "withheld.safetensors"))
+    clip = base / "speech" / "k_am_adam" / "k_am_adam_0.opus"
+    codes = codec.encode(torch.from_numpy(load_segment(str(clip), 0.0, 0.5)[0])[None, None])[0]
+    assert np.array_equal(np.load(tmp_path / "known_codes" / row["codes"]), codes)
+    assert any("loss/match" in line for line in read_metrics(tmp_path / "m_seed0" / "metrics.jsonl"))
 
 
 def test_a_row_that_cannot_be_trained_is_told_by_the_probe(modules, command, tmp_path, capsys):

@@ -19,6 +19,7 @@ from voxtral.data import SAMPLE_RATE, DataConfig
 from voxtral.discriminator import DiscriminatorConfig
 from voxtral.errors import UserError
 from voxtral.losses import ON_WAVEFORM, LossWeights
+from voxtral.matching import MatchConfig
 from voxtral.params import LORA_MODULES
 from voxtral.sources import check_config
 from voxtral.speaker import SpeakerConfig
@@ -81,6 +82,7 @@ class EncoderConfig:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     asr: AsrConfig = field(default_factory=AsrConfig)
     speaker: SpeakerConfig = field(default_factory=SpeakerConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
     balancer: BalancerConfig = field(default_factory=BalancerConfig)
 
 
@@ -288,6 +290,8 @@ def check_encoder_config(config: EncoderConfig) -> None:
         raise ConfigError(f"train.reconstruction_decay is {train.reconstruction_decay}: it must be at most 1.")
     if config.asr.teacher_cache and list(config.data.speed) != [1, 1]:
         raise ConfigError("asr.teacher_cache: what Whisper said holds for a clip's own speed; set data.speed to [1, 1].")
+    if config.loss.match and not config.match.codes:
+        raise ConfigError("loss.match needs match.codes: a folder of clips with codes, as generate_clips.py writes.")
     max_sec, discriminator = config.data.max_sec, config.discriminator
     for key, sizes, sec in (("train.stft_fft_sizes", train.stft_fft_sizes, max_sec),
                             ("discriminator.fft_sizes", discriminator.fft_sizes, min(discriminator.crop_sec, max_sec))):

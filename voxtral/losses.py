@@ -18,7 +18,7 @@ from voxtral.codec import mask_samples
 
 @dataclass
 class LossWeights:
-    """The map of weights. A loss of weight 0 that needs a model of its own (feature, asr, speaker) is not built."""
+    """The map of weights. A loss of weight 0 that needs something of its own (feature, asr, speaker, match) is not built."""
     l1: float = 1.0          # L1 between waveforms, decaying with gamma^t
     stft: float = 1.0        # L1 between STFT magnitudes, decaying with gamma^t
     mel: float = 0.0         # multi-scale mel distance (not in the paper)
@@ -27,6 +27,7 @@ class LossWeights:
     commit: float = 0.1      # commitment of the semantic latent (delta)
     diversity: float = 0.0   # entropy of the soft codebook assignment (not in the paper)
     speaker: float = 0.0     # cosine distance of a frozen speaker encoder (not in the paper)
+    match: float = 0.0       # statistics of the codes against those of known ones (not in the paper)
 
 
 DECAYING = ("l1", "stft")  # multiplied by gamma^t

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.data import BadClip, SpeechDataset, TensorBatch, load_segment
+from voxtral.data import BadClip, SpeechDataset, TensorBatch, load_segment, read_codes
 from voxtral.params import CodecParams
 from voxtral.sources import Clip, DataConfig, DataError
 from voxtral.tts import prompt_tokens
@@ -134,16 +134,7 @@ class PairDataset(SpeechDataset):
 
     def _read_codes(self, clip: Clip) -> tuple[Tensor, bool]:
         """-> the first max_frames frames [37, L], whether these are all. Raises BadClip."""
-        try:
-            codes = torch.from_numpy(np.load(clip.codes, allow_pickle=False).astype(np.int64))
-        except (OSError, ValueError, EOFError) as error:
-            raise BadClip(clip.codes, f"unreadable codes ({' '.join(str(error).split())})") from error
-        params = self.params
-        if codes.ndim != 2 or len(codes) != params.n_codebooks or not codes.shape[1]:
-            raise BadClip(clip.codes, f"codes of shape {list(codes.shape)}, not [{params.n_codebooks}, frames]")
-        largest = codes[0].max() < params.semantic_codebook_size and codes[1:].max() < params.acoustic_codebook_size
-        if codes.min() < 0 or not largest:
-            raise BadClip(clip.codes, "codes outside the codebooks of this checkpoint")
+        codes = read_codes(clip.codes, self.params)
         return codes[:, :self.max_frames], codes.shape[1] <= self.max_frames
 
 

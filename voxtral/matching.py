@@ -1,0 +1,105 @@
+"""Statistics of known codes, and the loss that holds what an encoder makes of speech to them (not in the paper).
+
+Many latents make the frozen decoder say the same; sound alone does not tell which of them the true encoder would have
+chosen. But clips that the model has spoken come with their codes (generate_clips.py), and those show how the true
+encoder's codes are distributed: level by level, with each other, and from frame to frame. No clip is compared with its
+own codes, so the encoder cannot learn to read traces of the decoder in place of speech.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor
+
+from voxtral.codec import CodecOutput
+from voxtral.data import BadClip, read_codes
+from voxtral.params import CodecParams
+from voxtral.quantizer import Quantizer
+from voxtral.sources import DataConfig, DataError, SourceConfig, find_clips
+
+DECAY = 0.9              # of the running statistics, per micro-batch
+COVARIANCE_WEIGHT = 3.0  # against the means
+MAX_CLIPS = 2000         # spread over the folder; more do not change the statistics
+
+
+@dataclass
+class MatchConfig:
+    codes: Optional[str] = None  # folder of clips with codes: generate_clips.py, python -m voxtral.clips
+
+
+def known_codes(folder: str, params: CodecParams) -> tuple[list[Tensor], list[tuple[str, str]]]:
+    """Codes [1 + acoustic_dim, L >= 2] of clips in a folder of generated clips; (path, reason) of those that cannot be
+    used. Raises DataError when none can."""
+    if not (Path(folder) / "manifest.jsonl").is_file():
+        raise DataError(f"match.codes: {folder} has no manifest.jsonl; make clips with codes by generate_clips.py.")
+    clips = find_clips(DataConfig(data_root=folder, sources=[SourceConfig(kind="generated", path=".")]))[0][0]
+    codes, bad = [], []
+    for clip in clips[::-(-len(clips) // MAX_CLIPS)]:
+        try:
+            found = read_codes(clip.codes, params)
+        except BadClip as error:
+            bad.append((clip.codes, error.reason))
+        else:
+            codes += [found] if found.shape[1] > 1 else []
+    if not codes:
+        raise DataError(f"match.codes: {folder} has no clip with codes of two frames or more ({': '.join(bad[0]) if bad else 'all are shorter'}).")
+    return codes, bad
+
+
+def pair_sums(frames: Tensor, valid: Tensor) -> list[Tensor]:
+    """Frames [B, D, L], which of them count [B, L] -> of two frames that follow each other: number of such pairs, their
+    sum [2 D], the sum of their outer products [2 D, 2 D]."""
+    pairs = torch.cat([frames[..., :-1], frames[..., 1:]], dim=1).transpose(1, 2)  # [B, L - 1, 2 D]
+    weight = (valid[:, :-1] & valid[:, 1:]).to(frames.dtype)[..., None]
+    return [weight.sum(), (weight * pairs).sum(dim=(0, 1)), torch.einsum("blc,bld->cd", weight * pairs, pairs)]
+
+
+def mean_and_covariance(count: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what pair_sums() gives; zeros without a pair."""
+    mean = total / count.clamp(min=1)
+    return mean, square / count.clamp(min=1) - mean[:, None] * mean
+
+
+class CodeMatching:
+    """The loss; a part of the run state: it keeps running statistics, since a batch alone is too few frames."""
+
+    def __init__(self, codes: list[Tensor], quantizer: Quantizer, device):
+        """codes: of known clips, [1 + acoustic_dim, L] each."""
+        seen = [quantizer.decode(one[None]).double() for one in codes]  # [1, D, L]
+        together = torch.cat([one[0] for one in seen], dim=1)
+        self.mean = together.mean(dim=1)[:, None].float().to(device)                      # [D, 1]
+        self.deviation = together.std(dim=1).clamp(min=1e-4)[:, None].float().to(device)  # [D, 1]
+        sums = [pair_sums((one - together.mean(dim=1)[:, None]) / self.deviation.cpu(), torch.ones(1, one.shape[-1], dtype=torch.bool))
+                for one in seen]
+        self.target = tuple(part.float().to(device) for part in mean_and_covariance(*map(sum, zip(*sums))))
+        self.running = tuple(map(torch.zeros_like, self.target))
+        self.steps = 0
+        self.quantizer = quantizer
+
+    def __call__(self, output: CodecOutput, n_frames: Tensor) -> Tensor:
+        """Squared distance of the statistics of what the decoder would see, quantized with straight-through gradient, in
+        units of the known codes' deviation: mean over channels, and over pairs of channels times COVARIANCE_WEIGHT."""
+        semantic = self.quantizer.semantic_dim
+        seen = torch.cat([output.latent[:, :semantic], output.latent[:, semantic:].tanh()], dim=1)
+        quantized = seen + (self.quantizer.decode(output.codes) - seen).detach()
+        valid = torch.arange(seen.shape[-1], device=seen.device) < n_frames[:, None]
+        sums = pair_sums((quantized - self.mean) / self.deviation, valid)
+        if dist.is_initialized():
+            sums = [dist_nn.all_reduce(part) for part in sums]
+        keep = min(DECAY, 1 - 1 / (self.steps + 1))  # a plain average at first
+        averaged = [keep * before + (1 - keep) * new for before, new in zip(self.running, mean_and_covariance(*sums))]
+        self.running, self.steps = tuple(part.detach() for part in averaged), self.steps + 1
+        mean, covariance = ((part - wanted).square().mean() for part, wanted in zip(averaged, self.target))
+        loss = mean + COVARIANCE_WEIGHT * covariance
+        # The gradient reaches this batch's share of the average only: as large as if all of it were this batch.
+        return loss.detach() + (loss - loss.detach()) / (1 - keep)
+
+    def state_dict(self) -> dict:
+        return {"running": self.running, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.running = tuple(part.to(self.mean.device) for part in state["running"])
+        self.steps = state["steps"]
