@@ -98,7 +98,6 @@ class Limits:
         """The reconstruction losses of the config at step 0, nothing quantized, clips weighing alike whatever the batch."""
         batch, weights, semantic = self.batches[i], self.config.loss, self.codec.params.semantic_dim
         decoded = self.codec.decode_latent(self.squash(latent))[..., :batch.waveform.shape[-1]].float()
-        decoded = mask_samples(decoded, batch.lengths)
         quantized = self.codec.quantizer.decode(self.codec.quantizer.encode(latent.detach()))[:, :semantic]
         losses = {"l1": lambda: l1_loss(decoded, batch.waveform, batch.lengths),
                   "stft": lambda: stft_loss(decoded, batch.waveform, batch.lengths, self.config.train.stft_fft_sizes),

@@ -62,6 +62,23 @@ def test_a_descent_lowers_the_loss_and_starts_at_the_true_codes(limits):
     assert limits.noise()[0]["levels_equal"] == 1  # the true latents are where they were
 
 
+def test_a_descent_is_adam_on_the_latents(limits, monkeypatch):
+    seen = []
+    monkeypatch.setattr(limits, "measure", lambda latents: seen.append(latents[0].clone()) or {"mel": 0.0, "semantic_equal": 0.0,
+                                                                                          "levels_equal": 0.0, "levels_within_1": 0.0})
+    monkeypatch.setattr(limits, "loss", lambda i, latent: (latent - 0.1).square().sum() / len(latent))
+    limits.descent(steps=6, learning_rate=0.02)
+    latent = limits.true[0].clone().requires_grad_()
+    optimizer = torch.optim.Adam([latent], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    for expected in seen:
+        torch.testing.assert_close(expected, latent.detach())
+        optimizer.zero_grad()
+        (latent - 0.1).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+
+
 def test_shuffling_moves_one_kind_of_codes_and_keeps_all_of_them(limits, monkeypatch):
     semantic, acoustic = limits.shuffle()
     assert semantic["levels_equal"] == 1 > semantic["semantic_equal"]

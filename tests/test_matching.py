@@ -113,11 +113,22 @@ def test_the_average_runs_and_is_resumed(quantizer):
     before = one.running[0].clone()
     other.load_state_dict(one.state_dict())
     assert [one(batch, n_frames).item() for batch in batches[20:]] == [other(batch, n_frames).item() for batch in batches[20:]]
-    one.load_state_dict({"running": (before, one.running[1]), "steps": 20})
-    one(batches[20], n_frames)
-    seen = (quantizer.decode(batches[20].codes) - one.mean) / one.deviation
-    now = mean_and_covariance(*pair_sums(seen, torch.ones(2, 10, dtype=torch.bool)))[0]
-    torch.testing.assert_close(one.running[0], DECAY * before + (1 - DECAY) * now)
+    assert not torch.equal(one.running[0], before)
+
+
+def test_the_average_is_a_plain_one_at_first_and_then_forgets(quantizer):
+    matching, n_frames, means = CodeMatching([random_codes(37, 30)], quantizer, "cpu"), torch.full((2,), 10), []
+    for i in range(25):
+        output = output_of(quantizer, random_codes(2, 37, 10, seed=i))
+        matching(output, n_frames)
+        seen = (quantizer.decode(output.codes) - matching.mean) / matching.deviation
+        means.append(mean_and_covariance(*pair_sums(seen, torch.ones(2, 10, dtype=torch.bool)))[0])
+        if i == 4:
+            torch.testing.assert_close(matching.running[0], torch.stack(means).mean(0), atol=1e-5, rtol=1e-4)
+        if i == 22:
+            before = matching.running[0].clone()
+    expected = DECAY * (DECAY * before + (1 - DECAY) * means[23]) + (1 - DECAY) * means[24]
+    torch.testing.assert_close(matching.running[0], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_known_codes_skips_and_lists_what_it_cannot_use(tmp_path):

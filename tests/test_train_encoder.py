@@ -428,11 +428,22 @@ def test_mistakes_end_in_one_sentence_and_leave_nothing(command, settings, tmp_p
         "asr.model=/nowhere.pt": "asr.model is '/nowhere.pt'",
         "asr.context_sec=1.0": "asr.context_sec is 1.0",
         "speaker.model=/nowhere.pt": "speaker.model: /nowhere.pt",
+        "match.codes=null": "loss.match needs match.codes",
+        "match.codes=/nowhere": "match.codes: /nowhere has no manifest.jsonl",
     }
     for override, expected in mistakes.items():
         message = refused(command(tmp_path / "run", override), capsys)
         assert expected.lower() in message.lower(), message
         assert not (tmp_path / "run").exists()
+
+
+def test_damaged_codes_are_skipped_and_listed(command, settings, tmp_path):
+    coded = shutil.copytree(settings["match"]["codes"], tmp_path / "coded")
+    (coded / "1.npy").write_bytes(b"no codes")
+    with (coded / "manifest.jsonl").open("a") as manifest:
+        manifest.write('{"path": "1.flac", "codes": "1.npy"}\n')
+    train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, "loss.match=1e-3", f"match.codes={coded}", "train.max_steps=1"))
+    assert "1.npy\tunreadable codes" in (tmp_path / "run" / "bad_files.txt").read_text()
 
 
 def test_speaker_loss_without_its_weights_is_an_error(command, tmp_path, capsys, monkeypatch):
