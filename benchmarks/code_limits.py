@@ -177,7 +177,7 @@ def figure_of(rows: list[dict]) -> Figure:
         axis.grid(alpha=0.3)
         beside = axis.twinx()
         beside.plot([row["at"] for row in chosen], [row["mel"] for row in chosen], color="black", linestyle="--", label="mel distance")
-        beside.set_ylim(0, 1.3 * max(row["mel"] for row in rows))
+        beside.set_ylim(0, 1.3 * max(row["mel"] for row in chosen))
         beside.set_ylabel("mel distance (dashed)")
         axis.legend(fontsize=8, loc="lower left")
     return figure

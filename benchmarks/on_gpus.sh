@@ -55,7 +55,7 @@ withheld() {
     local all; all=$(seq -s, 0 $((gpus - 1)))
     part withheld "$all" python benchmarks/withheld_encoder.py "${mid[@]}" --metrics mel,stft,estoi --steps "$row_steps" --seeds "$seeds" --minutes "$minutes" \
         --output "$output/withheld"
-    part withheld_long "$all" python benchmarks/withheld_encoder.py "${mid[@]}" --metrics mel,stft,estoi --steps $((4 * row_steps)) --seeds 0 --rows d,best \
+    part withheld_long "$all" python benchmarks/withheld_encoder.py "${mid[@]}" --metrics mel,stft,estoi --steps $((4 * row_steps)) --seeds 0 --rows best,cheap \
         --output "$output/withheld_long"
     part limits 0 python benchmarks/code_limits.py "${mid[@]}" --output "$output/limits"
 }

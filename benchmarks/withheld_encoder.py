@@ -76,6 +76,7 @@ ROWS = {
     "m": Row("+ statistics of known codes", "d", "loss.match=0.3"),
     "t": Row("started at the true encoder", "d", "start=true"),
     "best": Row("what helps, together", "d", "loss.mel=1 loss.match=0.3 loss.commit=1"),
+    "cheap": Row("the same without discriminators and Whisper", "best", "loss.feature=0 loss.asr=0"),
 }
 SCORE_NAMES = ("mel", "stft", "estoi", "wer")
 TRUE_CHECKPOINT = "true_checkpoint"  # in OUTPUT: the stand-in with its true encoder, from which rows may start
@@ -198,7 +199,7 @@ def benchmark(options) -> None:
     print(f"{len(options.rows)} rows × {len(options.seeds)} seeds: {len(runs)} runs of {options.steps} steps, "
           f"{audio_sec / 3600:.2f} h of audio each; {len(runs) - len(waiting)} are finished")
     for name in options.rows:
-        print(f"  {name:<5} {ROWS[name].what}: {f'{ROWS[name].of} {ROWS[name].changes}'.strip()}")
+        print(f"  {name:<6}{ROWS[name].what}: {f'{ROWS[name].of} {ROWS[name].changes}'.strip()}")
     print(f"measured on {len(samples)} clips of {judge.averages.n_speakers} speakers, {judge.seconds:.1f} s an encoder")
     run_sec = probe(options, waiting, deadline, stop) if waiting and time.monotonic() < deadline else 0.0
     if run_sec:
@@ -282,7 +283,7 @@ def write_results(options, runs: list[Run], judge: Judge, failed: dict[str, str]
 
 # ---------------------------------------------------------------- command line
 
-LISTING = "\n".join(f"  {name:<5} {row.what}" + (f", against {row.of}" if row.of else "") for name, row in ROWS.items())
+LISTING = "\n".join(f"  {name:<6}{row.what}" + (f", against {row.of}" if row.of else "") for name, row in ROWS.items())
 EXAMPLES = f"""rows:
 {LISTING}
 
