@@ -209,11 +209,10 @@ def benchmark(options) -> None:
               flush=True)
 
     # ---- 4. train and measure ----
-    took, measuring = {}, threading.Lock()
+    took, measuring, left = {}, threading.Lock(), iter(waiting)
 
     def work(worker: int) -> None:
-        while waiting:
-            run = waiting.pop(0)
+        for run in left:  # whoever is free takes the next one
             expected_sec = took.get(run.row, run_sec) + judge.seconds
             if stop.received or time.monotonic() + expected_sec > deadline:
                 continue  # a quicker one may still fit
