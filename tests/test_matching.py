@@ -1,6 +1,4 @@
 """Statistics of known codes and the loss on them."""
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -37,9 +35,9 @@ def output_of(quantizer, codes) -> CodecOutput:
 
 
 def folder_of(path, clips):
+    (path / "voice").mkdir()
     for i, codes in enumerate(clips):
-        np.save(path / f"{i}.npy", np.asarray(codes, dtype=np.int16))
-    (path / "manifest.jsonl").write_text("".join(json.dumps({"path": f"{i}.flac", "codes": f"{i}.npy"}) + "\n" for i in range(len(clips))))
+        np.save(path / "voice" / f"{i}.npy", np.asarray(codes, dtype=np.int16))
     return str(path)
 
 
@@ -134,7 +132,7 @@ def test_the_average_is_a_plain_one_at_first_and_then_forgets(quantizer):
 def test_known_codes_skips_and_lists_what_it_cannot_use(tmp_path):
     good, short = random_codes(37, 5), random_codes(37, 1)
     folder = folder_of(tmp_path, [good, short, good[:5], good + 5000])
-    (tmp_path / "3.npy").write_bytes(b"no numbers")
+    (tmp_path / "voice" / "3.npy").write_bytes(b"no numbers")
     codes, bad = known_codes(folder, PARAMS)
     assert len(codes) == 1 and torch.equal(codes[0], good)
     assert [path.rpartition("/")[2] for path, _ in bad] == ["2.npy", "3.npy"]
@@ -148,5 +146,5 @@ def test_a_folder_without_codes_is_an_error(tmp_path, clips, words):
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="match.codes: .*no manifest.jsonl; make clips"):
+    with pytest.raises(DataError, match="match.codes: .*holds no codes .*; make clips"):
         known_codes(str(tmp_path / "none"), PARAMS)

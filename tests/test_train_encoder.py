@@ -61,7 +61,6 @@ def settings(tmp_path_factory, whisper_checkpoint, speaker_checkpoint):
     (folder / "coded").mkdir()
     codes = np.random.default_rng(0).integers(8, 13, (37, 40))
     np.save(folder / "coded" / "0.npy", codes.astype(np.int16))
-    (folder / "coded" / "manifest.jsonl").write_text('{"path": "0.flac", "codes": "0.npy"}\n')
     return {
         "checkpoint": str(folder / "checkpoint"), "device": "cpu", "seed": 3,
         "data": {"data_root": str(folder), "sources": [{"kind": "folder", "path": "speech"}],
@@ -429,7 +428,7 @@ def test_mistakes_end_in_one_sentence_and_leave_nothing(command, settings, tmp_p
         "asr.context_sec=1.0": "asr.context_sec is 1.0",
         "speaker.model=/nowhere.pt": "speaker.model: /nowhere.pt",
         "match.codes=null": "loss.match needs match.codes",
-        "match.codes=/nowhere": "match.codes: /nowhere has no manifest.jsonl",
+        "match.codes=/nowhere": "match.codes: /nowhere holds no codes",
     }
     for override, expected in mistakes.items():
         message = refused(command(tmp_path / "run", override), capsys)
@@ -440,8 +439,6 @@ def test_mistakes_end_in_one_sentence_and_leave_nothing(command, settings, tmp_p
 def test_damaged_codes_are_skipped_and_listed(command, settings, tmp_path):
     coded = shutil.copytree(settings["match"]["codes"], tmp_path / "coded")
     (coded / "1.npy").write_bytes(b"no codes")
-    with (coded / "manifest.jsonl").open("a") as manifest:
-        manifest.write('{"path": "1.flac", "codes": "1.npy"}\n')
     train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, "loss.match=1e-3", f"match.codes={coded}", "train.max_steps=1"))
     assert "1.npy\tunreadable codes" in (tmp_path / "run" / "bad_files.txt").read_text()
 

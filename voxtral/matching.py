@@ -18,7 +18,7 @@ from voxtral.codec import CodecOutput
 from voxtral.data import BadClip, read_codes
 from voxtral.params import CodecParams
 from voxtral.quantizer import Quantizer
-from voxtral.sources import DataConfig, DataError, SourceConfig, find_clips
+from voxtral.sources import DataError
 
 DECAY = 0.9              # of the running statistics, per micro-batch
 COVARIANCE_WEIGHT = 3.0  # against the means
@@ -27,25 +27,26 @@ MAX_CLIPS = 2000         # spread over the folder; more do not change the statis
 
 @dataclass
 class MatchConfig:
-    codes: Optional[str] = None  # folder of clips with codes: generate_clips.py, python -m voxtral.clips
+    codes: Optional[str] = None  # folder of codes (.npy), as generate_clips.py and python -m voxtral.clips write them
 
 
 def known_codes(folder: str, params: CodecParams) -> tuple[list[Tensor], list[tuple[str, str]]]:
-    """Codes [1 + acoustic_dim, L >= 2] of clips in a folder of generated clips; (path, reason) of those that cannot be
-    used. Raises DataError when none can."""
-    if not (Path(folder) / "manifest.jsonl").is_file():
-        raise DataError(f"match.codes: {folder} has no manifest.jsonl; make clips with codes by generate_clips.py.")
-    clips = find_clips(DataConfig(data_root=folder, sources=[SourceConfig(kind="generated", path=".")]))[0][0]
+    """Codes [1 + acoustic_dim, L >= 2] from the .npy files below a folder; (path, reason) of those that cannot be used.
+    Raises DataError when none can."""
+    paths = sorted(Path(folder).rglob("*.npy"))
+    if not paths:
+        raise DataError(f"match.codes: {folder} holds no codes (.npy); make clips with codes by generate_clips.py.")
     codes, bad = [], []
-    for clip in clips[::-(-len(clips) // MAX_CLIPS)]:
+    for path in paths[::-(-len(paths) // MAX_CLIPS)]:
         try:
-            found = read_codes(clip.codes, params)
+            found = read_codes(str(path), params)
         except BadClip as error:
-            bad.append((clip.codes, error.reason))
+            bad.append((str(path), error.reason))
         else:
             codes += [found] if found.shape[1] > 1 else []
     if not codes:
-        raise DataError(f"match.codes: {folder} has no clip with codes of two frames or more ({': '.join(bad[0]) if bad else 'all are shorter'}).")
+        reason = ": ".join(bad[0]) if bad else "all are shorter"
+        raise DataError(f"match.codes: {folder} has no codes of two frames or more ({reason}).")
     return codes, bad
 
 
