@@ -27,6 +27,7 @@ from voxtral.config import EncoderConfig
 from voxtral.data import Batch
 from voxtral.discriminator import DiscriminatorLoss
 from voxtral.losses import Balancer, MelDistance
+from voxtral.matching import CodeMatching
 from voxtral.quantizer import Quantizer
 from voxtral.run import Process
 from voxtral.speaker import SpeakerEncoder
@@ -49,6 +50,7 @@ PARTS = {
     "loss asr": [(train_encoder, "asr_distillation_loss")],
     "loss commit": [(train_encoder, "commitment_loss")],
     "loss diversity": [(train_encoder, "diversity_loss")],
+    "loss match": [(CodeMatching, "__call__")],
     "loss speaker": [(SpeakerEncoder, "forward"), (train_encoder, "speaker_loss")],
     "balancer": [(Balancer, "gradient")],
     "gradient clipping": [(nn.utils, "clip_grad_norm_")],
