@@ -27,12 +27,13 @@ from voxtral.asr import WhisperTeacher, asr_distillation_loss
 from voxtral.asr_cache import AsrCache, SegmentDataset
 from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples
+from voxtral.codes import known_codes
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
 from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, collate, make_loader, steps_per_epoch, validation_batches
 from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
 from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebook_scale, commitment_loss, diversity_loss,
                             l1_loss, stft_loss)
-from voxtral.matching import CodeMatching, known_codes
+from voxtral.matching import CodeMatching
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run, save_figure, spectrogram_figure
 from voxtral.quantizer import QuantizationDraws

@@ -2,7 +2,6 @@
 
 shuffle  The true codes, but the semantic ones, or the acoustic ones, taken from other frames: what does the decoder make
          of each? Codes that it hardly hears cannot be found by listening to it.
-
 noise    The true latents, disturbed by so much of their own deviation: which agreement of the codes goes with which
          nearness, and what does the sound tell of it?
 descent  No encoder: the latents of every clip start at the true ones and follow the gradient of the reconstruction
@@ -24,8 +23,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
-from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
-from voxtral.codec import VoxtralCodec, ceil_div, mask_samples  # noqa: E402
+from voxtral.checkpoint import write_text  # noqa: E402
+from voxtral.codec import VoxtralCodec, ceil_div  # noqa: E402
 from voxtral.config import EncoderConfig, StandinConfig, load_config  # noqa: E402
 from voxtral.data import Batch, validation_batches  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
@@ -35,6 +34,7 @@ from voxtral.metrics import code_agreement  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
 from voxtral.run import cosine_with_warmup, environment, start_process  # noqa: E402
 from withheld_encoder import unseen_clips  # noqa: E402
+from withheld_report import read_tensors  # noqa: E402
 
 NOISE = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the deviation of every latent channel
 N_SHOWN = 6                         # points of a descent
@@ -61,7 +61,8 @@ class Limits:
         self.batches = [batch.to(codec.audio_embedding.device) for batch in batches]
         self.frames = [ceil_div(batch.lengths, codec.params.frame_size) for batch in self.batches]
         self.true = [self.encode(batch.waveform, batch.lengths) for batch in self.batches]
-        together = torch.cat([latent.transpose(1, 2)[self.valid(i)] for i, latent in enumerate(map(self.squash, self.true))])
+        self.codes = [codec.quantizer.encode(latent) for latent in self.true]
+        together = torch.cat([latent.transpose(1, 2)[self.valid(i)] for i, latent in enumerate(map(codec.quantizer.squash, self.true))])
         self.deviation = together.std(dim=0)[:, None]  # [latent_dim, 1], as the decoder sees them
 
     @torch.no_grad()
@@ -72,12 +73,8 @@ class Limits:
         """[B, L]: frames of batch i that are not padding."""
         return torch.arange(self.true[i].shape[-1], device=self.frames[i].device) < self.frames[i][:, None]
 
-    def squash(self, latent: Tensor) -> Tensor:
-        """What the decoder sees of a latent that nothing quantizes."""
-        semantic = self.codec.params.semantic_dim
-        return torch.cat([latent[:, :semantic], latent[:, semantic:].tanh()], dim=1)
-
     def unsquash(self, seen: Tensor) -> Tensor:
+        """A latent that Quantizer.squash() gives `seen` of."""
         semantic = self.codec.params.semantic_dim
         return torch.cat([seen[:, :semantic], seen[:, semantic:].clamp(-0.9999, 0.9999).atanh()], dim=1)
 
@@ -85,11 +82,11 @@ class Limits:
     def measure(self, latents: list[Tensor]) -> dict[str, float]:
         """COLUMNS but the loss: mean over clips for the sound, over frames for the codes."""
         sums, n_clips, n_frames = dict.fromkeys(("mel", "semantic_equal", "levels_equal", "levels_within_1"), 0.0), 0, 0
-        for batch, latent, true, frames in zip(self.batches, latents, self.true, self.frames):
+        for batch, latent, expected, frames in zip(self.batches, latents, self.codes, self.frames):
             codes = self.codec.quantizer.encode(latent)
             decoded = self.codec.decode(codes)[..., :batch.waveform.shape[-1]].float()
             sums["mel"] += len(frames) * self.mel_distance(decoded, batch.waveform, batch.lengths).item()
-            for name, value in code_agreement(codes, self.codec.quantizer.encode(true), frames).items():
+            for name, value in code_agreement(codes, expected, frames).items():
                 sums[name] += frames.sum().item() * value.item()
             n_clips, n_frames = n_clips + len(frames), n_frames + frames.sum().item()
         return {name: value / (n_clips if name == "mel" else n_frames) for name, value in sums.items()}
@@ -97,7 +94,7 @@ class Limits:
     def loss(self, i: int, latent: Tensor) -> Tensor:
         """The reconstruction losses of the config at step 0, nothing quantized, clips weighing alike whatever the batch."""
         batch, weights, semantic = self.batches[i], self.config.loss, self.codec.params.semantic_dim
-        decoded = self.codec.decode_latent(self.squash(latent))[..., :batch.waveform.shape[-1]].float()
+        decoded = self.codec.decode_latent(self.codec.quantizer.squash(latent))[..., :batch.waveform.shape[-1]].float()
         quantized = self.codec.quantizer.decode(self.codec.quantizer.encode(latent.detach()))[:, :semantic]
         losses = {"l1": lambda: l1_loss(decoded, batch.waveform, batch.lengths),
                   "stft": lambda: stft_loss(decoded, batch.waveform, batch.lengths, self.config.train.stft_fft_sizes),
@@ -123,7 +120,7 @@ class Limits:
         generator = torch.Generator().manual_seed(0)
         rows = []
         for share in (0.0, *NOISE):
-            latents = [self.unsquash(self.squash(true) + share * self.deviation * torch.randn(true.shape, generator=generator)
+            latents = [self.unsquash(self.codec.quantizer.squash(true) + share * self.deviation * torch.randn(true.shape, generator=generator)
                                      .to(true.device)) if share else true for true in self.true]
             rows.append({"measurement": "noise", "at": share} | self.measure(latents))
         return rows
@@ -150,8 +147,8 @@ class Limits:
 
     @torch.no_grad()
     def echo(self) -> list[dict]:
-        again = [self.encode(mask_samples(self.codec.decode(self.codec.quantizer.encode(true)), batch.lengths)[..., :batch.waveform.shape[-1]],
-                             batch.lengths) for true, batch in zip(self.true, self.batches)]
+        again = [self.encode(self.codec.decode(codes)[..., :batch.waveform.shape[-1]], batch.lengths)
+                 for codes, batch in zip(self.codes, self.batches)]
         return [{"measurement": "echo", "at": 1} | self.measure(again)]
 
 
@@ -206,8 +203,7 @@ def main(arguments=None) -> None:
         batches = validation_batches(unseen_clips(options, config.data), config.data)
         process = start_process(config.device)
         codec = VoxtralCodec.from_checkpoint(options.standin)
-        file = SafetensorsFile(options.withheld)
-        codec.load_encoder(file.read(file.entries), options.withheld)
+        codec.load_encoder(read_tensors(options.withheld), options.withheld)
         limits = Limits(codec.to(process.device).requires_grad_(False), batches, config)
         options.output.mkdir(parents=True, exist_ok=True)
         rows = [*limits.shuffle(), *limits.noise(), *limits.descent(options.steps, options.learning_rate), *limits.echo()]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The figures of README.md and RESULTS.md that need GPUs: speed of phase 1, and the withheld-encoder benchmark with its
-# mid-size stand-in. Half an hour on a machine with two GPUs; on one, what is meant for the second waits for the first.
+# mid-size stand-in. Meant for half an hour on a machine with two GPUs; on one, what is meant for the second waits for the first.
 #
 #   benchmarks/on_gpus.sh SPEECH WHISPER OUTPUT
 #

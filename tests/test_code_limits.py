@@ -51,7 +51,7 @@ def test_noise_has_the_deviation_that_is_said(limits, monkeypatch):
     seen = []
     monkeypatch.setattr(limits, "measure", lambda latents: seen.append(latents) or {})
     limits.noise()
-    disturbed = limits.squash(seen[2][0]) - limits.squash(limits.true[0])
+    disturbed = limits.codec.quantizer.squash(seen[2][0]) - limits.codec.quantizer.squash(limits.true[0])
     assert torch.allclose((disturbed / limits.deviation).std(), torch.tensor(0.1), rtol=0.05)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from voxtral.codec import CodecOutput
-from voxtral.matching import COVARIANCE_WEIGHT, DECAY, CodeMatching, known_codes, mean_and_covariance, pair_sums
+from voxtral.codes import known_codes
+from voxtral.matching import COVARIANCE_WEIGHT, DECAY, CodeMatching, mean_and_covariance, pair_sums
 from voxtral.params import parse_params
 from voxtral.quantizer import Quantizer
 from voxtral.sources import DataError

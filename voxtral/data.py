@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from voxtral.errors import one_sentence
-from voxtral.params import CodecParams
 from voxtral.sources import Clip, DataConfig, DataError, find_clips, source_name, split_validation
 
 SAMPLE_RATE = 24000
@@ -64,20 +63,6 @@ def load_segment(path: str, position: float, max_sec: float, speed: float = 1.0)
     if len(audio) < round(min(MIN_SEC, max_sec) * SAMPLE_RATE):
         raise BadClip(path, f"shorter than {MIN_SEC} s" if len(audio) else "empty")
     return audio / max(1.0, np.abs(audio).max()), rate
-
-
-def read_codes(path: str, params: CodecParams) -> Tensor:
-    """-> codes [1 + acoustic_dim, L] int64 of a generated clip. Raises BadClip."""
-    try:
-        codes = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64))
-    except (OSError, ValueError, EOFError) as error:
-        raise BadClip(path, f"unreadable codes ({' '.join(str(error).split())})") from error
-    if codes.ndim != 2 or len(codes) != params.n_codebooks or not codes.shape[1]:
-        raise BadClip(path, f"codes of shape {list(codes.shape)}, not [{params.n_codebooks}, frames]")
-    largest = codes[0].max() < params.semantic_codebook_size and codes[1:].max() < params.acoustic_codebook_size
-    if codes.min() < 0 or not largest:
-        raise BadClip(path, "codes outside the codebooks of this checkpoint")
-    return codes
 
 
 def _read_crop(path: str, position: float, max_sec: float, speed: float) -> tuple[np.ndarray, int, int, int]:

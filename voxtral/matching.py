@@ -6,7 +6,6 @@ encoder's codes are distributed: level by level, with each other, and from frame
 own codes, so the encoder cannot learn to read traces of the decoder in place of speech.
 """
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
 import torch
@@ -15,39 +14,15 @@ import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 from voxtral.codec import CodecOutput
-from voxtral.data import BadClip, read_codes
-from voxtral.params import CodecParams
 from voxtral.quantizer import Quantizer
-from voxtral.sources import DataError
 
 DECAY = 0.9              # of the running statistics, per micro-batch
 COVARIANCE_WEIGHT = 3.0  # against the means
-MAX_CLIPS = 2000         # spread over the folder; more do not change the statistics
 
 
 @dataclass
 class MatchConfig:
     codes: Optional[str] = None  # folder of codes (.npy), as generate_clips.py and python -m voxtral.clips write them
-
-
-def known_codes(folder: str, params: CodecParams) -> tuple[list[Tensor], list[tuple[str, str]]]:
-    """Codes [1 + acoustic_dim, L >= 2] from the .npy files below a folder; (path, reason) of those that cannot be used.
-    Raises DataError when none can."""
-    paths = sorted(Path(folder).rglob("*.npy"))
-    if not paths:
-        raise DataError(f"match.codes: {folder} holds no codes (.npy); make clips with codes by generate_clips.py.")
-    codes, bad = [], []
-    for path in paths[::-(-len(paths) // MAX_CLIPS)]:
-        try:
-            found = read_codes(str(path), params)
-        except BadClip as error:
-            bad.append((str(path), error.reason))
-        else:
-            codes += [found] if found.shape[1] > 1 else []
-    if not codes:
-        reason = ": ".join(bad[0]) if bad else "all are shorter"
-        raise DataError(f"match.codes: {folder} has no codes of two frames or more ({reason}).")
-    return codes, bad
 
 
 def pair_sums(frames: Tensor, valid: Tensor) -> list[Tensor]:
@@ -83,10 +58,8 @@ class CodeMatching:
     def __call__(self, output: CodecOutput, n_frames: Tensor) -> Tensor:
         """Squared distance of the statistics of what the decoder would see, quantized with straight-through gradient, in
         units of the known codes' deviation: mean over channels, and over pairs of channels times COVARIANCE_WEIGHT."""
-        semantic = self.quantizer.semantic_dim
-        seen = torch.cat([output.latent[:, :semantic], output.latent[:, semantic:].tanh()], dim=1)
-        quantized = seen + (self.quantizer.decode(output.codes) - seen).detach()
-        valid = torch.arange(seen.shape[-1], device=seen.device) < n_frames[:, None]
+        quantized = self.quantizer.straight_through(self.quantizer.squash(output.latent), output.codes)
+        valid = torch.arange(quantized.shape[-1], device=quantized.device) < n_frames[:, None]
         sums = pair_sums((quantized - self.mean) / self.deviation, valid)
         if dist.is_initialized():
             sums = [dist_nn.all_reduce(part) for part in sums]

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.data import BadClip, SpeechDataset, TensorBatch, load_segment, read_codes
+from voxtral.codes import read_codes
+from voxtral.data import BadClip, SpeechDataset, TensorBatch, load_segment
 from voxtral.params import CodecParams
 from voxtral.sources import Clip, DataConfig, DataError
 from voxtral.tts import prompt_tokens

@@ -110,6 +110,14 @@ class Quantizer(nn.Module):
         acoustic = codes[:, 1:].float() * 2 / (self.n_levels - 1) - 1
         return torch.cat([semantic, acoustic], dim=1)
 
+    def squash(self, latent: Tensor) -> Tensor:
+        """[B, semantic_dim + acoustic_dim, L] -> what the decoder sees of it where nothing is quantized."""
+        return torch.cat([latent[:, :self.semantic_dim], latent[:, self.semantic_dim:].tanh()], dim=1)
+
+    def straight_through(self, squashed: Tensor, codes: Tensor) -> Tensor:
+        """The quantized latent of `codes`, with the gradient of `squashed` [B, semantic_dim + acoustic_dim, L]"""
+        return squashed + (self.decode(codes) - squashed).detach()
+
     def forward(self, latent: Tensor, draws: QuantizationDraws) -> tuple[Tensor, Tensor, Tensor]:
         """Stochastic quantization of training (paper section 2.1), chosen clip by clip.
 
@@ -120,15 +128,15 @@ class Quantizer(nn.Module):
         quantized semantic with straight-through gradient [B, semantic_dim, L]).
         """
         latent = latent.float()
-        semantic, squashed = latent[:, :self.semantic_dim], latent[:, self.semantic_dim:].tanh()
         codes = self.encode(latent.detach())
-        quantized = self.decode(codes)
-        semantic_ste = semantic + (quantized[:, :self.semantic_dim] - semantic).detach()
-        acoustic_ste = squashed + (quantized[:, self.semantic_dim:] - squashed).detach()
+        squashed = self.squash(latent)
+        quantized = self.straight_through(squashed, codes)
+        sizes = [self.semantic_dim, self.acoustic_dim]
+        (semantic, passed), (semantic_ste, acoustic_ste) = squashed.split(sizes, dim=1), quantized.split(sizes, dim=1)
 
         quantize_semantic = (draws.semantic < 0.5)[:, None, None]
         choice = draws.acoustic[:, None, None]
         acoustic = torch.where(choice < 0.5, acoustic_ste,
-                               torch.where(choice < 0.75, squashed + draws.noise / self.n_levels, squashed))
+                               torch.where(choice < 0.75, passed + draws.noise / self.n_levels, passed))
         mixed = torch.cat([torch.where(quantize_semantic, semantic_ste, semantic), acoustic], dim=1)
         return mixed, codes, semantic_ste

@@ -1,0 +1,46 @@
+"""Known codes: of clips that the model has spoken, from the files beside them (generate_clips.py, python -m voxtral.clips)."""
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from voxtral.data import BadClip
+from voxtral.params import CodecParams
+from voxtral.sources import DataError
+
+MAX_CLIPS = 2000  # spread over a folder; more do not change the statistics
+
+
+def read_codes(path: str, params: CodecParams) -> Tensor:
+    """-> codes [1 + acoustic_dim, L] int64 of a generated clip. Raises BadClip."""
+    try:
+        codes = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64))
+    except (OSError, ValueError, EOFError) as error:
+        raise BadClip(path, f"unreadable codes ({' '.join(str(error).split())})") from error
+    if codes.ndim != 2 or len(codes) != params.n_codebooks or not codes.shape[1]:
+        raise BadClip(path, f"codes of shape {list(codes.shape)}, not [{params.n_codebooks}, frames]")
+    largest = codes[0].max() < params.semantic_codebook_size and codes[1:].max() < params.acoustic_codebook_size
+    if codes.min() < 0 or not largest:
+        raise BadClip(path, "codes outside the codebooks of this checkpoint")
+    return codes
+
+
+def known_codes(folder: str, params: CodecParams) -> tuple[list[Tensor], list[tuple[str, str]]]:
+    """Codes [1 + acoustic_dim, L >= 2] from the .npy files below a folder; (path, reason) of those that cannot be used.
+    Raises DataError when none can."""
+    paths = sorted(Path(folder).rglob("*.npy"))
+    if not paths:
+        raise DataError(f"match.codes: {folder} holds no codes (.npy); make clips with codes by generate_clips.py.")
+    codes, bad = [], []
+    for path in paths[::-(-len(paths) // MAX_CLIPS)]:
+        try:
+            found = read_codes(str(path), params)
+        except BadClip as error:
+            bad.append((str(path), error.reason))
+        else:
+            codes += [found] if found.shape[1] > 1 else []
+    if not codes:
+        reason = ": ".join(bad[0]) if bad else "all are shorter"
+        raise DataError(f"match.codes: {folder} has no codes of two frames or more ({reason}).")
+    return codes, bad
