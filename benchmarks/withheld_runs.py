@@ -34,7 +34,7 @@ N_NAMED = 8  # changed settings in a message, at most
 
 @dataclass
 class Run:
-    """One row of the ablation with one seed; `quantization`: see withheld_encoder.Row."""
+    """One row of the ablation with one seed; `quantization`: see withheld_rows.Row."""
     row: str
     seed: int
     config: EncoderConfig

@@ -130,8 +130,10 @@ def test_each_row_changes_one_thing_of_another(modules, base):
 
 
 def test_schedule_is_a_share_of_the_run(modules, base):
+    from withheld_rows import schedule
+
     def settings(steps, *overrides):
-        return load_config(StandinConfig, base / "config.yaml", [*modules[0].schedule(steps), *overrides])
+        return load_config(StandinConfig, base / "config.yaml", [*schedule(steps), *overrides])
     long, short = settings(4000), settings(4)
     assert (long.discriminator.warmup_steps, long.optimizer.warmup_steps, long.train.log_every_steps) == (500, 200, 10)
     assert long.train.ema_decay == pytest.approx(0.9975) and short.train.ema_decay == 0
