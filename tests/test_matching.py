@@ -132,12 +132,12 @@ def test_the_average_is_a_plain_one_at_first_and_then_forgets(quantizer):
 
 def test_known_codes_skips_and_lists_what_it_cannot_use(tmp_path):
     good, short = random_codes(37, 5), random_codes(37, 1)
-    folder = folder_of(tmp_path, [good, short, good[:5], good + 5000])
+    folder = folder_of(tmp_path, [good, short, good[:5], good + 5000, good - 1000])
     (tmp_path / "voice" / "3.npy").write_bytes(b"no numbers")
     codes, bad = known_codes(folder, PARAMS)
     assert len(codes) == 1 and torch.equal(codes[0], good)
-    assert [path.rpartition("/")[2] for path, _ in bad] == ["2.npy", "3.npy"]
-    assert "shape [5, 5]" in bad[0][1] and "unreadable" in bad[1][1]
+    assert [path.rpartition("/")[2] for path, _ in bad] == ["2.npy", "3.npy", "4.npy"]
+    assert "shape [5, 5]" in bad[0][1] and "unreadable" in bad[1][1] and "outside the codebooks" in bad[2][1]
 
 
 @pytest.mark.parametrize("clips, words", [([random_codes(37, 1)], "all are shorter"), ([random_codes(4, 9)], r"shape \[4, 9\]")])
