@@ -1,4 +1,4 @@
-"""How far do decoder and losses ask for the true encoder's codes at all? Four measurements that train no encoder.
+"""How far do decoder and losses ask for the true encoder's codes at all, and what keeps trained encoders from them?
 
 shuffle  The true codes, but the semantic ones, or the acoustic ones, taken from other frames: what does the decoder make
          of each? Codes that it hardly hears cannot be found by listening to it.
@@ -9,13 +9,18 @@ descent  No encoder: the latents of every clip start at the true ones and follow
          from the true codes while the sound gets better, then sound alone does not tell which codes are the true ones.
 echo     The true encoder hears what the decoder makes of its own codes: how many come back? A trained encoder that was
          taught by decoded clips with known codes is taught that, and not what the true one does with speech.
+told     A fresh encoder is told the true latents of the training speech, which nobody with the real checkpoint can: how
+         many codes of unseen speakers does it find? What is missing then is for lack of data, size or steps; what a
+         trained encoder misses beyond that, sound and statistics do not tell it.
+encoders Trained encoders (--encoder FILE ...): do they err alike, and in which directions of the true latents?
 
 Needs a stand-in checkpoint and its withheld encoder, minutes on two CPU cores. OUTPUT gets results.json, table.md and
-limits.png.
+limits.png (with --encoder also errors.png).
 """
 import argparse
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -26,13 +31,15 @@ sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
 from voxtral.checkpoint import write_text  # noqa: E402
 from voxtral.codec import VoxtralCodec, ceil_div  # noqa: E402
 from voxtral.config import EncoderConfig, StandinConfig, load_config  # noqa: E402
-from voxtral.data import Batch, validation_batches  # noqa: E402
+from voxtral.data import Batch, SpeechDataset, make_loader, validation_batches  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
+from voxtral.evaluation import fresh_encoder  # noqa: E402
 from voxtral.evaluation_report import markdown  # noqa: E402
 from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss  # noqa: E402
 from voxtral.metrics import code_agreement  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
-from voxtral.run import cosine_with_warmup, environment, start_process  # noqa: E402
+from voxtral.run import cosine_with_warmup, environment, set_learning_rate, start_process  # noqa: E402
+from voxtral.sources import Clip, find_clips, split_validation  # noqa: E402
 from withheld_encoder import unseen_clips  # noqa: E402
 from withheld_report import read_tensors  # noqa: E402
 
@@ -62,8 +69,7 @@ class Limits:
         self.frames = [ceil_div(batch.lengths, codec.params.frame_size) for batch in self.batches]
         self.true = [self.encode(batch.waveform, batch.lengths) for batch in self.batches]
         self.codes = [codec.quantizer.encode(latent) for latent in self.true]
-        together = torch.cat([latent.transpose(1, 2)[self.valid(i)] for i, latent in enumerate(map(codec.quantizer.squash, self.true))])
-        self.deviation = together.std(dim=0)[:, None]  # [latent_dim, 1], as the decoder sees them
+        self.deviation = self.together(self.true).std(dim=1, keepdim=True)  # [latent_dim, 1]
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor) -> Tensor:
@@ -72,6 +78,11 @@ class Limits:
     def valid(self, i: int) -> Tensor:
         """[B, L]: frames of batch i that are not padding."""
         return torch.arange(self.true[i].shape[-1], device=self.frames[i].device) < self.frames[i][:, None]
+
+    def together(self, latents: list[Tensor]) -> Tensor:
+        """[latent_dim, frames] of all clips, as the decoder sees them."""
+        return torch.cat([self.codec.quantizer.squash(latent).transpose(1, 2)[self.valid(i)]
+                          for i, latent in enumerate(latents)]).T
 
     def unsquash(self, seen: Tensor) -> Tensor:
         """A latent that Quantizer.squash() gives `seen` of."""
@@ -102,7 +113,7 @@ class Limits:
                   "commit": lambda: commitment_loss(latent[:, :semantic], quantized, self.frames[i])}
         return sum(getattr(weights, name) * loss() for name, loss in losses.items() if getattr(weights, name))
 
-    # ------------------------------------------------------------ the four measurements
+    # ------------------------------------------------------------ the measurements
 
     def shuffle(self) -> list[dict]:
         generator, semantic = torch.Generator().manual_seed(0), self.codec.params.semantic_dim
@@ -151,9 +162,60 @@ class Limits:
                  for codes, batch in zip(self.codes, self.batches)]
         return [{"measurement": "echo", "at": 1} | self.measure(again)]
 
+    def told(self, clips: list[Clip], steps: int) -> dict:
+        """The loss: L1 of the latents as the decoder sees them, in deviations of each channel."""
+        config, quantizer, device = self.config, self.codec.quantizer, self.deviation.device
+        student = deepcopy(self.codec)
+        student.load_encoder(fresh_encoder(self.codec, config.seed), "a fresh encoder")
+        parameters = student.requires_grad_(False).encoder_parameters()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.learning_rate, betas=tuple(config.optimizer.betas),
+                                      weight_decay=config.optimizer.weight_decay, fused=device.type == "cuda")
+        batches = iter(make_loader(SpeechDataset(clips, config.data.max_sec, config.seed, speed=config.data.speed), config.data, config.seed))
+        for step in range(steps):
+            set_learning_rate(optimizer, config.optimizer.learning_rate * cosine_with_warmup(step, steps // 20, steps))
+            batch = next(batches).to(device, non_blocking=True)
+            wanted = self.encode(batch.waveform, batch.lengths)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                found = student.encode_latent(batch.waveform, batch.lengths).float()
+            frames = torch.arange(wanted.shape[-1], device=device) < ceil_div(batch.lengths, self.codec.params.frame_size)[:, None]
+            error = ((quantizer.squash(found) - quantizer.squash(wanted)).abs() / self.deviation).mean(dim=1)  # [B, L]
+            loss = (error * frames).sum() / frames.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.train.gradient_clip)
+            optimizer.step()
+        with torch.no_grad():
+            latents = [student.encode_latent(batch.waveform, batch.lengths).float() for batch in self.batches]
+        return {"measurement": "told", "at": steps} | self.measure(latents) | {"loss": loss.item()}
+
+    @torch.no_grad()
+    def encoders(self, files: list[Path]) -> list[dict]:
+        """Errors are those of the acoustic latents, in deviations of each channel: their size (root mean square), their
+        correlation with those of the first file, and their mean square along each principal direction of the true
+        latents, over the variance of these there."""
+        student, semantic = deepcopy(self.codec), self.codec.params.semantic_dim
+        true = self.together(self.true)[semantic:] / self.deviation[semantic:]
+        variances, directions = torch.linalg.eigh(true.cov())
+        rows, first = [], None
+        for i, file in enumerate(files):
+            student.load_encoder(read_tensors(file), file)
+            latents = [student.encode_latent(batch.waveform, batch.lengths).float() for batch in self.batches]
+            error = self.together(latents)[semantic:] / self.deviation[semantic:] - true
+            codes = [self.codec.quantizer.encode(latent) for latent in latents]
+            first = first or (error, codes)
+            alike = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(error, first[0])]).mean().item()
+            same = [(ours[:, 1:] == theirs[:, 1:]).transpose(1, 2)[self.valid(j)] for j, (ours, theirs) in enumerate(zip(codes, first[1]))]
+            spread = (directions.T @ error).square().mean(dim=1) / variances
+            rows.append({"measurement": f"encoder {file.parent}", "at": i} | self.measure(latents)
+                        | {"error": error.square().mean().sqrt().item(), "error_correlation": alike,
+                           "levels_as_first": torch.cat(same).float().mean().item(), "error_by_direction": spread.flip(0).tolist()})
+        return rows
+
 
 def table(rows: list[dict]) -> str:
-    names = {"noise": "noise, of the deviation", "descent": "descent, step"}
+    names = {"noise": "noise, of the deviation", "descent": "descent, step", "told": "told, steps"}
     lines = [[names.get(row["measurement"], row["measurement"]), f"{row['at']:g}", f"{row['mel']:.3f}",
               *(f"{row[name]:.1%}" for name in ("semantic_equal", "levels_equal", "levels_within_1")),
               f"{row['loss']:.3f}" if "loss" in row else ""] for row in rows]
@@ -180,6 +242,27 @@ def figure_of(rows: list[dict]) -> Figure:
     return figure
 
 
+def errors_table(rows: list[dict]) -> str:
+    return markdown(["", "error, of the deviation", "correlation with the first one's", "levels as the first one's"],
+                    [[row["measurement"], f"{row['error']:.3f}", f"{row['error_correlation']:.2f}", f"{row['levels_as_first']:.1%}"]
+                     for row in rows])
+
+
+def errors_figure(rows: list[dict]) -> Figure:
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for row in rows:
+        axis.plot(range(1, 1 + len(row["error_by_direction"])), row["error_by_direction"], marker="o", markersize=3,
+                  label=row["measurement"])
+    axis.axhline(1, color="black", linewidth=0.8, linestyle="--", label="what zero would miss")
+    axis.set_yscale("log")
+    axis.set_xlabel("principal direction of the true acoustic latents, the largest first")
+    axis.set_ylabel("mean square error / variance")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--standin", metavar="DIR", required=True, help="checkpoint without encoder (make_standin.py)")
@@ -190,6 +273,9 @@ def main(arguments=None) -> None:
     parser.add_argument("--clips", metavar="N", type=int, default=32, help="spread over the speakers (default: %(default)s)")
     parser.add_argument("--steps", metavar="N", type=int, default=120, help="of the descent (default: %(default)s)")
     parser.add_argument("--learning-rate", metavar="R", type=float, default=0.02, help="of the descent (default: %(default)s)")
+    parser.add_argument("--told", metavar="N,...", default="200", help="steps of encoders that are told the true latents "
+                                                                       "(default: %(default)s; 0: none)")
+    parser.add_argument("--encoder", metavar="FILE", type=Path, action="append", default=[], help="a trained encoder, again for more")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/code_limits"), help="(default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config of --data")
     options = parser.parse_intermixed_args(arguments)
@@ -197,6 +283,12 @@ def main(arguments=None) -> None:
         for name, value in (("--clips", options.clips), ("--steps", options.steps)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be 1 or more.")
+        told = options.told.split(",")
+        if not all(steps.isdecimal() for steps in told):
+            raise UserError(f"--told is {options.told}; write numbers of steps as 500,2000.")
+        for file in options.encoder:
+            if not file.is_file():
+                raise UserError(f"--encoder {file} is missing; give an encoder.safetensors of train_encoder.py.")
         config = load_config(StandinConfig, options.data, options.overrides)
         if not any(getattr(config.loss, name) for name in ("l1", "stft", "mel")):
             raise UserError(f"{options.data}: the descent needs loss.l1, loss.stft or loss.mel.")
@@ -206,13 +298,20 @@ def main(arguments=None) -> None:
         codec.load_encoder(read_tensors(options.withheld), options.withheld)
         limits = Limits(codec.to(process.device).requires_grad_(False), batches, config)
         options.output.mkdir(parents=True, exist_ok=True)
-        rows = [*limits.shuffle(), *limits.noise(), *limits.descent(options.steps, options.learning_rate), *limits.echo()]
+        trained_on = [clip for source in split_validation(find_clips(config.data)[0], config.data.validation)[0] for clip in source]
+        rows = [*limits.shuffle(), *limits.noise(), *limits.descent(options.steps, options.learning_rate), *limits.echo(),
+                *(limits.told(trained_on, int(steps)) for steps in told if int(steps))]
+        trained = limits.encoders(options.encoder)
+        rows += trained
         report = environment(process) | {"clips": sum(len(batch.lengths) for batch in batches), "rows": rows,
                                          "options": {name: str(value) for name, value in vars(options).items()}}
         write_text(options.output / "results.json", json.dumps(report, indent=2) + "\n")
-        write_text(options.output / "table.md", table(rows))
+        text = table(rows) + (f"\n{errors_table(trained)}" if trained else "")
+        write_text(options.output / "table.md", text)
         save_figure(figure_of(rows), options.output / "limits.png")
-        print(f"\n{table(rows)}\n{report['clips']} clips; written to {options.output}/")
+        if trained:
+            save_figure(errors_figure(trained), options.output / "errors.png")
+        print(f"\n{text}\n{report['clips']} clips; written to {options.output}/")
 
 
 if __name__ == "__main__":

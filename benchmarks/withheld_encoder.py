@@ -46,7 +46,7 @@ PROBE_STEPS = 30
 N_NAMED = 8  # speakers in a message, at most
 
 
-def write_known_codes(options, data: DataConfig) -> None:
+def write_known_codes(options, data: DataConfig, device) -> None:
     """What the true encoder makes of the training speech of the preset voices (of all voices, if the config names no
     presets), written once: codes as a language model of this codec would speak them."""
     folder = options.output / KNOWN_CODES
@@ -55,7 +55,7 @@ def write_known_codes(options, data: DataConfig) -> None:
         clips = [clip for source in split_validation(find_clips(data)[0], data.validation)[0] for clip in source]
         codec = VoxtralCodec.from_checkpoint(options.standin)
         codec.load_encoder(read_tensors(options.withheld), options.withheld)
-        resynthesize(codec, [clip for clip in clips if not presets or clip.speaker in presets], folder, options.max_sec)
+        resynthesize(codec.to(device), [clip for clip in clips if not presets or clip.speaker in presets], folder, options.max_sec)
 
 
 def unseen_clips(options, data: DataConfig) -> list[Clip]:
@@ -105,9 +105,9 @@ def benchmark(options) -> None:
     true_checkpoint = options.output / TRUE_CHECKPOINT
     if not true_checkpoint.is_dir() and any(run.config.checkpoint == str(true_checkpoint) for run in runs):
         inject(options.standin, options.withheld, output=true_checkpoint)
-    if any(run.config.loss.match for run in runs):
-        write_known_codes(options, native.data)
     process = start_process(native.device)
+    if any(run.config.loss.match for run in runs):
+        write_known_codes(options, native.data, process.device)
     judge = Judge(options, samples, native, process.device)
     audio_sec = options.steps * native.data.batch_size * native.train.accumulation * native.data.max_sec
     about = environment(process) | {"steps": options.steps, "audio_hours": audio_sec / 3600, "clips": len(samples),
@@ -122,7 +122,7 @@ def benchmark(options) -> None:
     print(f"{len(options.rows)} rows × {len(options.seeds)} seeds: {len(runs)} runs of {options.steps} steps, "
           f"{audio_sec / 3600:.2f} h of audio each; {len(runs) - len(waiting)} are finished")
     for name in options.rows:
-        print(f"  {name:<6}{ROWS[name].what}: {f'{ROWS[name].of} {ROWS[name].changes}'.strip()}")
+        print(f"  {name:<7}{ROWS[name].what}: {f'{ROWS[name].of} {ROWS[name].changes}'.strip()}")
     print(f"measured on {len(samples)} clips of {judge.averages.n_speakers} speakers, {judge.seconds:.1f} s an encoder")
     run_sec = probe(options, waiting, deadline, stop) if waiting and time.monotonic() < deadline else 0.0
     if run_sec:
@@ -186,7 +186,7 @@ def probe(options, waiting: list[Run], deadline: float, stop: StopSignal) -> flo
 
 def write_results(options, runs: list[Run], judge: Judge, failed: dict[str, str], about: dict) -> str:
     """Writes results.json, table.md and curves.png; -> the table."""
-    rows = results_of(runs, judge)
+    rows = results_of(sorted(runs, key=lambda run: list(ROWS).index(run.row)), judge)
     for name, row in rows.items():
         row |= {"what": ROWS[name].what, "of": ROWS[name].of, "settings": changes_of(name),
                 "change": change_of(row, rows[ROWS[name].of]) if ROWS[name].of in rows else {}}
@@ -205,7 +205,7 @@ def write_results(options, runs: list[Run], judge: Judge, failed: dict[str, str]
 
 # ---------------------------------------------------------------- command line
 
-LISTING = "\n".join(f"  {name:<6}{row.what}" + (f", against {row.of}" if row.of else "") for name, row in ROWS.items())
+LISTING = "\n".join(f"  {name:<7}{row.what}" + (f", against {row.of}" if row.of else "") for name, row in ROWS.items())
 EXAMPLES = f"""rows:
 {LISTING}
 

@@ -7,27 +7,31 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, load_config  # noqa: E402
 from voxtral.data import SAMPLE_RATE  # noqa: E402
 from voxtral.errors import UserError  # noqa: E402
-from withheld_runs import Run, band_limited  # noqa: E402
+from voxtral.params import load_params  # noqa: E402
+from withheld_runs import Run, band_limited, thinned, with_layers  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Row:
-    """`changes`: keys of the config, and three of this benchmark's own:
+    """`changes`: keys of the config, and five of this benchmark's own:
     quantization  stochastic: the paper's 50/25/25, as train_encoder.py does; always: every clip, as serving does
     training_hz   24000: clips as they are; 16000: copies with nothing above 8 kHz, as upsampled 16 kHz speech has
     start         fresh: as with the released checkpoint; true: the withheld encoder, to see whether training keeps it
+    speech        1: all clips; 0.1: every tenth, heard ten times as often
+    layers        of the encoder's four stages; serving knows 2,2,2,2 alone
     """
     what: str
     of: str        # the row that it changes; the two together show what the change does
     changes: str
 
 
-# a to d build the paper's recipe piece by piece, e to t change one thing of it. Commitment is in all: without it
+# a to d build the paper's recipe piece by piece, e to t change one thing of it, o and on ask what limits it. Commitment is in all: without it
 # nothing ties the semantic latent to the codebook. The paper's schedule of quantization is a piece as well: a and b
 # quantize always (no key of the config says so: train_run swaps the draws), c shows what the schedule is worth.
 ROWS = {
     "a": Row("reconstruction only", "", "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 "
-             "loss.diversity=0 loss.speaker=0 loss.match=0 quantization=always training_hz=24000 start=fresh"),
+             "loss.diversity=0 loss.speaker=0 loss.match=0 quantization=always training_hz=24000 start=fresh "
+             "speech=1 layers=2,2,2,2"),
     "b": Row("+ discriminators with feature matching", "a", "loss.feature=1"),
     "c": Row("+ stochastic quantization", "b", "quantization=stochastic"),
     "d": Row("+ ASR distillation: the paper's recipe", "c", "loss.asr=1"),
@@ -42,6 +46,9 @@ ROWS = {
     "t": Row("started at the true encoder", "d", "start=true"),
     "best": Row("what helps, together", "d", "loss.mel=1 loss.match=0.3 loss.commit=1"),
     "cheap": Row("the same without discriminators and Whisper", "best", "loss.feature=0 loss.asr=0"),
+    "o": Row("a tenth of the speech", "cheap", "speech=0.1"),
+    "half": Row("half of the encoder's layers", "cheap", "layers=1,1,1,1"),
+    "double": Row("twice its layers", "cheap", "layers=4,4,4,4"),
 }
 TRUE_CHECKPOINT = "true_checkpoint"  # in OUTPUT: the stand-in with its true encoder, from which rows may start
 KNOWN_CODES = "known_codes"          # in OUTPUT: codes of the preset voices, for loss.match
@@ -68,11 +75,14 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
     """The run and its config. Raises UserError."""
     changes = changes_of(row)
     quantization, training_hz, start = changes.pop("quantization"), int(changes.pop("training_hz")), changes.pop("start")
+    speech, layers = float(changes.pop("speech")), changes.pop("layers")
     # A stand-in's config will do: it names the speakers that the stand-in has not heard.
     loaded = load_config(StandinConfig, options.data, [*schedule(steps), *options.overrides,
                                                        *(f"{key}={value}" for key, value in changes.items())])
     config = EncoderConfig(**{field.name: getattr(loaded, field.name) for field in fields(EncoderConfig)})
     config.checkpoint = options.standin if start == "fresh" else str(options.output / TRUE_CHECKPOINT)
+    if layers != load_params(options.standin).codec.encoder_transformer_lengths_str:
+        config.checkpoint = with_layers(options.standin, layers, options.output)
     config.output_dir, config.resume = str(folder), True
     config.seed, config.train.max_steps = seed, steps
     config.match.codes = str(options.output / KNOWN_CODES) if config.loss.match else None
@@ -82,4 +92,6 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
                         "stand-in nor the encoders are trained on.")
     if training_hz != SAMPLE_RATE:
         config.data = band_limited(config.data, options.output / "band_limited")
+    if speech != 1:
+        config.data = thinned(config.data, options.output / "thinned", round(1 / speech))
     return Run(row, seed, config, quantization)

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Callable
 
 import soundfile
 import torch
@@ -25,7 +26,7 @@ from voxtral.degrade import band_limit  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.quantizer import QuantizationDraws  # noqa: E402
 from voxtral.run import StopSignal, read_metrics, training_process  # noqa: E402
-from voxtral.sources import DataConfig, SourceConfig, find_clips  # noqa: E402
+from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips  # noqa: E402
 
 # What may differ between a run and its continuation.
 PLACES = ("output_dir", "resume", "device", "data.data_root", "data.num_workers", "data.sources")
@@ -149,27 +150,55 @@ def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
     return child.exitcode
 
 
-# ---------------------------------------------------------------- 16 kHz speech
+# ---------------------------------------------------------------- other speech, other encoders
 
 def band_limited(data: DataConfig, folder: Path) -> DataConfig:
     """`data` with all that is trained on cut at 8 kHz: copies in `folder`, written once. Held-out clips stay as they
     are. The copies have 24 kHz, so that every crop is the one that the other rows train on.
     """
-    sources = []
-    for clips in find_clips(data)[0]:
-        name = f"source_{clips[0].source}"
-        paths = [Path(clip.path).absolute() for clip in clips]
-        copies = {i: (folder / name / f"{i:06d}_{path.stem}.flac").absolute() for i, path in enumerate(paths)
+    def copied(clips: list[Clip], name: str) -> list[Clip]:
+        paths = [Path(clip.path) for clip in clips]
+        copies = {i: folder / name / f"{i:06d}_{path.stem}.flac" for i, path in enumerate(paths)
                   if clips[i].speaker not in data.validation.speakers and not read_header(str(path))[2]}
         with ThreadPool(os.cpu_count()) as pool:
             pool.starmap(copy_band_limited, [(paths[i], copy) for i, copy in copies.items() if not copy.exists()])
-        rows = [{"path": str(copies.get(i, path)), "speaker": clip.speaker, "text": clip.text}
-                for i, (path, clip) in enumerate(zip(paths, clips))]
+        return [replace(clip, path=str(copies.get(i, clip.path))) for i, clip in enumerate(clips)]
+    return rewritten(data, folder, copied)
+
+
+def thinned(data: DataConfig, folder: Path, keep_every: int) -> DataConfig:
+    """`data` with so few of the clips that are trained on, spread over all speakers; held-out ones stay."""
+    def fewer(clips: list[Clip], _: str) -> list[Clip]:
+        trained = [clip for clip in clips if clip.speaker not in data.validation.speakers]
+        kept = set(sorted(trained, key=lambda clip: clip.speaker)[::keep_every])
+        return [clip for clip in clips if clip in kept or clip.speaker in data.validation.speakers]
+    return rewritten(data, folder, fewer)
+
+
+def rewritten(data: DataConfig, folder: Path, change: Callable[[list[Clip], str], list[Clip]]) -> DataConfig:
+    """`data` with `change(clips of a source, its name)` in the place of every source, as manifests in `folder`."""
+    sources = []
+    for clips in find_clips(data)[0]:
+        name = f"source_{clips[0].source}"
+        rows = [{"path": str(Path(clip.path).absolute()), "speaker": clip.speaker, "text": clip.text}
+                for clip in change(clips, name)]
         manifest = (folder / f"{name}.jsonl").absolute()
         write_text(manifest, "".join(json.dumps(row) + "\n" for row in rows))
         weight = data.sources[clips[0].source].weight
         sources.append(SourceConfig(kind="manifest", path=str(manifest), weight=weight))
     return replace(data, sources=sources)
+
+
+def with_layers(checkpoint: str, layers: str, output: Path) -> str:
+    """A checkpoint folder in OUTPUT that differs in the layers of the encoder's stages only: links, and its params.json."""
+    folder = output / f"layers_{layers.replace(',', '_')}"
+    params = json.loads((Path(checkpoint) / "params.json").read_text())
+    params["multimodal"]["audio_tokenizer_args"]["encoder_transformer_lengths_str"] = layers
+    write_text(folder / "params.json", json.dumps(params, indent=2))
+    for path in Path(checkpoint).absolute().iterdir():
+        if path.name != "params.json" and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+    return str(folder)
 
 
 def copy_band_limited(source: Path, target: Path) -> None:

@@ -155,9 +155,9 @@ def resynthesize(codec: VoxtralCodec, clips: list[Clip], path, max_sec: float) -
         except BadClip as error:
             print(f"left out: {error}")
             continue
-        codes = codec.encode(torch.from_numpy(waveform)[None, None])
+        codes = codec.encode(torch.from_numpy(waveform)[None, None].to(codec.audio_embedding.device))
         planned = PlannedClip(f"{clip.speaker}/{number:05d}", clip.speaker, "", clip.text, (0,))
-        folder.save_audio(planned, codes[0], codec.decode(codes)[0, 0], codec.params.sampling_rate)
+        folder.save_audio(planned, codes[0].cpu(), codec.decode(codes)[0, 0].cpu(), codec.params.sampling_rate)
         rows.append((planned, codes.shape[-1] / codec.params.frame_rate_hz))
     folder.record([clip for clip, _ in rows], [""] * len(rows), [seconds for _, seconds in rows])
     folder.write_manifest()
