@@ -21,7 +21,7 @@ local_files=("data.data_root=$speech" "asr.model=$whisper")
 clips=('data.sources=[{kind: manifest, path: train.csv}]' "${local_files[@]}")
 growth=(--random-full "${clips[@]}" loss.asr=0 discriminator.crop_sec=0.5 --steps 12 --warm-up 5)
 mid=(--standin "$output/standin_mid/released" --withheld "$output/standin_mid/withheld_encoder.safetensors"
-    --data configs/standin_mid.yaml --eval "$speech/eval.csv" "${local_files[@]}")
+    --data configs/standin_mid.yaml --eval "$speech/eval.csv" "${local_files[@]}" train.max_total_loss=1e6)
 
 part() {  # part NAME GPUS COMMAND...: its output in OUTPUT/NAME.log, its seconds in OUTPUT/parts.txt; never fatal
     local name=$1 began=$SECONDS
