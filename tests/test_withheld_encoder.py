@@ -24,7 +24,7 @@ from voxtral.layout import withheld_layout
 from voxtral.params import load_params, parse_params
 from voxtral.quantizer import QuantizationDraws, Quantizer
 from voxtral.run import read_metrics
-from voxtral.sources import find_clips, split_validation
+from voxtral.sources import DataConfig, SourceConfig, ValidationConfig, find_clips, split_validation
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +171,36 @@ def test_16_khz_copies_give_the_same_crops_without_their_highs(modules, base, tm
     assert Path(copies[0].path).stat().st_mtime_ns == before
 
 
+def test_a_tenth_of_the_speech_is_of_all_training_speakers(modules, tmp_path):
+    for name, speakers, n_clips in (("one", "abh", 30), ("two", "ch", 20)):
+        rows = [f"{name}/{i:02d}{speaker}.wav,{speaker},{i} words\n" for speaker in speakers for i in range(n_clips)]
+        (tmp_path / f"{name}.csv").write_text("path,speaker,text\n" + "".join(rows))
+    data = DataConfig(str(tmp_path), [SourceConfig(kind="manifest", path="one.csv", weight=2.0),
+                                      SourceConfig(kind="manifest", path="two.csv")], ValidationConfig(50, ["h"]))
+    fewer = modules[1].thinned(data, tmp_path / "thinned", 10)
+    (all_clips, validation), (kept, same) = (split_validation(find_clips(each)[0], each.validation) for each in (data, fewer))
+    assert same == validation and len(same) == 50
+    assert ["".join(sorted(clip.speaker for clip in clips)) for clips in kept] == ["aaabbb", "cc"]
+    assert all(set(few) < set(clips) for few, clips in zip(kept, all_clips))  # texts and sources too
+    assert [source.weight for source in fewer.sources] == [2, 1]
+
+
+def test_other_layers_are_of_the_encoder_alone(modules, base, tmp_path):
+    for _ in range(2):  # every run of a row asks for it
+        folder = modules[1].with_layers(str(base / "released"), "1,2,3,4", tmp_path)
+    usual, other = (VoxtralCodec.from_checkpoint(path) for path in (base / "released", folder))
+    assert [len(block.layers) for block in other.encoder_blocks if hasattr(block, "layers")] == [1, 2, 3, 4]
+    decoder = {name: tensor for name, tensor in usual.state_dict().items() if name not in encoder_names(usual)}
+    assert decoder.keys() == other.state_dict().keys() - encoder_names(other)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in decoder.items())
+    assert {path.name for path in Path(folder).iterdir() if not path.is_symlink()} == {"params.json"}
+    assert load_params(base / "released").codec.encoder_transformer_lengths_str == "2,2,2,2"
+
+
+def encoder_names(codec):
+    return {name.removeprefix("audio_tokenizer.") for name in codec.encoder_tensors()}
+
+
 # ---------------------------------------------------------------- a whole benchmark
 
 def test_every_run_is_trained_and_measured(whole, base):
@@ -239,6 +269,39 @@ def test_the_table_has_a_line_per_row(whole, modules):
     assert row[4].strip() == f"{mel['mean']:.4g} ({round(100 * gap)} %)"
     text = "\n".join(lines)
     assert "- wer: add wer to --metrics" in text and "- ecapa: " in text and "- semantic_equal: share of" in text
+
+
+def test_less_speech_and_other_layers(modules, command, base, tmp_path):
+    modules[0].main(command(tmp_path, "--rows", "double,half,o,cheap", "--seeds", "0", "--metrics", "mel"))
+    report = report_of(tmp_path)
+    assert list(report["rows"]) == ["cheap", "o", "half", "double"] and not report["not_finished"]
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines if "→" in line] == ["cheap → o", "cheap → half", "cheap → double"]
+    heard = {name: next(line for line in (tmp_path / f"{name}_seed0" / "log.txt").read_text().splitlines() if "training clips" in line)
+             for name in report["rows"]}
+    assert "1 training clips" in heard["o"] and all("4 training clips" in heard[name] for name in ("cheap", "half", "double"))
+    size = {name: len(load_file(tmp_path / f"{name}_seed0" / "encoder.safetensors")) for name in report["rows"]}
+    assert size["double"] - size["cheap"] == 2 * (size["cheap"] - size["half"]) > 0 and size["o"] == size["cheap"]
+    # Its levels, by its own codec, are compared with the true encoder's.
+    codecs = [VoxtralCodec.from_checkpoint(folder) for folder in (tmp_path / "layers_1_1_1_1", base / "released")]
+    codecs[0].load_encoder(load_file(tmp_path / "half_seed0" / "encoder.safetensors"))
+    codecs[1].load_encoder(load_file(base / "withheld.safetensors"))
+    clips = [torch.from_numpy(load_segment(str(path), 0.0, 0.5)[0]) for path in sorted((base / "speech" / "m_f12").iterdir())]
+    ours, true = (torch.cat([codec.encode(clip[None, None])[:, 1:] for clip in clips]) for codec in codecs)
+    expected = (ours == true).float().mean().item()
+    assert report["rows"]["half"]["values"]["levels_equal"]["mean"] == pytest.approx(expected, abs=1e-6)
+    assert 0 < expected < 1
+
+
+def test_known_codes_are_written_on_the_device_of_the_run(modules, base, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(modules[0], "resynthesize", lambda codec, clips, *_: asked.append(codec.audio_embedding.device.type))
+
+    class Options:
+        output, data, overrides, max_sec = tmp_path, str(base / "config.yaml"), [], 0.5
+        standin, withheld = str(base / "released"), str(base / "withheld.safetensors")
+    modules[0].write_known_codes(Options, load_config(StandinConfig, base / "config.yaml", []).data, torch.device("meta"))
+    assert asked == ["meta"]
 
 
 def test_changes_are_differences_seed_by_seed(modules):
@@ -310,8 +373,8 @@ def test_resuming_skips_what_is_finished_and_measures_only_what_is_new(modules, 
     benchmark, _, report = modules
     measured, measure = [], report.Judge.measure
     monkeypatch.setattr(benchmark, "train_until", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(report.Judge, "measure", lambda self, tensors, where: measured.append(str(where))
-                        or measure(self, tensors, where))
+    monkeypatch.setattr(report.Judge, "measure", lambda self, codec, tensors, where: measured.append(str(where))
+                        or measure(self, codec, tensors, where))
     benchmark.main(command(whole[0], "--rows", "a,c", "--seeds", "0", "--resume"))
     assert len(measured) == 2 and "2 are finished" in capsys.readouterr().out
     benchmark.main(command(whole[0], "--rows", "a", "--seeds", "0", "--resume", "--metrics", "mel,stft,sisdr"))
