@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
+from evaluate import finite  # noqa: E402
 from voxtral.checkpoint import write_text  # noqa: E402
 from voxtral.codec import VoxtralCodec, ceil_div  # noqa: E402
 from voxtral.config import EncoderConfig, StandinConfig, load_config  # noqa: E402
@@ -254,7 +255,7 @@ def errors_figure(rows: list[dict]) -> Figure:
     for row in rows:
         axis.plot(range(1, 1 + len(row["error_by_direction"])), row["error_by_direction"], marker="o", markersize=3,
                   label=row["measurement"])
-    axis.axhline(1, color="black", linewidth=0.8, linestyle="--", label="what zero would miss")
+    axis.axhline(1, color="black", linewidth=0.8, linestyle="--", label="what the mean would miss")
     axis.set_yscale("log")
     axis.set_xlabel("principal direction of the true acoustic latents, the largest first")
     axis.set_ylabel("mean square error / variance")
@@ -286,17 +287,17 @@ def main(arguments=None) -> None:
         told = options.told.split(",")
         if not all(steps.isdecimal() for steps in told):
             raise UserError(f"--told is {options.told}; write numbers of steps as 500,2000.")
-        for file in options.encoder:
-            if not file.is_file():
-                raise UserError(f"--encoder {file} is missing; give an encoder.safetensors of train_encoder.py.")
         config = load_config(StandinConfig, options.data, options.overrides)
         if not any(getattr(config.loss, name) for name in ("l1", "stft", "mel")):
             raise UserError(f"{options.data}: the descent needs loss.l1, loss.stft or loss.mel.")
         batches = validation_batches(unseen_clips(options, config.data), config.data)
         process = start_process(config.device)
         codec = VoxtralCodec.from_checkpoint(options.standin)
-        codec.load_encoder(read_tensors(options.withheld), options.withheld)
+        for file in [*options.encoder, options.withheld]:  # whether they fit is known before minutes are spent
+            codec.load_encoder(read_tensors(file), file)
         limits = Limits(codec.to(process.device).requires_grad_(False), batches, config)
+        if options.encoder and sum(map(torch.sum, limits.frames)) <= codec.params.acoustic_dim:
+            raise UserError(f"--clips {options.clips}: so few frames have no {codec.params.acoustic_dim} principal directions; take more.")
         options.output.mkdir(parents=True, exist_ok=True)
         trained_on = [clip for source in split_validation(find_clips(config.data)[0], config.data.validation)[0] for clip in source]
         rows = [*limits.shuffle(), *limits.noise(), *limits.descent(options.steps, options.learning_rate), *limits.echo(),
@@ -305,7 +306,7 @@ def main(arguments=None) -> None:
         rows += trained
         report = environment(process) | {"clips": sum(len(batch.lengths) for batch in batches), "rows": rows,
                                          "options": {name: str(value) for name, value in vars(options).items()}}
-        write_text(options.output / "results.json", json.dumps(report, indent=2) + "\n")
+        write_text(options.output / "results.json", json.dumps(finite(report), indent=2) + "\n")
         text = table(rows) + (f"\n{errors_table(trained)}" if trained else "")
         write_text(options.output / "table.md", text)
         save_figure(figure_of(rows), options.output / "limits.png")

@@ -13,6 +13,7 @@ mkdir -p "$3"
 speech=$(realpath "$1") whisper=$2 output=$(realpath "$3")
 [ -f "$whisper" ] && whisper=$(realpath "$whisper")
 cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}  # several processes share the cores
 mid_steps=${MID_STEPS:-2500} row_steps=${ROW_STEPS:-500} seeds=${SEEDS:-0,1,2} minutes=${MINUTES:-9}
 gpus=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 all=$(seq -s, 0 $((gpus - 1)))
@@ -55,6 +56,7 @@ curves() {
     part curve_slow "$last" python train_encoder.py "${curve[@]}" output_dir="$output/curve_slow" discriminator.crop_sec=4 \
         train.cuda_graphs=false
     part curve_seed "$last" python train_encoder.py "${curve[@]}" output_dir="$output/curve_seed" discriminator.crop_sec=0.5 seed=1
+    part loss_curves "$last" python benchmarks/loss_curves.py "$output"/curve_{fast,slow,seed} --output "$output/loss_curves.png"
 }
 
 # Rows of the ablation, two on each GPU: one starts or reads while the other computes. Rows that most hangs on come first.

@@ -7,7 +7,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, load_config  # noqa: E402
 from voxtral.data import SAMPLE_RATE  # noqa: E402
 from voxtral.errors import UserError  # noqa: E402
-from voxtral.params import load_params  # noqa: E402
 from withheld_runs import Run, band_limited, thinned, with_layers  # noqa: E402
 
 
@@ -18,7 +17,7 @@ class Row:
     training_hz   24000: clips as they are; 16000: copies with nothing above 8 kHz, as upsampled 16 kHz speech has
     start         fresh: as with the released checkpoint; true: the withheld encoder, to see whether training keeps it
     speech        1: all clips; 0.1: every tenth, heard ten times as often
-    layers        of the encoder's four stages; serving knows 2,2,2,2 alone
+    layers        of the encoder's four stages; own: the stand-in's, as serving builds it
     """
     what: str
     of: str        # the row that it changes; the two together show what the change does
@@ -31,7 +30,7 @@ class Row:
 ROWS = {
     "a": Row("reconstruction only", "", "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 "
              "loss.diversity=0 loss.speaker=0 loss.match=0 quantization=always training_hz=24000 start=fresh "
-             "speech=1 layers=2,2,2,2"),
+             "speech=1 layers=own"),
     "b": Row("+ discriminators with feature matching", "a", "loss.feature=1"),
     "c": Row("+ stochastic quantization", "b", "quantization=stochastic"),
     "d": Row("+ ASR distillation: the paper's recipe", "c", "loss.asr=1"),
@@ -81,7 +80,7 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
                                                        *(f"{key}={value}" for key, value in changes.items())])
     config = EncoderConfig(**{field.name: getattr(loaded, field.name) for field in fields(EncoderConfig)})
     config.checkpoint = options.standin if start == "fresh" else str(options.output / TRUE_CHECKPOINT)
-    if layers != load_params(options.standin).codec.encoder_transformer_lengths_str:
+    if layers != "own":
         config.checkpoint = with_layers(options.standin, layers, options.output)
     config.output_dir, config.resume = str(folder), True
     config.seed, config.train.max_steps = seed, steps
@@ -93,5 +92,5 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
     if training_hz != SAMPLE_RATE:
         config.data = band_limited(config.data, options.output / "band_limited")
     if speech != 1:
-        config.data = thinned(config.data, options.output / "thinned", round(1 / speech))
+        config.data = thinned(config.data, options.output / f"speech_{speech:g}", round(1 / speech))
     return Run(row, seed, config, quantization)

@@ -196,7 +196,8 @@ def with_layers(checkpoint: str, layers: str, output: Path) -> str:
     params["multimodal"]["audio_tokenizer_args"]["encoder_transformer_lengths_str"] = layers
     write_text(folder / "params.json", json.dumps(params, indent=2))
     for path in Path(checkpoint).absolute().iterdir():
-        if path.name != "params.json" and not (folder / path.name).exists():
+        if path.name != "params.json":
+            (folder / path.name).unlink(missing_ok=True)
             (folder / path.name).symlink_to(path)
     return str(folder)
 

@@ -210,7 +210,7 @@ def test_command(code_limits, limits, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(code_limits.Limits, "told", lambda self, clips, steps: heard.extend(clips) or told(self, clips, steps))
     encoder = tmp_path / "run" / "encoder.safetensors"
     save_tensors(encoder, fresh_encoder(limits.codec, 0))
-    code_limits.main([*COMMAND, "--output", str(tmp_path), "--clips", "2", "--steps", "6", "--told", "2,0,1", "--encoder", str(encoder),
+    code_limits.main([*COMMAND, "--output", str(tmp_path), "--clips", "4", "--steps", "6", "--told", "2,0,1", "--encoder", str(encoder),
                       "--encoder", str(encoder)])
     report = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert [row["measurement"] for row in report["rows"]] == ["semantic codes shuffled", "acoustic codes shuffled", *["noise"] * 6,
@@ -218,14 +218,14 @@ def test_command(code_limits, limits, tmp_path, capsys, monkeypatch):
                                                                      *[f"encoder {encoder.parent}"] * 2]
     assert [row["at"] for row in report["rows"] if row["measurement"] == "told"] == [2, 1]
     assert len(heard) == 2 * 40 and not {clip.speaker for clip in heard} & {"k_bf_lily", "k_am_fenrir"}
-    assert report["clips"] == 2 and all((tmp_path / name).stat().st_size > 5000 for name in ("limits.png", "errors.png"))
+    assert report["clips"] == 4 and all((tmp_path / name).stat().st_size > 5000 for name in ("limits.png", "errors.png"))
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n") == 2 + len(report["rows"]) + 1 + 2 + 2
 
 
 @pytest.mark.parametrize("change, words", [
     (["--steps", "0"], "--steps is 0"), (["--clips", "0"], "--clips is 0"),
-    (["--told", "500,x"], "--told is 500,x"), (["--encoder", "none.safetensors"], "--encoder none.safetensors is missing"),
+    (["--told", "500,x"], "--told is 500,x"), (["--encoder", "none.safetensors"], "none.safetensors is missing"),
     (["loss.l1=0", "loss.mel=0"], "needs loss.l1, loss.stft or loss.mel")])
 def test_mistakes_are_one_sentence(code_limits, tmp_path, capsys, change, words):
     with pytest.raises(SystemExit) as stop:

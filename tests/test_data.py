@@ -1,5 +1,6 @@
 """Finding clips, reading crops of them, and the sample stream: all repeats exactly, no bad file is fatal."""
 import json
+import multiprocessing
 import os
 import sys
 from itertools import islice
@@ -245,6 +246,14 @@ def test_accumulation_equals_a_larger_batch(clips):
     large = first(2, clips, config_for(batch_size=6), start_step=3)
     small = first(6, clips, config_for(batch_size=2), start_step=3, accumulation=3)
     assert torch.equal(joined(large), joined(small))
+
+
+def test_workers_are_forked_whatever_started_this_process(clips, monkeypatch):
+    """A worker of the start method forkserver imports the main script anew, which takes it many seconds."""
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("forkserver"))
+    assert multiprocessing.get_start_method() == "forkserver"
+    loader = make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=1), 0)
+    assert loader.multiprocessing_context.get_start_method() == "fork"
 
 
 def test_workers_change_nothing(clips, tmp_path):

@@ -42,7 +42,7 @@ def test_settings_exist_and_both_gpus_are_used(tmp_path):
     assert {call[0] for call in calls} == {"0", "1", "0,1"}
     scripts = [next(word for word in call[1:] if word.endswith(".py") or word == "pytest") for call in calls]
     assert {Path(script).stem for script in scripts} == {"make_standin", "train_encoder", "train_step", "withheld_encoder",
-                                                        "code_limits", "evaluate", "pytest"}
+                                                        "code_limits", "evaluate", "pytest", "loss_curves"}
     for call, script in zip(calls, scripts):
         overrides = [word for word in call if "=" in word and word.split("=")[0] not in ("batch", "seconds")]
         if script in ("train_encoder.py", "benchmarks/train_step.py"):

@@ -269,7 +269,8 @@ def make_loader(dataset: SpeechDataset, config: DataConfig, seed: int, start_ste
     sampler = BatchSampler(SampleStream(dataset.clips, config, seed), config.batch_size, start_step, rank,
                            world_size, accumulation)
     # Each worker runs on one thread (the DataLoader's own rule), so num_workers is the number of cores taken.
-    workers = {"persistent_workers": True, "prefetch_factor": 4} if config.num_workers else {}
+    # Forked, whatever started this process: a worker that imports everything anew needs many seconds.
+    workers = {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork"} if config.num_workers else {}
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers,
                       pin_memory=torch.cuda.is_available(), **workers)
 

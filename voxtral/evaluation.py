@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from voxtral.codec import VoxtralCodec
+from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.data import BadClip, load_segment
 from voxtral.losses import codebook_scale
 from voxtral.metrics import code_agreement, code_statistics
@@ -81,14 +81,21 @@ def load_samples(clips: list[Clip], max_sec: float) -> tuple[list[Sample], list[
 
 @torch.no_grad()
 def encode_all(codec: VoxtralCodec, samples: list[Sample]) -> Iterator[tuple[Encoded, Tensor]]:
-    """Each clip encoded and decoded alone, in the codec's dtype and without TF32; decoded [T] is cut to the source."""
+    """Each clip encoded and decoded alone, in the codec's dtype and without TF32; decoded [T] is cut to the source.
+
+    Clips are padded to whole seconds, which changes nothing that counts: a GPU plans its convolutions anew for every
+    length that it meets.
+    """
     device = next(codec.parameters()).device
     for sample in samples:
+        length = torch.tensor([len(sample.waveform)], device=device)
+        padding = -len(sample.waveform) % codec.params.sampling_rate
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            latent = codec.encode_latent(sample.waveform[None, None].to(device)).float()
+            latent = codec.encode_latent(F.pad(sample.waveform, (0, padding))[None, None].to(device), length).float()
             codes = codec.quantizer.encode(latent)
             decoded = codec.decode(codes)[0, 0, :len(sample.waveform)].float()
-        yield Encoded(latent[0].cpu(), codes[0].cpu()), decoded.cpu()
+        n_frames = ceil_div(len(sample.waveform), codec.params.frame_size)
+        yield Encoded(latent[0, :, :n_frames].cpu(), codes[0, :, :n_frames].cpu()), decoded.cpu()
 
 
 def fresh_encoder(codec: VoxtralCodec, seed: int) -> dict[str, Tensor]:

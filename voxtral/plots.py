@@ -27,20 +27,23 @@ def spectrogram_figure(rows: dict[str, Tensor], sampling_rate: int) -> Figure:
     return figure
 
 
-def curves_figure(rows: list[dict], names: list[str], title: str) -> Figure:
-    """One small panel per metric over steps; names that no row has are left out."""
-    names = [name for name in names if any(name in row for row in rows)]
+def curves_figure(runs: dict[str, list[dict]], names: list[str], title: str) -> Figure:
+    """One small panel per metric over steps, with a line for every run; names that no row has are left out."""
+    names = [name for name in names if any(name in row for rows in runs.values() for row in rows)]
     columns = min(4, len(names))
     figure = Figure(figsize=(3.2 * columns, 2.4 * -(-len(names) // columns)), layout="constrained")
     axes = figure.subplots(-(-len(names) // columns), columns, squeeze=False).ravel()
     for axis, name in zip(axes, names):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axis.plot(*zip(*points), linewidth=1.2)
+        for label, rows in runs.items():
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points), linewidth=1.2, label=label)
         axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
     for axis in axes[len(names):]:
         axis.axis("off")
+    if len(runs) > 1:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), fontsize=8)
     figure.suptitle(title)
     return figure
 
@@ -73,7 +76,7 @@ def plot_run(rows: list[dict], folder) -> None:
     for title, prefixes in groups.items():
         chosen = [name for name in names if name.startswith(prefixes)]
         if chosen:
-            save_figure(curves_figure(rows, chosen, title), Path(folder) / f"{title}.png")
+            save_figure(curves_figure({"": rows}, chosen, title), Path(folder) / f"{title}.png")
     histograms = [row for row in rows if "validation/level_histogram" in row]
     if histograms:
         chosen = {f"step {row['step']}": row["validation/level_histogram"] for row in (histograms[0], histograms[-1])}
