@@ -19,12 +19,11 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
-from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]  # also in the processes that it starts
+sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
 from evaluate import choose_clips, finite  # noqa: E402
 from voxtral.checkpoint import write_text  # noqa: E402
 from voxtral.clips import resynthesize  # noqa: E402
@@ -96,9 +95,6 @@ def benchmark(options) -> None:
         check_continues(run)
     native = make_run(options, "a", options.seeds[0], options.steps, options.output).config
     samples, bad = load_samples(unseen_clips(options, native.data), options.max_sec)
-    # What a run imports, so that it starts at once. None of it touches the GPU: a fork could not use it then.
-    forkserver.set_forkserver_preload(["__main__", "train_encoder", "torch._dynamo"])
-    forkserver.ensure_running()
 
     # ---- 2. the true and the untrained encoder ----
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """The training runs of withheld_encoder.py: each in a process of its own, stopped cleanly, resumed after a kill."""
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_encoder  # noqa: E402
 from voxtral.checkpoint import atomic_path, write_text  # noqa: E402
-from voxtral.config import EncoderConfig  # noqa: E402
+from voxtral.config import EncoderConfig, dump_config, load_config  # noqa: E402
 from voxtral.data import SAMPLE_RATE, load_segment, read_header  # noqa: E402
 from voxtral.degrade import band_limit  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
@@ -30,6 +30,7 @@ from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips  # noqa: 
 
 # What may differ between a run and its continuation.
 PLACES = ("output_dir", "resume", "device", "data.data_root", "data.num_workers", "data.sources")
+ENCODER = "encoder.safetensors"
 N_NAMED = 8  # changed settings in a message, at most
 
 
@@ -52,7 +53,7 @@ class Run:
     @property
     def encoder(self) -> Path:
         """There when the run is finished, and only then."""
-        return self.folder / "encoder.safetensors"
+        return self.folder / ENCODER
 
     def metrics(self) -> list[dict]:
         """Rows of its metrics.jsonl."""
@@ -98,34 +99,32 @@ def flat(settings: dict, prefix: str = "") -> dict:
 
 # ---------------------------------------------------------------- the process of a run
 
-def train_run(run: Run, gpu: int) -> None:
-    """Trains to the end or to a SIGTERM, from where the run was, on the GPU of this number where there is one.
+def main() -> None:
+    """CONFIG QUANTIZATION: trains to the end or to a SIGTERM, from where the run was.
 
     Of a finished run the last average of the weights is kept: `best` is chosen by the mel distance, and may have heard
     less audio than the encoders that it is compared with.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # CUDA has not been started in this process yet
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(run.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):  # also what C libraries say
-        os.dup2(log, stream)
+    config_path, quantization = sys.argv[1:]
     threading.Thread(target=stop_with_parent, daemon=True).start()
     train_encoder.plot_run = lambda *_: None  # seconds at every validation; metrics.jsonl has all that they show
-    if run.quantization == "always":
+    if quantization == "always":
         QuantizationDraws.sample = staticmethod(always_quantized)
-    with one_sentence(), training_process(run.config.device) as process:
-        train_encoder.train(run.config, process)
-    last = run.folder / "checkpoints" / f"step_{run.config.train.max_steps:08d}"
+    with one_sentence():
+        config = load_config(EncoderConfig, config_path, [])
+        with training_process(config.device) as process:
+            train_encoder.train(config, process)
+    folder = Path(config.output_dir)
+    last = folder / "checkpoints" / f"step_{config.train.max_steps:08d}"
     if last.is_dir():
-        os.replace(last / "encoder.safetensors", run.encoder)
-        for folder in ("checkpoints", "best"):
-            shutil.rmtree(run.folder / folder)
+        os.replace(last / "encoder.safetensors", folder / ENCODER)
+        for name in ("checkpoints", "best"):
+            shutil.rmtree(folder / name)
 
 
 def stop_with_parent() -> None:
-    """A benchmark that is killed leaves no training behind."""
-    multiprocessing.parent_process().join()
+    """A benchmark that is killed leaves no training behind: its end of this pipe closes."""
+    sys.stdin.read()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -136,18 +135,22 @@ def always_quantized(seed: int, batch_size: int, acoustic_dim: int, n_frames: in
 
 
 def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
-    """Trains `run` on a GPU in a new process, which is told to save and stop at `deadline` or with `stop`; -> its exit
-    code."""
-    # From a server that has imported everything and never touched a GPU: starts at once, and CUDA can be used in it.
-    child = multiprocessing.get_context("forkserver").Process(target=train_run, args=(run, gpu))
-    child.start()
+    """Trains `run` on the GPU of this number in a process that sees no other, and is told to save and stop at `deadline` or
+    with `stop`; -> its exit code."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    dump_config(run.config, run.folder / "run.yaml")
+    with (run.folder / "log.txt").open("ab") as log:
+        child = subprocess.Popen([sys.executable, __file__, str(run.folder / "run.yaml"), run.quantization], env=os.environ | seen,
+                                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
     told = False
-    while child.is_alive():
-        child.join(0.2)
+    while child.poll() is None:
+        time.sleep(0.2)
         if not told and (stop.received or time.monotonic() > deadline):
             told = True
             child.terminate()  # once: a second SIGTERM would end it before it has saved
-    return child.exitcode
+    return child.returncode
 
 
 # ---------------------------------------------------------------- other speech, other encoders
@@ -209,3 +212,7 @@ def copy_band_limited(source: Path, target: Path) -> None:
     with atomic_path(target) as temporary:
         soundfile.write(temporary, (limited / limited.abs().max().clamp(min=1)).numpy(), SAMPLE_RATE, format="FLAC",
                         subtype="PCM_24")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,9 @@
 """The withheld-encoder benchmark on a tiny random stand-in: rows, equal audio, kills, time limits, the table."""
 import json
 import math
-import multiprocessing
-import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 import evaluate
 from voxtral.checkpoint import save_tensors
 from voxtral.codec import VoxtralCodec
-from voxtral.config import StandinConfig, load_config
+from voxtral.config import EncoderConfig, StandinConfig, load_config
 from voxtral.data import load_segment
 from voxtral.layout import withheld_layout
 from voxtral.params import load_params, parse_params
@@ -326,17 +325,29 @@ class StopAt:
         return self.path.exists() and self.path.stat().st_size > 0
 
 
-def kill_at(path):
-    """Kills the child process that runs when `path` appears."""
+def kill_at(path, children):
+    """Kills the last of the child processes when `path` appears."""
     def wait_and_kill():
         while not path.exists():
             time.sleep(0.01)
-        (child,) = multiprocessing.active_children()
-        os.kill(child.pid, signal.SIGKILL)
+        children[-1].kill()
     threading.Thread(target=wait_and_kill, daemon=True).start()
 
 
-def test_a_stopped_and_killed_run_goes_on_to_the_same_encoder(modules, command, whole, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def children(modules, monkeypatch):
+    """The processes that are started, each with its environment as `environment`."""
+    started, popen = [], subprocess.Popen
+
+    def start(command, env, **settings):
+        started.append(popen(command, env=env, **settings))
+        started[-1].environment = env
+        return started[-1]
+    monkeypatch.setattr(modules[1].subprocess, "Popen", start)
+    return started
+
+
+def test_a_stopped_and_killed_run_goes_on_to_the_same_encoder(modules, command, whole, children, tmp_path, monkeypatch, capsys):
     benchmark, runs, _ = modules
     output, train_until = tmp_path / "out", runs.train_until
     monkeypatch.setattr(benchmark, "probe", lambda *_: 1.0)
@@ -346,7 +357,7 @@ def test_a_stopped_and_killed_run_goes_on_to_the_same_encoder(modules, command, 
         return train_until(run, deadline, StopAt(run.folder / "metrics.jsonl"), gpu)
 
     def killed(run, deadline, stop, gpu):
-        kill_at(run.folder / "samples" / "step_00000006")
+        kill_at(run.folder / "samples" / "step_00000006", children)
         return train_until(run, deadline, stop, gpu)
 
     monkeypatch.setattr(benchmark, "train_until", stopped)
@@ -408,22 +419,30 @@ def test_two_runs_at_once_train_the_same_encoders(modules, command, whole, tmp_p
         assert one[row]["values"]["mel"] == other[row]["values"]["mel"]
 
 
-def test_each_run_sees_its_gpu_only(modules, monkeypatch, tmp_path):
+def test_each_run_sees_its_gpu_only(modules, children, monkeypatch, tmp_path):
     runs = modules[1]
-    monkeypatch.setattr(runs.train_encoder, "train", lambda *_: None)
-    monkeypatch.setattr(runs.threading, "Thread", lambda **_: type("Idle", (), {"start": lambda self: None})())
-    monkeypatch.setattr(runs.os, "dup2", lambda *_: None)
-
-    class Asked:
-        row, seed, quantization, folder = "a", 0, "stochastic", tmp_path
-        config = type("Config", (), {"device": "cpu", "train": type("Train", (), {"max_steps": 1})})
+    monkeypatch.setattr(runs.sys, "executable", "true")  # the command; only what it is given matters here
+    run = runs.Run("a", 0, EncoderConfig(output_dir=str(tmp_path)), "stochastic")
     for visible, gpu, expected in ((None, 1, "1"), ("", 0, "0"), ("4,7", 1, "7"), ("4,7", 0, "4")):
         if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        runs.train_run(Asked, gpu)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+        assert runs.train_until(run, math.inf, StopAt(tmp_path / "never"), gpu) == 0
+        assert children[-1].environment["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_a_run_whose_benchmark_is_gone_saves_and_stops(modules, command, children, tmp_path, monkeypatch):
+    """What a killed benchmark leaves is a pipe that is closed."""
+    def abandon():
+        while not StopAt(tmp_path / "a_seed0" / "metrics.jsonl").received:
+            time.sleep(0.01)
+        children[-1].stdin.close()
+    monkeypatch.setattr(modules[0], "probe", lambda *_: 1.0)
+    threading.Thread(target=abandon, daemon=True).start()
+    modules[0].main(command(tmp_path, "--rows", "a", "--seeds", "0", "--steps", "500", "train.log_every_steps=1"))
+    assert children[-1].returncode == 0 and not (tmp_path / "a_seed0" / "encoder.safetensors").exists()
+    assert "go on with resume=true" in (tmp_path / "a_seed0" / "log.txt").read_text()
 
 
 def test_a_run_can_start_at_the_true_encoder(modules, command, tmp_path):
