@@ -5,7 +5,8 @@
 #   benchmarks/on_gpus.sh SPEECH WHISPER OUTPUT
 #
 # SPEECH: a folder with train.csv and eval.csv (columns path and speaker). WHISPER: openai-whisper's name of a model, or a
-# local .pt. OUTPUT gets a log for each part, and what the parts write. In a hurry: MID_STEPS, ROW_STEPS, SEEDS, MINUTES.
+# local .pt. OUTPUT gets a log for each part, and what the parts write. In a hurry: MID_STEPS, ROW_STEPS, SEEDS, MINUTES, and
+# STAGES, some of those below (a+b: beside each other on two GPUs); rows and what follows need the stand-in.
 set -u
 [ $# -eq 3 ] || { echo "usage: $0 SPEECH WHISPER OUTPUT" >&2; exit 2; }
 [ -f "$1/train.csv" ] && [ -f "$1/eval.csv" ] || { echo "$1: there must be train.csv and eval.csv in it." >&2; exit 2; }
@@ -28,17 +29,6 @@ part() {  # part NAME GPUS COMMAND...: its output in OUTPUT/NAME.log, its second
     local name=$1 began=$SECONDS
     CUDA_VISIBLE_DEVICES=$2 "${@:3}" >"$output/$name.log" 2>&1
     echo "$name: exit code $?, $((SECONDS - began)) s" | tee -a "$output/parts.txt"
-}
-
-at_once() {  # at_once FUNCTION FUNCTION: beside each other on two GPUs, one after the other on one
-    if [ "$gpus" -gt 1 ]; then
-        "$1" &
-        "$2"
-        wait
-    else
-        "$1"
-        "$2"
-    fi
 }
 
 standin() {
@@ -114,8 +104,16 @@ growth() {
         --growth seconds=1,2,4,8,16,30 --output "$output/growth_seconds"
 }
 
-at_once standin curves
-rows
-at_once longer longest
-processes
-at_once judge growth
+for stage in ${STAGES:-standin+curves rows longer+longest processes judge+growth}; do
+    first=${stage%+*} second=${stage#*+}  # the same without a +
+    if [ "$first" = "$second" ]; then
+        "$first"
+    elif [ "$gpus" -gt 1 ]; then
+        "$first" &
+        "$second"
+        wait
+    else
+        "$first"
+        "$second"
+    fi
+done

@@ -4,13 +4,13 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from typing import Callable
 
 import soundfile
@@ -142,8 +142,8 @@ def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
     run.folder.mkdir(parents=True, exist_ok=True)
     dump_config(run.config, run.folder / "run.yaml")
     with (run.folder / "log.txt").open("ab") as log:
-        child = subprocess.Popen([sys.executable, __file__, str(run.folder / "run.yaml"), run.quantization], env=os.environ | seen,
-                                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
+        child = Popen([sys.executable, __file__, str(run.folder / "run.yaml"), run.quantization], env=os.environ | seen,
+                      stdin=PIPE, stdout=log, stderr=STDOUT)
     told = False
     while child.poll() is None:
         time.sleep(0.2)

@@ -21,7 +21,7 @@ else:
 """
 
 
-def calls_of(tmp_path, gpus) -> list[list[str]]:
+def calls_of(tmp_path, gpus, **environment) -> list[list[str]]:
     """[GPUs, arguments...] of every command, and parts.txt checked against their number."""
     (tmp_path / "speech").mkdir()
     for name in ("train.csv", "eval.csv"):
@@ -30,7 +30,7 @@ def calls_of(tmp_path, gpus) -> list[list[str]]:
         (tmp_path / name).write_text(STUB.format(python=sys.executable, gpus=gpus, calls=tmp_path / "calls"))
         (tmp_path / name).chmod(0o755)
     subprocess.run([ROOT / "benchmarks/on_gpus.sh", "speech", "base", "out"], cwd=tmp_path, check=True, timeout=60,
-                   env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True)
+                   env=os.environ | environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True)
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     parts = (tmp_path / "out" / "parts.txt").read_text().splitlines()
     assert len(parts) == len(calls) and len({part.split(":")[0] for part in parts}) == len(parts)
@@ -55,6 +55,13 @@ def test_settings_exist_and_both_gpus_are_used(tmp_path):
 def test_one_gpu_does_all_but_two_processes(tmp_path):
     calls = calls_of(tmp_path, 1)
     assert {call[0] for call in calls} == {"0"} and not any("--nproc-per-node" in call for call in calls)
+
+
+def test_some_stages_alone(tmp_path):
+    calls = calls_of(tmp_path, 2, STAGES="processes curves+standin")
+    scripts = [next(word for word in call[1:] if word.endswith(".py")) for call in calls]
+    assert scripts[0] == "benchmarks/train_step.py" and calls[0][0] == "0,1"  # one stage after the other
+    assert scripts.count("make_standin.py") == 2 and scripts.count("train_encoder.py") == 3 and len(scripts) == 7
 
 
 @pytest.mark.parametrize("arguments, words", [([], "usage"), (["x", "base", "out"], "x: there must be train.csv")])

@@ -337,13 +337,14 @@ def kill_at(path, children):
 @pytest.fixture
 def children(modules, monkeypatch):
     """The processes that are started, each with its environment as `environment`."""
-    started, popen = [], subprocess.Popen
+    started = []
 
-    def start(command, env, **settings):
-        started.append(popen(command, env=env, **settings))
-        started[-1].environment = env
-        return started[-1]
-    monkeypatch.setattr(modules[1].subprocess, "Popen", start)
+    class Recorded(subprocess.Popen):
+        def __init__(self, command, env, **settings):
+            super().__init__(command, env=env, **settings)
+            self.environment = env
+            started.append(self)
+    monkeypatch.setattr(modules[1], "Popen", Recorded)
     return started
 
 
