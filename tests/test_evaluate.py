@@ -249,6 +249,7 @@ def test_every_clip_is_encoded_as_if_alone_in_fp32(codec, speech):
         with torch.no_grad():
             codes = codec.encode(clip[None, None])
             assert torch.equal(encoded.codes, codes[0]) and encoded.latent.dtype == torch.float32
+            torch.testing.assert_close(encoded.latent, codec.encode_latent(clip[None, None])[0].float(), rtol=0, atol=1e-4)
             torch.testing.assert_close(decoded, codec.decode(codes)[0, 0, :len(clip)], rtol=0, atol=1e-5)  # padded to a second
             rows = codec.voice_embedding(clip[None, None])[:-1]  # what serving would show the LLM
         measured = clip_codes(codec, encoded)
