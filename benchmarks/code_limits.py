@@ -40,8 +40,8 @@ from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss  # n
 from voxtral.metrics import code_agreement  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
 from voxtral.run import cosine_with_warmup, environment, set_learning_rate, start_process  # noqa: E402
-from voxtral.sources import Clip, find_clips, split_validation  # noqa: E402
-from withheld_encoder import unseen_clips  # noqa: E402
+from voxtral.sources import Clip  # noqa: E402
+from withheld_encoder import training_clips, unseen_clips  # noqa: E402
 from withheld_report import read_tensors  # noqa: E402
 
 NOISE = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the deviation of every latent channel
@@ -90,18 +90,23 @@ class Limits:
         semantic = self.codec.params.semantic_dim
         return torch.cat([seen[:, :semantic], seen[:, semantic:].clamp(-0.9999, 0.9999).atanh()], dim=1)
 
+    def agreement(self, codes: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
+        """Shares of equal codes, mean over frames."""
+        sums, n_frames = {}, sum(frames.sum().item() for frames in self.frames)
+        for ours, theirs, frames in zip(codes, expected, self.frames):
+            for name, value in code_agreement(ours, theirs, frames).items():
+                sums[name] = sums.get(name, 0.0) + frames.sum().item() * value.item()
+        return {name: total / n_frames for name, total in sums.items()}
+
     @torch.no_grad()
     def measure(self, latents: list[Tensor]) -> dict[str, float]:
         """COLUMNS but the loss: mean over clips for the sound, over frames for the codes."""
-        sums, n_clips, n_frames = dict.fromkeys(("mel", "semantic_equal", "levels_equal", "levels_within_1"), 0.0), 0, 0
-        for batch, latent, expected, frames in zip(self.batches, latents, self.codes, self.frames):
-            codes = self.codec.quantizer.encode(latent)
-            decoded = self.codec.decode(codes)[..., :batch.waveform.shape[-1]].float()
-            sums["mel"] += len(frames) * self.mel_distance(decoded, batch.waveform, batch.lengths).item()
-            for name, value in code_agreement(codes, expected, frames).items():
-                sums[name] += frames.sum().item() * value.item()
-            n_clips, n_frames = n_clips + len(frames), n_frames + frames.sum().item()
-        return {name: value / (n_clips if name == "mel" else n_frames) for name, value in sums.items()}
+        codes = [self.codec.quantizer.encode(latent) for latent in latents]
+        mel = 0.0
+        for batch, ours in zip(self.batches, codes):
+            decoded = self.codec.decode(ours)[..., :batch.waveform.shape[-1]].float()
+            mel += len(batch.lengths) * self.mel_distance(decoded, batch.waveform, batch.lengths).item()
+        return {"mel": mel / sum(len(batch.lengths) for batch in self.batches)} | self.agreement(codes, self.codes)
 
     def loss(self, i: int, latent: Tensor) -> Tensor:
         """The reconstruction losses of the config at step 0, nothing quantized, clips weighing alike whatever the batch."""
@@ -207,11 +212,10 @@ class Limits:
             codes = [self.codec.quantizer.encode(latent) for latent in latents]
             first = first or (error, codes)
             alike = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(error, first[0])]).mean().item()
-            same = [(ours[:, 1:] == theirs[:, 1:]).transpose(1, 2)[self.valid(j)] for j, (ours, theirs) in enumerate(zip(codes, first[1]))]
             spread = (directions.T @ error).square().mean(dim=1) / variances
             rows.append({"measurement": f"encoder {file.parent}", "at": i} | self.measure(latents)
                         | {"error": error.square().mean().sqrt().item(), "error_correlation": alike,
-                           "levels_as_first": torch.cat(same).float().mean().item(), "error_by_direction": spread.flip(0).tolist()})
+                           "levels_as_first": self.agreement(codes, first[1])["levels_equal"], "error_by_direction": spread.flip(0).tolist()})
         return rows
 
 
@@ -299,7 +303,7 @@ def main(arguments=None) -> None:
         if options.encoder and sum(map(torch.sum, limits.frames)) <= codec.params.acoustic_dim:
             raise UserError(f"--clips {options.clips}: so few frames have no {codec.params.acoustic_dim} principal directions; take more.")
         options.output.mkdir(parents=True, exist_ok=True)
-        trained_on = [clip for source in split_validation(find_clips(config.data)[0], config.data.validation)[0] for clip in source]
+        trained_on = training_clips(config.data)
         rows = [*limits.shuffle(), *limits.noise(), *limits.descent(options.steps, options.learning_rate), *limits.echo(),
                 *(limits.told(trained_on, int(steps)) for steps in told if int(steps))]
         trained = limits.encoders(options.encoder)

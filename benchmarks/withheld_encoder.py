@@ -45,13 +45,18 @@ PROBE_STEPS = 30
 N_NAMED = 8  # speakers in a message, at most
 
 
+def training_clips(data: DataConfig) -> list[Clip]:
+    """All that is trained on."""
+    return [clip for source in split_validation(find_clips(data)[0], data.validation)[0] for clip in source]
+
+
 def write_known_codes(options, data: DataConfig, device) -> None:
     """What the true encoder makes of the training speech of the preset voices (of all voices, if the config names no
     presets), written once: codes as a language model of this codec would speak them."""
     folder = options.output / KNOWN_CODES
     if not (folder / "manifest.jsonl").is_file():
         presets = load_config(StandinConfig, options.data, options.overrides).standin.voices.values()
-        clips = [clip for source in split_validation(find_clips(data)[0], data.validation)[0] for clip in source]
+        clips = training_clips(data)
         codec = VoxtralCodec.from_checkpoint(options.standin)
         codec.load_encoder(read_tensors(options.withheld), options.withheld)
         resynthesize(codec.to(device), [clip for clip in clips if not presets or clip.speaker in presets], folder, options.max_sec)

@@ -42,3 +42,15 @@ def speaker_checkpoint(tmp_path_factory):
     state = parts.state_dict() | {"similarity_weight": torch.ones(1)}
     torch.save({"step": 1, "model_state": state, "optimizer_state": {}}, path)
     return str(path)
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(main, arguments) -> the one line with which `main` ends."""
+    def refused(main, arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+        return message
+    return refused

@@ -20,14 +20,6 @@ def cells(text):
     return [[word.strip() for word in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
 
 
-def refused(capsys, main, arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
-    return message
-
-
 # ---------------------------------------------------------------- loss_curves.py
 
 def test_means_of_quarters(scripts, tmp_path, capsys):
@@ -45,10 +37,10 @@ def test_means_of_quarters(scripts, tmp_path, capsys):
     assert plot.stat().st_size > 5000
 
 
-def test_a_folder_without_rows_is_named(scripts, tmp_path, capsys):
-    assert str(tmp_path) in refused(capsys, scripts[0].main, [str(tmp_path)])
+def test_a_folder_without_rows_is_named(scripts, tmp_path, refused):
+    assert str(tmp_path) in refused(scripts[0].main, [str(tmp_path)])
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "no metrics.jsonl with rows" in refused(capsys, scripts[0].main, [str(tmp_path)])
+    assert "no metrics.jsonl with rows" in refused(scripts[0].main, [str(tmp_path)])
 
 
 # ---------------------------------------------------------------- withheld_lengths.py
@@ -79,8 +71,8 @@ def test_rows_over_lengths(scripts, tmp_path, capsys):
     assert plot.stat().st_size > 5000
 
 
-def test_what_cannot_be_compared_is_refused(scripts, tmp_path, capsys):
-    assert "results.json is missing" in refused(capsys, scripts[1].main, [str(tmp_path)])
+def test_what_cannot_be_compared_is_refused(scripts, tmp_path, refused):
+    assert "results.json is missing" in refused(scripts[1].main, [str(tmp_path)])
     write_results(tmp_path / "a", 100, {"d": 0.25})
     write_results(tmp_path / "b", 200, {"d": 0.5}, true=2.0)
-    assert "different stand-ins" in refused(capsys, scripts[1].main, [str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "different stand-ins" in refused(scripts[1].main, [str(tmp_path / "a"), str(tmp_path / "b")])

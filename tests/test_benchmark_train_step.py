@@ -136,7 +136,7 @@ def test_backward_belongs_to_the_part_that_made_the_graph(one_thread):
             (product("encoder", few) + product("decoder", many)).backward()
     times = timing.time_of_parts(profiler.events(), on_gpu=False)
     assert list(times) == ["encoder", "decoder", "ASR teacher", timing.REST]
-    assert times["decoder"]["backward"] > times["encoder"]["backward"] > 0
+    assert times["decoder"]["backward"] > 2 * times["encoder"]["backward"] > 0
     assert times["ASR teacher"]["forward"] > 0 and times["ASR teacher"]["backward"] == 0
     root = next(event for event in profiler.events() if event.name == timing.RANGE + timing.REST)
     assert sum(sum(both.values()) for both in times.values()) == pytest.approx(root.cpu_time_total, rel=1e-3)

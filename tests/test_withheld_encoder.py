@@ -105,14 +105,6 @@ def report_of(output):
     return json.loads((output / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
 
 
-def refused(capsys, main, arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
-    return message
-
-
 # ---------------------------------------------------------------- rows
 
 def test_each_row_changes_one_thing_of_another(modules, base):
@@ -465,23 +457,23 @@ def test_known_codes_are_the_true_ones_of_the_preset_voices(modules, command, ba
     assert any("loss/match" in line for line in read_metrics(tmp_path / "m_seed0" / "metrics.jsonl"))
 
 
-def test_a_row_that_cannot_be_trained_is_told_by_the_probe(modules, command, tmp_path, capsys):
-    message = refused(capsys, modules[0].main, command(tmp_path, "--rows", "a,d", "--seeds", "0", "asr.model=none.pt"))
+def test_a_row_that_cannot_be_trained_is_told_by_the_probe(modules, command, tmp_path, refused):
+    message = refused(modules[0].main, command(tmp_path, "--rows", "a,d", "--seeds", "0", "asr.model=none.pt"))
     assert "row d cannot be trained" in message and "asr.model is 'none.pt'" in message
 
 
-def test_mistakes_are_one_sentence(modules, command, base, whole, tmp_path, capsys):
+def test_mistakes_are_one_sentence(modules, command, base, whole, tmp_path, refused):
     main, new = modules[0].main, tmp_path / "out"
-    assert "already holds a benchmark" in refused(capsys, main, command(whole[0], "--rows", "a"))
-    other = refused(capsys, main, command(whole[0], "--rows", "a", "--resume", "optimizer.learning_rate=1"))
+    assert "already holds a benchmark" in refused(main, command(whole[0], "--rows", "a"))
+    other = refused(main, command(whole[0], "--rows", "a", "--resume", "optimizer.learning_rate=1"))
     assert "trained with other settings (optimizer.learning_rate 0.02 against 1.0)" in other
-    assert "there is no 'z'" in refused(capsys, main, command(new, "--rows", "a,z"))
-    assert "'x' is no number" in refused(capsys, main, command(new, "--seeds", "0,x"))
-    assert "--steps is 0" in refused(capsys, main, command(new, "--steps", "0"))
-    assert "there is no 'pesk'" in refused(capsys, main, command(new, "--metrics", "pesk"))
-    assert "unknown key 'loss.melt'" in refused(capsys, main, command(new, "loss.melt=1"))
-    assert "validation.speakers is empty" in refused(capsys, main, command(new, "data.validation.speakers=[]"))
-    heard = refused(capsys, main, command(new, "--rows", "a", "--eval", str(base / "speech")))
+    assert "there is no 'z'" in refused(main, command(new, "--rows", "a,z"))
+    assert "'x' is no number" in refused(main, command(new, "--seeds", "0,x"))
+    assert "--steps is 0" in refused(main, command(new, "--steps", "0"))
+    assert "there is no 'pesk'" in refused(main, command(new, "--metrics", "pesk"))
+    assert "unknown key 'loss.melt'" in refused(main, command(new, "loss.melt=1"))
+    assert "validation.speakers is empty" in refused(main, command(new, "data.validation.speakers=[]"))
+    heard = refused(main, command(new, "--rows", "a", "--eval", str(base / "speech")))
     assert "trained on k_af_heart, k_am_adam" in heard
     assert not new.exists()
 
