@@ -58,10 +58,12 @@ def test_one_gpu_does_all_but_two_processes(tmp_path):
 
 
 def test_some_stages_alone(tmp_path):
-    calls = calls_of(tmp_path, 2, STAGES="processes curves+standin")
+    calls = calls_of(tmp_path, 2, STAGES="processes curves+standin,rows")
     scripts = [next(word for word in call[1:] if word.endswith(".py")) for call in calls]
     assert scripts[0] == "benchmarks/train_step.py" and calls[0][0] == "0,1"  # one stage after the other
-    assert scripts.count("make_standin.py") == 2 and scripts.count("train_encoder.py") == 3 and len(scripts) == 7
+    assert scripts.count("make_standin.py") == 2 and scripts.count("train_encoder.py") == 3 and len(scripts) == 8
+    assert scripts.index("benchmarks/withheld_encoder.py") > max(i for i, call in enumerate(calls) if "configs/standin_mid.yaml" in call
+                                                                 and call[1] == "make_standin.py")
 
 
 @pytest.mark.parametrize("arguments, words", [([], "usage"), (["x", "base", "out"], "x: there must be train.csv")])
