@@ -123,8 +123,10 @@ def main() -> None:
 
 
 def stop_with_parent() -> None:
-    """A benchmark that is killed leaves no training behind: its end of this pipe closes."""
-    sys.stdin.read()
+    """A benchmark that is killed leaves no training behind: its end of this pipe closes. Not sys.stdin.read(): that holds
+    a lock, for which a loader process would wait for ever, since it closes sys.stdin when it is forked."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

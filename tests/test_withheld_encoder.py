@@ -404,7 +404,7 @@ def test_two_runs_at_once_train_the_same_encoders(modules, command, whole, tmp_p
                 both.wait()  # the second run begins before the first one ends
         return train_until(run, deadline, stop, gpu)
     monkeypatch.setattr(benchmark, "train_until", together)
-    benchmark.main(command(tmp_path, "--rows", "a,c,i", "--seeds", "0", "--at-once", "2"))
+    benchmark.main(command(tmp_path, "--rows", "a,c,i", "--seeds", "0", "--at-once", "2", "data.num_workers=1"))
     assert sorted(asked) == [("a", 0), ("c", 0), ("i", 0)]  # there is one device
     assert (tmp_path / "a_seed0" / "encoder.safetensors").read_bytes() == (whole[0] / "a_seed0" / "encoder.safetensors").read_bytes()
     one, other = (report_of(folder)["rows"] for folder in (whole[0], tmp_path))
