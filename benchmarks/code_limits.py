@@ -213,7 +213,7 @@ class Limits:
             first = first or (error, codes)
             alike = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(error, first[0])]).mean().item()
             spread = (directions.T @ error).square().mean(dim=1) / variances
-            rows.append({"measurement": f"encoder {file.parent}", "at": i} | self.measure(latents)
+            rows.append({"measurement": f"encoder {'/'.join(file.parent.parts[-2:])}", "at": i} | self.measure(latents)
                         | {"error": error.square().mean().sqrt().item(), "error_correlation": alike,
                            "levels_as_first": self.agreement(codes, first[1])["levels_equal"], "error_by_direction": spread.flip(0).tolist()})
         return rows

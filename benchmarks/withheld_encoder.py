@@ -6,8 +6,8 @@ train_encoder.py's own loop. Then it is measured as evaluate.py measures, on spe
 has heard. What counts is how many codes equal the true encoder's: codes are what the language model sees.
 
 Each run is a process of its own, one on each GPU at a time. It survives a kill: --resume goes on with it, and skips what
-is finished. OUTPUT gets results.json, table.md and curves.png, new after every run, and a folder per run with its
-encoder, log and metrics.
+is finished. OUTPUT gets results.json, table.md, rows.png and curves.png, new after every run, and a folder per run with
+its encoder, log and metrics.
 """
 import argparse
 import json
@@ -36,11 +36,11 @@ from voxtral.plots import save_figure  # noqa: E402
 from voxtral.run import StopSignal, duration, environment, start_process  # noqa: E402
 from voxtral.scores import check_scores, not_measured  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation  # noqa: E402
-from withheld_report import COLUMNS, Judge, change_of, curves_figure, numbers_of, read_tensors, results_of, table  # noqa: E402
+from withheld_report import (COLUMNS, SOUND, Judge, change_of, curves_figure, numbers_of, read_tensors, results_of,  # noqa: E402
+                             rows_figure, table)
 from withheld_rows import KNOWN_CODES, ROWS, TRUE_CHECKPOINT, changes_of, make_run  # noqa: E402
 from withheld_runs import Run, check_continues, train_until  # noqa: E402
 
-SCORE_NAMES = ("mel", "stft", "estoi", "wer")
 PROBE_STEPS = 30
 N_NAMED = 8  # speakers in a message, at most
 
@@ -186,7 +186,7 @@ def probe(options, waiting: list[Run], deadline: float, stop: StopSignal) -> flo
 
 
 def write_results(options, runs: list[Run], judge: Judge, failed: dict[str, str], about: dict) -> str:
-    """Writes results.json, table.md and curves.png; -> the table."""
+    """Writes results.json, table.md, rows.png and curves.png; -> the table."""
     rows = results_of(sorted(runs, key=lambda run: list(ROWS).index(run.row)), judge)
     for name, row in rows.items():
         row |= {"what": ROWS[name].what, "of": ROWS[name].of, "settings": changes_of(name),
@@ -201,6 +201,7 @@ def write_results(options, runs: list[Run], judge: Judge, failed: dict[str, str]
     write_text(options.output / "results.json", json.dumps(finite(report), indent=2) + "\n")
     write_text(options.output / "table.md", text)
     save_figure(curves_figure(rows, judge.goal), options.output / "curves.png")
+    save_figure(rows_figure(report), options.output / "rows.png")
     return text
 
 
@@ -248,7 +249,7 @@ def main(arguments=None) -> None:
                         help="stop then: a run that would not be ready is not begun, one that is not ready is saved")
     parser.add_argument("--at-once", metavar="N", type=int, help="runs at a time, each on its GPU (default: one a GPU; "
                                                                  "ms per step is that of a run that shares the machine)")
-    parser.add_argument("--metrics", metavar="NAME,...", default=",".join(SCORE_NAMES),
+    parser.add_argument("--metrics", metavar="NAME,...", default=",".join(SOUND),
                         help="scores of evaluate.py (default: %(default)s); codes are compared always")
     parser.add_argument("--whisper", metavar="MODEL", default="base",
                         help="for wer: openai-whisper's name of a model, or a local .pt (default: %(default)s)")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -27,6 +28,8 @@ COLUMNS = {"mel": "mel", "stft": "STFT", "estoi": "ESTOI", "wer": "WER", "semant
            "levels_equal": "acoustic exact", "levels_within_1": "acoustic ±1", "semantic_used": "codes used",
            "extremes_share": "extremes", "embedding_cosine": "voice cosine"}
 STEP_MS = "ms per step"
+SOUND = ("mel", "stft", "estoi", "wer")
+SHOWN = ("mel", "estoi", "semantic_equal", "levels_equal", "levels_within_1", "embedding_cosine")  # in rows.png
 
 
 # ---------------------------------------------------------------- measuring
@@ -165,8 +168,9 @@ def table(report: dict) -> str:
 
 def curves_figure(rows: dict[str, dict], goal: float) -> Figure:
     """Mel distance of the validation clips against the step: a line per row, the range of its seeds shaded."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
     axis = figure.subplots()
+    axis.set_prop_cycle(color=colormaps["tab20"].colors)
     for name, row in rows.items():
         curves = [seed["curve"] for seed in row["seeds"].values()]
         if curves:
@@ -178,5 +182,25 @@ def curves_figure(rows: dict[str, dict], goal: float) -> Figure:
     axis.set_xlabel("step")
     axis.set_ylabel("mel distance of validation clips")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
+    return figure
+
+
+def rows_figure(report: dict) -> Figure:
+    """A panel per measurement of interest, a line per row, a dot per seed; beside them the untrained encoder's value, or, of
+    what measures sound, the true one's."""
+    rows = {name: row for name, row in report["rows"].items() if row["seeds"]}
+    shown = [name for name in SHOWN if name in report["true"]]
+    figure = Figure(figsize=(2.6 * len(shown) + 2.4, 1.2 + 0.26 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for panel, column in zip(panels, shown):
+        for i, row in enumerate(rows.values()):
+            values = [numbers_of(seed)[column] for seed in row["seeds"].values()]
+            panel.plot(values, [i] * len(values), "o", markersize=5, alpha=0.7, color="tab:blue")
+        system = "true" if column in SOUND else "untrained"
+        panel.axvline(report[system][column], color="black", linewidth=0.8, linestyle="--" if system == "true" else ":")
+        panel.set_title(f"{COLUMNS[column]}{arrow(column)}\n({system} encoder: {number(float(report[system][column]))})", fontsize=9)
+        panel.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(rows)), [f"{name}: {row['what']}" for name, row in rows.items()], fontsize=8)
+    panels[0].invert_yaxis()
     return figure

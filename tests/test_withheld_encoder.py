@@ -214,7 +214,7 @@ def test_every_run_is_trained_and_measured(whole, base):
         assert row["values"]["mel"] == {"mean": mel, "deviation": None}
         gap = (report["untrained"]["mel"] - mel) / (report["untrained"]["mel"] - report["true"]["mel"])
         assert row["gap_closed"]["mel"]["mean"] == pytest.approx(gap)
-    assert (output / "curves.png").stat().st_size > 5000
+    assert all((output / name).stat().st_size > 5000 for name in ("curves.png", "rows.png"))
     assert "3 rows × 1 seeds: 3 runs of 6 steps" in printed and "estimate: " in printed
     assert (output / "table.md").read_text() in printed
 
