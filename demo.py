@@ -59,8 +59,7 @@ def evaluate_all(config: EncoderConfig, injected: dict[str, Path]) -> tuple[dict
     torch.manual_seed(config.seed)
     folders = {"true_encoder": config.checkpoint, **injected, "untrained": config.checkpoint}
     codecs = {name: VoxtralCodec.from_checkpoint(folder) for name, folder in folders.items()}
-    file = SafetensorsFile(WITHHELD)
-    codecs["true_encoder"].load_encoder(file.read(file.entries), WITHHELD)
+    codecs["true_encoder"].load_encoder(SafetensorsFile(WITHHELD).read(), WITHHELD)
     rows, encoded = {}, {}
     for name, codec in codecs.items():
         rows[name], encoded[name] = evaluate_codec(codec, batches, encoded.get("true_encoder"))

@@ -68,8 +68,7 @@ def read_encoders(codec: VoxtralCodec, options, samples: list[Sample]) -> dict[s
     encoders = {}
     for name, path in (("reference", options.reference_encoder), ("encoder", options.encoder)):
         if path:
-            file = SafetensorsFile(path)
-            encoders[name] = file.read(file.entries)
+            encoders[name] = SafetensorsFile(path).read()
     if "encoder" not in encoders:
         if not codec.has_encoder:
             raise UserError(f"{options.checkpoint} has no encoder: pass --encoder, or put one in (inject_encoder.py).")

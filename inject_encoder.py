@@ -61,7 +61,7 @@ def verify(folder: Path, encoder: Path, clip: str) -> None:
     rounded = codec.encode(waveform)
     with torch.autocast("cpu", torch.bfloat16):
         served = codec.encode(waveform)
-    codec.load_encoder(file.read(file.entries), encoder)
+    codec.load_encoder(file.read(), encoder)
     exact = codec.encode(waveform)
     n_frames = exact.shape[-1]
     print(f"verified: all {len(file.entries)} encoder tensors are those of {encoder}, rounded to bf16; of {clip} "

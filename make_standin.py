@@ -70,10 +70,9 @@ def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str]) 
     model of standin.language_model, if there is one."""
     output, language_model = Path(config.output_dir), {}
     if config.standin.language_model:
-        file = SafetensorsFile(config.standin.language_model)
-        language_model = {name: tensor.bfloat16() for name, tensor in file.read(file.entries).items()}
+        language_model = {name: tensor.bfloat16() for name, tensor in SafetensorsFile(config.standin.language_model).read().items()}
     files = [SafetensorsFile(output / "best" / f"{part}.safetensors") for part in ("encoder", "decoder")]
-    tensors = {name: tensor.bfloat16() for file in files for name, tensor in file.read(file.entries).items()}
+    tensors = {name: tensor.bfloat16() for file in files for name, tensor in file.read().items()}
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER_PREFIXES)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in encoder}
 

@@ -59,8 +59,7 @@ def load_models(config: FullPipelineConfig, device: torch.device) -> Models:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     models = Models.from_checkpoint(checkpoint_folder(config), device, dtype)
     if config.encoder:
-        file = SafetensorsFile(config.encoder)
-        models.codec.load_encoder(file.read(file.entries), config.encoder)
+        models.codec.load_encoder(SafetensorsFile(config.encoder).read(), config.encoder)
     if not models.codec.has_encoder:
         raise UserError(f"{checkpoint_folder(config)} has no encoder: pass encoder=runs/encoder/best/encoder.safetensors "
                         "(train_encoder.py makes it).")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
 from evaluate import finite  # noqa: E402
-from voxtral.checkpoint import write_text  # noqa: E402
+from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
 from voxtral.codec import VoxtralCodec, ceil_div  # noqa: E402
 from voxtral.config import EncoderConfig, StandinConfig, load_config  # noqa: E402
 from voxtral.data import Batch, SpeechDataset, make_loader, validation_batches  # noqa: E402
@@ -42,7 +42,6 @@ from voxtral.plots import save_figure  # noqa: E402
 from voxtral.run import cosine_with_warmup, environment, set_learning_rate, start_process  # noqa: E402
 from voxtral.sources import Clip  # noqa: E402
 from withheld_encoder import training_clips, unseen_clips  # noqa: E402
-from withheld_report import read_tensors  # noqa: E402
 
 NOISE = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the deviation of every latent channel
 N_SHOWN = 6                         # points of a descent
@@ -206,7 +205,7 @@ class Limits:
         variances, directions = torch.linalg.eigh(true.cov())
         rows, first = [], None
         for i, file in enumerate(files):
-            student.load_encoder(read_tensors(file), file)
+            student.load_encoder(SafetensorsFile(file).read(), file)
             latents = [student.encode_latent(batch.waveform, batch.lengths).float() for batch in self.batches]
             error = self.together(latents)[semantic:] / self.deviation[semantic:] - true
             codes = [self.codec.quantizer.encode(latent) for latent in latents]
@@ -298,7 +297,7 @@ def main(arguments=None) -> None:
         process = start_process(config.device)
         codec = VoxtralCodec.from_checkpoint(options.standin)
         for file in [*options.encoder, options.withheld]:  # whether they fit is known before minutes are spent
-            codec.load_encoder(read_tensors(file), file)
+            codec.load_encoder(SafetensorsFile(file).read(), file)
         limits = Limits(codec.to(process.device).requires_grad_(False), batches, config)
         if options.encoder and sum(map(torch.sum, limits.frames)) <= codec.params.acoustic_dim:
             raise UserError(f"--clips {options.clips}: so few frames have no {codec.params.acoustic_dim} principal directions; take more.")

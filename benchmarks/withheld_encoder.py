@@ -25,7 +25,7 @@ import torch
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
 from evaluate import choose_clips, finite  # noqa: E402
-from voxtral.checkpoint import write_text  # noqa: E402
+from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
 from voxtral.clips import resynthesize  # noqa: E402
 from voxtral.codec import VoxtralCodec  # noqa: E402
 from voxtral.config import StandinConfig, load_config  # noqa: E402
@@ -36,8 +36,8 @@ from voxtral.plots import save_figure  # noqa: E402
 from voxtral.run import StopSignal, duration, environment, start_process  # noqa: E402
 from voxtral.scores import check_scores, not_measured  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation  # noqa: E402
-from withheld_report import (COLUMNS, SOUND, Judge, change_of, curves_figure, numbers_of, read_tensors, results_of,  # noqa: E402
-                             rows_figure, table)
+from withheld_report import (COLUMNS, SOUND, Judge, change_of, curves_figure, numbers_of, results_of, rows_figure,  # noqa: E402
+                             table)
 from withheld_rows import KNOWN_CODES, ROWS, TRUE_CHECKPOINT, changes_of, make_run  # noqa: E402
 from withheld_runs import Run, check_continues, train_until  # noqa: E402
 
@@ -58,7 +58,7 @@ def write_known_codes(options, data: DataConfig, device) -> None:
         presets = load_config(StandinConfig, options.data, options.overrides).standin.voices.values()
         clips = training_clips(data)
         codec = VoxtralCodec.from_checkpoint(options.standin)
-        codec.load_encoder(read_tensors(options.withheld), options.withheld)
+        codec.load_encoder(SafetensorsFile(options.withheld).read(), options.withheld)
         resynthesize(codec.to(device), [clip for clip in clips if not presets or clip.speaker in presets], folder, options.max_sec)
 
 

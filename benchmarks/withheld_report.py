@@ -48,7 +48,7 @@ class Judge:
         self.sources = [self.scorer.listen(sample.waveform) for sample in samples]
         self.agreement, self.expected = Agreement(self.codec), None
         self.averages = Averages([sample.speaker for sample in samples], seed=0)
-        true, started = read_tensors(options.withheld), time.monotonic()
+        true, started = SafetensorsFile(options.withheld).read(), time.monotonic()
         self.true = self.measure(self.codec, true, options.withheld)
         self.seconds = time.monotonic() - started  # an encoder
         held_out = split_validation(find_clips(config.data)[0], config.data.validation)[1]
@@ -76,14 +76,9 @@ class Judge:
                 return kept
         codec = VoxtralCodec.from_checkpoint(run.config.checkpoint)  # its encoder may have other sizes
         codec.to(self.device).requires_grad_(False)
-        measured = self.measure(codec, read_tensors(run.encoder), run.encoder)
+        measured = self.measure(codec, SafetensorsFile(run.encoder).read(), run.encoder)
         write_text(path, json.dumps(finite({"settings": self.settings} | measured)) + "\n")
         return measured
-
-
-def read_tensors(path) -> dict[str, torch.Tensor]:
-    file = SafetensorsFile(path)
-    return file.read(file.entries)
 
 
 def numbers_of(measured: dict) -> dict[str, float]:

@@ -33,8 +33,7 @@ def limits_of(code_limits, n_clips, *overrides):
     batches = validation_batches(clips, config.data)
     batches[0].lengths[1] = 9000
     codec = VoxtralCodec.from_checkpoint(ROOT / "assets/standin")
-    file = SafetensorsFile(ROOT / "assets/standin_withheld_encoder.safetensors")
-    codec.load_encoder(file.read(file.entries))
+    codec.load_encoder(SafetensorsFile(ROOT / "assets/standin_withheld_encoder.safetensors").read())
     return code_limits.Limits(codec.requires_grad_(False), batches, config)
 
 

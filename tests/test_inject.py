@@ -278,7 +278,7 @@ def test_adapters_that_are_no_plain_lora_are_refused(folder, encoder, tmp_path, 
 def change_adapter(change):
     def apply(path):
         file = SafetensorsFile(path / "adapter_model.safetensors")
-        tensors = file.read(file.entries)
+        tensors = file.read()
         change(tensors)
         save_tensors(file.path, tensors)
     return apply

@@ -61,10 +61,11 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} is truncated or damaged: its header asks for {self.data_start + end:,} bytes, "
                                   f"the file has {self.path.stat().st_size:,}; download or copy it again.")
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """name -> CPU tensor in the stored dtype; all of them, unless `names` are given."""
         try:
             with safe_open(str(self.path), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in names}
+                return {name: file.get_tensor(name) for name in (self.entries if names is None else names)}
         except SafetensorError as error:
             raise CheckpointError(f"{self.path} cannot be read ({error}): download or copy it again.") from error
 

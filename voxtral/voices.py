@@ -186,7 +186,7 @@ def load_embedding(path, params: ModelParams, end_row: Tensor) -> tuple[Tensor, 
         file = SafetensorsFile(path)
         if len(file.entries) != 1:
             raise VoiceError(f"{path} holds {len(file.entries)} tensors: a voice is one tensor [N, dim].")
-        (embedding,) = file.read(file.entries).values()
+        (embedding,) = file.read().values()
     else:
         embedding = load_pt(path)
     if embedding.dim() != 2 or embedding.shape[1] != params.dim or not embedding.is_floating_point():
