@@ -33,7 +33,7 @@ part() {  # part NAME COMMAND...: on $on; its output in OUTPUT/NAME.log, its sec
 }
 
 withheld() {  # withheld NAME OPTIONS...: for as long as MINUTES allow
-    while [[ $stages == *standin* ]] && ! grep -qs ^standin_mid: "$output/parts.txt"; do sleep 1; done
+    while [[ $stages == *standin* ]] && ! grep -qs ^standin_mid: "$output/parts.txt" && [ $SECONDS -lt $((60 * minutes)) ]; do sleep 1; done
     local left=$((60 * minutes > SECONDS ? minutes - SECONDS / 60 : 0))
     part "$1" python benchmarks/withheld_encoder.py "${mid[@]}" --max-sec 6 --metrics mel,stft,estoi --minutes "$left" \
         "${@:2}" --output "$output/$1"
@@ -58,9 +58,9 @@ curves() {
 
 # Rows of the ablation, two on each GPU: one starts or reads while the other computes. Rows that most hangs on come first.
 rows() {
-    local here=${on//[^,]/}
+    local here=(${on//,/ })
     withheld withheld --steps "$row_steps" --rows d,best,cheap,h,m,a,b,c,k,l,t,o,half,double,e,g,i,f --seeds "$seeds" \
-        --at-once $((2 * (${#here} + 1)))
+        --at-once $((2 * ${#here[@]}))
 }
 
 # What longer runs bring.

@@ -12,10 +12,11 @@ from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, l
 ROOT = Path(__file__).parents[1]
 CLEAN = {name: value for name, value in os.environ.items() if name not in ("STAGES", "MID_STEPS", "ROW_STEPS", "SEEDS", "MINUTES")}
 STUB = """#!{python}
-import json, os, sys
+import json, os, sys, time
 if sys.argv[1] == "-c":
     print({gpus})
 else:
+    time.sleep(0.5 * ("make_standin.py" in sys.argv))
     with open("{calls}", "a") as file:
         file.write(json.dumps([os.environ["CUDA_VISIBLE_DEVICES"], *sys.argv[1:]]) + "\\n")
     sys.exit("test" in sys.argv[1])
@@ -59,12 +60,23 @@ def test_one_gpu_does_all_but_two_processes(tmp_path):
 
 
 def test_some_stages_alone(tmp_path):
-    calls = calls_of(tmp_path, 2, STAGES="processes curves+standin,rows")
+    calls = calls_of(tmp_path, 2, STAGES="processes curves+standin", MINUTES="1")
     scripts = [next(word for word in call[1:] if word.endswith(".py")) for call in calls]
     assert scripts[0] == "benchmarks/train_step.py" and calls[0][0] == "0,1"  # one stage after the other
-    assert scripts.count("make_standin.py") == 2 and scripts.count("train_encoder.py") == 3 and len(scripts) == 8
-    assert scripts.index("benchmarks/withheld_encoder.py") > max(i for i, call in enumerate(calls) if "configs/standin_mid.yaml" in call
-                                                                 and call[1] == "make_standin.py")
+    assert scripts.count("make_standin.py") == 2 and scripts.count("train_encoder.py") == 3 and len(scripts) == 7
+
+
+def test_encoders_are_trained_when_the_standin_is_there_and_as_long_as_the_minutes_last(tmp_path):
+    standin, *others = calls_of(tmp_path, 2, STAGES="standin,rows+longer", MINUTES="7")
+    assert standin[:2] == ["0", "make_standin.py"] and {(call[0], call[1]) for call in others} == {
+        (gpu, "benchmarks/withheld_encoder.py") for gpu in "01"}  # beside each other
+    assert all(call[call.index("--minutes") + 1] == "7" for call in others)
+    assert [call[call.index("--at-once") + 1] for call in others if "--at-once" in call] == ["2"]  # rows: two on each GPU
+
+
+def test_rows_alone_take_both_gpus(tmp_path):
+    (call,) = calls_of(tmp_path, 2, STAGES="rows")
+    assert call[0] == "0,1" and call[call.index("--at-once") + 1] == "4"
 
 
 @pytest.mark.parametrize("arguments, words", [([], "usage"), (["x", "base", "out"], "x: there must be train.csv")])

@@ -262,6 +262,20 @@ def test_the_table_has_a_line_per_row(whole, modules):
     assert "- wer: add wer to --metrics" in text and "- ecapa: " in text and "- semantic_equal: share of" in text
 
 
+def test_a_dot_for_every_row_and_seed(whole, modules):
+    report = report_of(whole[0])
+    report["rows"]["a"]["seeds"]["1"] = report["rows"]["c"]["seeds"]["0"]
+    report["rows"]["i"]["seeds"] = {}  # not trained to its end
+    panels = modules[2].rows_figure(report).axes
+    assert [panel.get_title().split(" ")[0] for panel in panels] == ["mel", "semantic", "acoustic", "acoustic", "voice"]
+    for panel, column in zip(panels, ("mel", "semantic_equal", "levels_equal", "levels_within_1", "embedding_cosine")):
+        a, c, system = ([list(axis) for axis in line.get_data()] for line in panel.lines)
+        values = [report["rows"][row]["seeds"]["0"]["metrics"][column]["value"] for row in "ac"]
+        assert a == [values, [0, 0]] and c == [values[1:], [1]]
+        assert system[0] == [report["true" if column == "mel" else "untrained"][column]] * 2
+    assert [label.get_text()[:3] for label in panels[0].get_yticklabels()] == ["a: ", "c: "]
+
+
 def test_less_speech_and_other_layers(modules, command, base, tmp_path):
     modules[0].main(command(tmp_path, "--rows", "double,half,o,cheap", "--seeds", "0", "--metrics", "mel"))
     report = report_of(tmp_path)
