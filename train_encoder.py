@@ -112,7 +112,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     mel_distance = MelDistance(params.sampling_rate).to(process.device)
     balancer = Balancer(config.balancer.decay) if config.balancer.enabled else None
     known, bad_codes = known_codes(config.match.codes, params) if weights["match"] else (None, [])
-    matching = CodeMatching(known, codec.quantizer, process.device) if known else None
+    matching = CodeMatching(known, codec, process.device) if known else None
     model = TrainingModel(codec, teacher.width if teacher else None).to(process.device).train()
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
     beside = SideStream(process.device)

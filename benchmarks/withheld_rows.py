@@ -12,25 +12,26 @@ from withheld_runs import Run, band_limited, thinned, with_layers  # noqa: E402
 
 @dataclass(frozen=True)
 class Row:
-    """`changes`: keys of the config, and five of this benchmark's own:
+    """`changes`: keys of the config, and six of this benchmark's own:
     quantization  stochastic: the paper's 50/25/25, as train_encoder.py does; always: every clip, as serving does
     training_hz   24000: clips as they are; 16000: copies with nothing above 8 kHz, as upsampled 16 kHz speech has
     start         fresh: as with the released checkpoint; true: the withheld encoder, to see whether training keeps it
     speech        1: all clips; 0.1: every tenth, heard ten times as often
     layers        of the encoder's four stages; own: the stand-in's, as serving builds it
+    known         what loss.match takes from known codes: statistics, as train_encoder.py does; or a loss of withheld_losses.py
     """
     what: str
     of: str        # the row that it changes; the two together show what the change does
     changes: str
 
 
-# a to d build the paper's recipe piece by piece, e to t change one thing of it, o and on ask what limits it. Commitment is in all: without it
+# a to d build the paper's recipe piece by piece, e to t change one thing of it, j and n one of cheap, o and on ask what limits it. Commitment is in all: without it
 # nothing ties the semantic latent to the codebook. The paper's schedule of quantization is a piece as well: a and b
 # quantize always (no key of the config says so: withheld_runs.py swaps the draws), c shows what the schedule is worth.
 ROWS = {
     "a": Row("reconstruction only", "", "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 "
              "loss.diversity=0 loss.speaker=0 loss.match=0 quantization=always training_hz=24000 start=fresh "
-             "speech=1 layers=own"),
+             "speech=1 layers=own known=statistics"),
     "b": Row("+ discriminators with feature matching", "a", "loss.feature=1"),
     "c": Row("+ stochastic quantization", "b", "quantization=stochastic"),
     "d": Row("+ ASR distillation: the paper's recipe", "c", "loss.asr=1"),
@@ -45,6 +46,8 @@ ROWS = {
     "t": Row("started at the true encoder", "d", "start=true"),
     "best": Row("what helps, together", "d", "loss.mel=1 loss.match=0.3 loss.commit=1"),
     "cheap": Row("the same without discriminators and Whisper", "best", "loss.feature=0 loss.asr=0"),
+    "j": Row("+ decoded clips with known codes", "cheap", "known=clips"),
+    "n": Row("+ an adversary on sequences of codes", "cheap", "known=adversary"),
     "o": Row("a tenth of the speech", "cheap", "speech=0.1"),
     "half": Row("half of the encoder's layers", "cheap", "layers=1,1,1,1"),
     "double": Row("twice its layers", "cheap", "layers=4,4,4,4"),
@@ -74,7 +77,7 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
     """The run and its config. Raises UserError."""
     changes = changes_of(row)
     quantization, training_hz, start = changes.pop("quantization"), int(changes.pop("training_hz")), changes.pop("start")
-    speech, layers = float(changes.pop("speech")), changes.pop("layers")
+    speech, layers, known = float(changes.pop("speech")), changes.pop("layers"), changes.pop("known")
     # A stand-in's config will do: it names the speakers that the stand-in has not heard.
     loaded = load_config(StandinConfig, options.data, [*schedule(steps), *options.overrides,
                                                        *(f"{key}={value}" for key, value in changes.items())])
@@ -93,4 +96,4 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
         config.data = band_limited(config.data, options.output / "band_limited")
     if speech != 1:
         config.data = thinned(config.data, options.output / f"speech_{speech:g}", round(1 / speech))
-    return Run(row, seed, config, quantization)
+    return Run(row, seed, config, quantization, known)

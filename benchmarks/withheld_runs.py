@@ -27,6 +27,7 @@ from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.quantizer import QuantizationDraws  # noqa: E402
 from voxtral.run import StopSignal, read_metrics, training_process  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips  # noqa: E402
+from withheld_losses import KNOWN  # noqa: E402
 
 # What may differ between a run and its continuation.
 PLACES = ("output_dir", "resume", "device", "data.data_root", "data.num_workers", "data.sources")
@@ -36,11 +37,12 @@ N_NAMED = 8  # changed settings in a message, at most
 
 @dataclass
 class Run:
-    """One row of the ablation with one seed; `quantization`: see withheld_rows.Row."""
+    """One row of the ablation with one seed; `quantization`, `known`: see withheld_rows.Row."""
     row: str
     seed: int
     config: EncoderConfig
     quantization: str
+    known: str
 
     @property
     def name(self) -> str:
@@ -100,16 +102,17 @@ def flat(settings: dict, prefix: str = "") -> dict:
 # ---------------------------------------------------------------- the process of a run
 
 def main() -> None:
-    """CONFIG QUANTIZATION: trains to the end or to a SIGTERM, from where the run was.
+    """CONFIG QUANTIZATION KNOWN: trains to the end or to a SIGTERM, from where the run was.
 
     Of a finished run the last average of the weights is kept: `best` is chosen by the mel distance, and may have heard
     less audio than the encoders that it is compared with.
     """
-    config_path, quantization = sys.argv[1:]
+    config_path, quantization, known = sys.argv[1:]
     threading.Thread(target=stop_with_parent, daemon=True).start()
     train_encoder.plot_run = lambda *_: None  # seconds at every validation; metrics.jsonl has all that they show
     if quantization == "always":
         QuantizationDraws.sample = staticmethod(always_quantized)
+    train_encoder.CodeMatching = KNOWN[known]
     with one_sentence():
         config = load_config(EncoderConfig, config_path, [])
         with training_process(config.device) as process:
@@ -144,7 +147,7 @@ def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
     run.folder.mkdir(parents=True, exist_ok=True)
     dump_config(run.config, run.folder / "run.yaml")
     with (run.folder / "log.txt").open("ab") as log:
-        child = Popen([sys.executable, __file__, str(run.folder / "run.yaml"), run.quantization], env=os.environ | seen,
+        child = Popen([sys.executable, __file__, str(run.folder / "run.yaml"), run.quantization, run.known], env=os.environ | seen,
                       stdin=PIPE, stdout=log, stderr=STDOUT)
     told = False
     while child.poll() is None:

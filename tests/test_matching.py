@@ -3,11 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from voxtral.codec import CodecOutput
+from voxtral.codec import CodecOutput, VoxtralCodec
 from voxtral.codes import known_codes
 from voxtral.matching import COVARIANCE_WEIGHT, DECAY, CodeMatching, mean_and_covariance, pair_sums
 from voxtral.params import parse_params
-from voxtral.quantizer import Quantizer
 from voxtral.sources import DataError
 from voxtral.standin import small_params
 
@@ -15,9 +14,9 @@ PARAMS = parse_params(small_params()).codec
 
 
 @pytest.fixture
-def quantizer():
+def codec():
     torch.manual_seed(0)
-    return Quantizer(PARAMS)
+    return VoxtralCodec(PARAMS)
 
 
 def random_codes(*shape, seed=0) -> torch.Tensor:
@@ -27,9 +26,9 @@ def random_codes(*shape, seed=0) -> torch.Tensor:
     return codes
 
 
-def output_of(quantizer, codes) -> CodecOutput:
+def output_of(codec, codes) -> CodecOutput:
     """Latents that lie on their codes, as leaves."""
-    seen = quantizer.decode(codes)
+    seen = codec.quantizer.decode(codes)
     semantic = PARAMS.semantic_dim
     latent = torch.cat([seen[:, :semantic], (0.999 * seen[:, semantic:]).atanh()], dim=1).requires_grad_()
     return CodecOutput(torch.empty(0), latent, codes, seen[:, :semantic])
@@ -52,48 +51,48 @@ def test_statistics_are_those_of_adjacent_valid_frames():
     np.testing.assert_allclose(covariance, np.cov(pairs.T, bias=True), atol=1e-5)
 
 
-def test_codes_that_are_distributed_alike_cost_nothing(quantizer):
+def test_codes_that_are_distributed_alike_cost_nothing(codec):
     codes = [random_codes(37, 40, seed=i) for i in range(6)]
-    matching = CodeMatching(codes, quantizer, "cpu")
-    same = matching(output_of(quantizer, torch.stack(codes)), torch.full((6,), 40))
+    matching = CodeMatching(codes, codec, "cpu")
+    same = matching(output_of(codec, torch.stack(codes)), torch.full((6,), 40))
     assert same.item() < 1e-6
-    other = CodeMatching(codes, quantizer, "cpu")(output_of(quantizer, random_codes(6, 37, 40, seed=9) // 2), torch.full((6,), 40))
+    other = CodeMatching(codes, codec, "cpu")(output_of(codec, random_codes(6, 37, 40, seed=9) // 2), torch.full((6,), 40))
     assert other.item() > 0.1
 
 
-def test_padding_does_not_count(quantizer):
+def test_padding_does_not_count(codec):
     codes, n_frames = random_codes(2, 37, 12), torch.tensor([12, 7])
     padded = codes.clone()
     padded[1, :, 7:] = 0
-    losses = [CodeMatching([random_codes(37, 50, seed=3)], quantizer, "cpu")(output_of(quantizer, one), n_frames).item()
+    losses = [CodeMatching([random_codes(37, 50, seed=3)], codec, "cpu")(output_of(codec, one), n_frames).item()
               for one in (codes, padded)]
     assert losses[0] == losses[1]
 
 
-def test_the_value_is_what_is_said(quantizer):
+def test_the_value_is_what_is_said(codec):
     known = random_codes(37, 30)
-    matching = CodeMatching([known], quantizer, "cpu")
-    seen = quantizer.decode(known[None])[0].double().numpy()
+    matching = CodeMatching([known], codec, "cpu")
+    seen = codec.quantizer.decode(known[None])[0].double().numpy()
     unit = (seen - seen.mean(1, keepdims=True)) / seen.std(1, ddof=1, keepdims=True)
     heard = random_codes(2, 37, 11, seed=5)
-    both = (quantizer.decode(heard).double().numpy() - seen.mean(1)[:, None]) / seen.std(1, ddof=1)[:, None]
+    both = (codec.quantizer.decode(heard).double().numpy() - seen.mean(1)[:, None]) / seen.std(1, ddof=1)[:, None]
 
     def statistics(clips):
         pairs = np.concatenate([np.concatenate([clip[:, :-1], clip[:, 1:]]) for clip in clips], axis=1)
         return pairs.mean(1), np.cov(pairs, bias=True)
     (mean, covariance), (wanted_mean, wanted_covariance) = statistics(both), statistics([unit])
     expected = np.square(mean - wanted_mean).mean() + COVARIANCE_WEIGHT * np.square(covariance - wanted_covariance).mean()
-    assert matching(output_of(quantizer, heard), torch.full((2,), 11)).item() == pytest.approx(expected, rel=1e-4)
+    assert matching(output_of(codec, heard), torch.full((2,), 11)).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_gradient_leads_to_the_known_statistics(quantizer):
+def test_the_gradient_leads_to_the_known_statistics(codec):
     """Down the gradient, levels that lie too high come down; it is as large after many steps as at the first one."""
     low, high = random_codes(37, 60) // 3, random_codes(4, 37, 20, seed=2)
     high[:, 1:] = high[:, 1:] // 3 + 12
-    matching = CodeMatching([low], quantizer, "cpu")
+    matching = CodeMatching([low], codec, "cpu")
     norms = []
     for _ in range(30):
-        output = output_of(quantizer, high)
+        output = output_of(codec, high)
         matching(output, torch.full((4,), 20)).backward()
         norms.append(output.latent.grad.norm().item())
     acoustic = output.latent.grad[:, PARAMS.semantic_dim:]
@@ -101,10 +100,10 @@ def test_the_gradient_leads_to_the_known_statistics(quantizer):
     assert norms[-1] == pytest.approx(norms[0], rel=0.02)
 
 
-def test_the_average_runs_and_is_resumed(quantizer):
+def test_the_average_runs_and_is_resumed(codec):
     codes = [random_codes(37, 30)]
-    one, other = CodeMatching(codes, quantizer, "cpu"), CodeMatching(codes, quantizer, "cpu")
-    batches = [output_of(quantizer, random_codes(2, 37, 10, seed=i)) for i in range(30)]
+    one, other = CodeMatching(codes, codec, "cpu"), CodeMatching(codes, codec, "cpu")
+    batches = [output_of(codec, random_codes(2, 37, 10, seed=i)) for i in range(30)]
     n_frames = torch.full((2,), 10)
     for batch in batches[:20]:
         one(batch, n_frames)
@@ -115,12 +114,12 @@ def test_the_average_runs_and_is_resumed(quantizer):
     assert not torch.equal(one.running[0], before)
 
 
-def test_the_average_is_a_plain_one_at_first_and_then_forgets(quantizer):
-    matching, n_frames, means = CodeMatching([random_codes(37, 30)], quantizer, "cpu"), torch.full((2,), 10), []
+def test_the_average_is_a_plain_one_at_first_and_then_forgets(codec):
+    matching, n_frames, means = CodeMatching([random_codes(37, 30)], codec, "cpu"), torch.full((2,), 10), []
     for i in range(25):
-        output = output_of(quantizer, random_codes(2, 37, 10, seed=i))
+        output = output_of(codec, random_codes(2, 37, 10, seed=i))
         matching(output, n_frames)
-        seen = (quantizer.decode(output.codes) - matching.mean) / matching.deviation
+        seen = (codec.quantizer.decode(output.codes) - matching.mean) / matching.deviation
         means.append(mean_and_covariance(*pair_sums(seen, torch.ones(2, 10, dtype=torch.bool)))[0])
         if i == 4:
             torch.testing.assert_close(matching.running[0], torch.stack(means).mean(0), atol=1e-5, rtol=1e-4)

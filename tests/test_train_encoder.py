@@ -512,7 +512,7 @@ def test_recorded_and_compiled_kernels_give_the_same_losses(command, settings, t
         train_encoder.main(command(path, f"device={device}", "balancer.enabled=false", "train.accumulation=2", *changes))
         rows.append([row for row in read_metrics(path / "metrics.jsonl") if "loss/total" in row])
         codes.append(torch.stack([seen for seen, _ in heard]))
-        matching = CodeMatching(known, codec.quantizer, "cpu")
+        matching = CodeMatching(known, codec, "cpu")
         nothing = torch.zeros(2, codec.params.latent_dim, codes[-1].shape[-1])
         expected = [matching(CodecOutput(None, nothing, seen, None), n_frames).item() for seen, n_frames in heard]
         assert [row["loss/match"] for row in rows[-1]] == pytest.approx(expected[1::2], rel=1e-2)

@@ -13,8 +13,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
-from voxtral.codec import CodecOutput
-from voxtral.quantizer import Quantizer
+from voxtral.codec import CodecOutput, VoxtralCodec
 
 DECAY = 0.9              # of the running statistics, per micro-batch
 COVARIANCE_WEIGHT = 3.0  # against the means
@@ -42,9 +41,10 @@ def mean_and_covariance(count: Tensor, total: Tensor, square: Tensor) -> tuple[T
 class CodeMatching:
     """The loss; a part of the run state: it keeps running statistics, since a batch alone is too few frames."""
 
-    def __init__(self, codes: list[Tensor], quantizer: Quantizer, device):
+    def __init__(self, codes: list[Tensor], codec: VoxtralCodec, device):
         """codes: of known clips, [1 + acoustic_dim, L] each."""
-        seen = [quantizer.decode(one[None]).double() for one in codes]  # [1, D, L]
+        self.quantizer = codec.quantizer
+        seen = [self.quantizer.decode(one[None]).double() for one in codes]  # [1, D, L]
         together = torch.cat([one[0] for one in seen], dim=1)
         self.mean = together.mean(dim=1)[:, None].float().to(device)                      # [D, 1]
         self.deviation = together.std(dim=1).clamp(min=1e-4)[:, None].float().to(device)  # [D, 1]
@@ -53,7 +53,6 @@ class CodeMatching:
         self.target = tuple(part.float().to(device) for part in mean_and_covariance(*map(sum, zip(*sums))))
         self.running = tuple(map(torch.zeros_like, self.target))
         self.steps = 0
-        self.quantizer = quantizer
 
     def __call__(self, output: CodecOutput, n_frames: Tensor) -> Tensor:
         """Squared distance of the statistics of what the decoder would see, quantized with straight-through gradient, in
