@@ -48,6 +48,7 @@ ROWS = {
     "cheap": Row("the same without discriminators and Whisper", "best", "loss.feature=0 loss.asr=0"),
     "j": Row("+ decoded clips with known codes", "cheap", "known=clips"),
     "n": Row("+ an adversary on sequences of codes", "cheap", "known=adversary"),
+    "bestj": Row("best + decoded clips with known codes", "best", "known=clips"),
     "o": Row("a tenth of the speech", "cheap", "speech=0.1"),
     "half": Row("half of the encoder's layers", "cheap", "layers=1,1,1,1"),
     "double": Row("twice its layers", "cheap", "layers=4,4,4,4"),

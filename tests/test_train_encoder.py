@@ -518,4 +518,5 @@ def test_recorded_and_compiled_kernels_give_the_same_losses(command, settings, t
         assert [row["loss/match"] for row in rows[-1]] == pytest.approx(expected[1::2], rel=1e-2)
     assert (codes[0] == codes[1]).float().mean() > 0.99
     for a, b in zip(*rows, strict=True):
-        assert all(a[name] == pytest.approx(b[name], rel=1e-2) for name in a if name.startswith("loss/") and name != "loss/match")
+        names = [name for name in a if name.startswith("loss/") and name != "loss/match"]
+        assert {name: a[name] for name in names} == pytest.approx({name: b[name] for name in names}, rel=1e-2, abs=1e-4)  # commit is so small
