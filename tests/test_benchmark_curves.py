@@ -76,3 +76,17 @@ def test_what_cannot_be_compared_is_refused(scripts, tmp_path, refused):
     write_results(tmp_path / "a", 100, {"d": 0.25})
     write_results(tmp_path / "b", 200, {"d": 0.5}, true=2.0)
     assert "different stand-ins" in refused(scripts[1].main, [str(tmp_path / "a"), str(tmp_path / "b")])
+    write_results(tmp_path / "c", 200, {"d": 0.5}, true=1.001)
+    assert "different stand-ins" in refused(scripts[1].main, [str(tmp_path / "a"), str(tmp_path / "c")])
+
+
+def test_the_last_digit_of_a_true_encoder_may_differ(scripts, tmp_path):
+    for name, true in (("a", 1.0), ("b", 1.0 + 1e-12)):  # measured twice on a GPU
+        write_results(tmp_path / name, 100, {"d": 0.25}, true=true)
+        report = json.loads((tmp_path / name / "results.json").read_text())
+        report["true"]["estoi"] = report["untrained"]["estoi"] = None  # not measured
+        (tmp_path / name / "results.json").write_text(json.dumps(report))
+    reports = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
+    assert reports[0]["true"] != reports[1]["true"] and scripts[1].alike(reports[0]["true"], reports[1]["true"])
+    del reports[1]["true"]["estoi"]
+    assert not scripts[1].alike(reports[0]["true"], reports[1]["true"])
