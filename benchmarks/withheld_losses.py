@@ -74,14 +74,17 @@ class Adversary(_Windows):
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=ADVERSARY_LEARNING_RATE, betas=(0.5, 0.9))
 
     def __call__(self, output: CodecOutput, n_frames: Tensor) -> Tensor:
-        def score(seen: Tensor) -> Tensor:  # [B, D, L] -> [B, 1, L]; padding shows the same to both
-            return self.network((seen - self.mean) / self.deviation * valid)
+        def unit(seen: Tensor) -> Tensor:
+            return (seen - self.mean) / self.deviation
+
+        def score(sequence: Tensor) -> Tensor:  # [B, D, L] -> [B, 1, L]; padding shows the same to both
+            return self.network(sequence * valid)
         valid = (torch.arange(output.codes.shape[-1], device=n_frames.device) < n_frames[:, None]).float()[:, None]
-        real = self.quantizer.decode(self.windows(len(output.codes), output.codes.shape[-1]))
-        fake = self.quantizer.straight_through(self.quantizer.squash(output.latent), output.codes)
-        real_score = score(real.requires_grad_())
+        real = unit(self.quantizer.decode(self.windows(len(output.codes), output.codes.shape[-1]))).requires_grad_()
+        fake = unit(self.quantizer.straight_through(self.quantizer.squash(output.latent), output.codes))
+        real_score = score(real)
         (slope,) = torch.autograd.grad(real_score.sum(), real, create_graph=True)
-        penalty = GRADIENT_PENALTY / 2 * (slope * self.deviation).square().sum(dim=1, keepdim=True)
+        penalty = GRADIENT_PENALTY / 2 * slope.square().sum(dim=1, keepdim=True)
         told_apart = clip_mean(F.softplus(-real_score) + F.softplus(score(fake.detach())) + penalty, n_frames)
         self.optimizer.zero_grad()
         told_apart.backward()

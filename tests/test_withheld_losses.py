@@ -115,3 +115,17 @@ def test_the_adversary_does_not_see_padding_and_is_resumed(losses, codec):
     other.load_state_dict(deepcopy(one.state_dict()))
     losses_after = [[each(output_of(codec, random_codes(2, 37, 12, seed=i)), N_FRAMES).item() for i in range(3)] for each in (one, other)]
     assert losses_after[0] == losses_after[1]
+
+
+def test_a_penalty_keeps_the_adversary_flat_at_the_known_codes(losses, codec, monkeypatch):
+    known, ours, slopes = [random_codes(37, 60) // 3], random_codes(2, 37, 12, seed=2), []
+    for penalty in (0.0, 10.0):
+        monkeypatch.setattr(losses, "GRADIENT_PENALTY", penalty)
+        torch.manual_seed(0)
+        adversary = losses.Adversary(known, codec, "cpu")
+        for _ in range(20):
+            adversary(output_of(codec, ours), torch.tensor([12, 12]))
+        seen = ((codec.quantizer.decode(known[0][None]) - adversary.mean) / adversary.deviation).requires_grad_()
+        (slope,) = torch.autograd.grad(adversary.network(seen).sum(), seen)
+        slopes.append(slope.square().sum(dim=1).mean().item())
+    assert slopes[1] < 0.5 * slopes[0]
