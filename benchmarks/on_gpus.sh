@@ -65,7 +65,7 @@ rows() {
 
 # What longer runs bring.
 longer() { withheld withheld_4 --steps $((4 * row_steps)) --seeds 0 --rows best,cheap,j,n; }
-longest() { withheld withheld_16 --steps $((16 * row_steps)) --seeds 0 --rows best; }
+longest() { withheld withheld_8 --steps $((8 * row_steps)) --seeds 0 --rows best; }
 
 # Two processes; growth_batch has one with the same clips a GPU.
 processes() {
@@ -78,7 +78,7 @@ processes() {
 # The longer runs on more scores, people and synthetic voices; what the losses ask for at all.
 judge() {
     local run file encoders=()
-    for run in withheld_4/best withheld_16/best; do
+    for run in withheld_4/best withheld_8/best; do
         local files=(--checkpoint "$output/standin_mid/released" --data configs/standin_mid.yaml --max-sec 6
             --reference-encoder "$output/standin_mid/withheld_encoder.safetensors" --encoder "$output/${run}_seed0/encoder.safetensors"
             --metrics mel,stft,sisdr,estoi,speaker "data.data_root=$speech")
@@ -86,7 +86,7 @@ judge() {
             --output "$output/people_${run%/*}"
         part "synthetic_${run%/*}" python evaluate.py "${files[@]}" --output "$output/synthetic_${run%/*}"
     done
-    for file in "$output"/withheld/{best,cheap}_seed{0,1} "$output"/withheld_4/{best,j,n}_seed0 "$output"/withheld_16/best_seed0; do
+    for file in "$output"/withheld/{best,cheap}_seed{0,1} "$output"/withheld_4/{best,j,n}_seed0 "$output"/withheld_8/best_seed0; do
         [ -f "$file/encoder.safetensors" ] && encoders+=(--encoder "$file/encoder.safetensors")  # there was not the time for each
     done
     part limits python benchmarks/code_limits.py "${mid[@]}" "${encoders[@]}" --output "$output/limits" --told "$row_steps,$((4 * row_steps))"
