@@ -12,7 +12,7 @@ from voxtral.codec import CodecOutput, VoxtralCodec  # noqa: E402
 from voxtral.losses import clip_mean, codebook_scale  # noqa: E402
 from voxtral.matching import CodeMatching  # noqa: E402
 
-SEMANTIC_WEIGHT, LEVELS_WEIGHT = 1.5, 6.0  # times loss.match=0.3: about 0.5 and 2 beside a mel distance of weight 1
+SEMANTIC_WEIGHT, LEVELS_WEIGHT = 1.5, 6.0  # times loss.match=0.3: 0.45 and 1.8 beside a mel distance of weight 1
 ADVERSARY_WEIGHT = 0.1
 ADVERSARY_CHANNELS, ADVERSARY_LEARNING_RATE = 256, 3e-4
 GRADIENT_PENALTY = 1.0
