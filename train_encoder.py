@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from voxtral.asr import WhisperTeacher, asr_distillation_loss
 from voxtral.asr_cache import AsrCache, SegmentDataset
 from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors
-from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples
+from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
 from voxtral.codes import known_codes
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
 from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, collate, make_loader, steps_per_epoch, validation_batches
@@ -294,7 +294,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             with nullcontext() if last or process.world_size == 1 else parallel_model.no_sync():
                 scalars, output, frames = micro_step(step, micro, batch, logging and last)
         if "codebook" in settings.trainable:
-            valid = torch.arange(n_frames, device=process.device) < frames[:, None]
+            valid = valid_mask(frames, n_frames)
             semantic = output.latent[:, :params.semantic_dim].transpose(1, 2)
             codec.quantizer.semantic_codebook.update(semantic.flatten(0, 1), valid.flatten(), codebook_generator.manual_seed(step))
         scalars["grad/encoder"] = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings.gradient_clip)

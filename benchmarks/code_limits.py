@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
 from evaluate import finite  # noqa: E402
 from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
-from voxtral.codec import VoxtralCodec, ceil_div  # noqa: E402
+from voxtral.codec import VoxtralCodec, ceil_div, valid_mask  # noqa: E402
 from voxtral.config import EncoderConfig, StandinConfig, load_config  # noqa: E402
 from voxtral.data import Batch, SpeechDataset, make_loader, validation_batches  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
@@ -77,7 +77,7 @@ class Limits:
 
     def valid(self, i: int) -> Tensor:
         """[B, L]: frames of batch i that are not padding."""
-        return torch.arange(self.true[i].shape[-1], device=self.frames[i].device) < self.frames[i][:, None]
+        return valid_mask(self.frames[i], self.true[i].shape[-1])
 
     def together(self, latents: list[Tensor]) -> Tensor:
         """[latent_dim, frames] of all clips, as the decoder sees them."""
@@ -184,7 +184,7 @@ class Limits:
             wanted = self.encode(batch.waveform, batch.lengths)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
                 found = student.encode_latent(batch.waveform, batch.lengths).float()
-            frames = torch.arange(wanted.shape[-1], device=device) < ceil_div(batch.lengths, self.codec.params.frame_size)[:, None]
+            frames = valid_mask(ceil_div(batch.lengths, self.codec.params.frame_size), wanted.shape[-1])
             error = ((quantizer.squash(found) - quantizer.squash(wanted)).abs() / self.deviation).mean(dim=1)  # [B, L]
             loss = (error * frames).sum() / frames.sum()
             optimizer.zero_grad()

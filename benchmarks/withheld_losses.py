@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from voxtral.codec import CodecOutput, VoxtralCodec  # noqa: E402
-from voxtral.losses import clip_mean, codebook_scale  # noqa: E402
+from voxtral.codec import CodecOutput, VoxtralCodec, valid_mask  # noqa: E402
+from voxtral.losses import clip_mean, codebook_distance, codebook_scale  # noqa: E402
 from voxtral.matching import CodeMatching  # noqa: E402
 
 SEMANTIC_WEIGHT, LEVELS_WEIGHT = 1.5, 6.0  # times loss.match=0.3: 0.45 and 1.8 beside a mel distance of weight 1
@@ -53,8 +53,7 @@ class KnownClips(_Windows):
         with torch.autocast(waveform.device.type, torch.bfloat16, enabled=waveform.is_cuda, cache_enabled=False):
             latent = self.codec.encode_latent(waveform)
         found = self.quantizer.squash(latent.float())
-        embedding = self.quantizer.semantic_codebook.embedding
-        distance = torch.cdist(found[:, :semantic].transpose(1, 2).flatten(0, 1)[None], embedding[None])[0].square()
+        distance = codebook_distance(found[:, :semantic], self.quantizer.semantic_codebook.embedding)
         semantic_loss = F.cross_entropy(-distance / self.scale, codes[:, 0].flatten())
         levels_loss = F.l1_loss(found[:, semantic:], self.quantizer.decode(codes)[:, semantic:])
         return super().__call__(output, n_frames) + SEMANTIC_WEIGHT * semantic_loss + LEVELS_WEIGHT * levels_loss
@@ -74,14 +73,11 @@ class Adversary(_Windows):
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=ADVERSARY_LEARNING_RATE, betas=(0.5, 0.9))
 
     def __call__(self, output: CodecOutput, n_frames: Tensor) -> Tensor:
-        def unit(seen: Tensor) -> Tensor:
-            return (seen - self.mean) / self.deviation
-
         def score(sequence: Tensor) -> Tensor:  # [B, D, L] -> [B, 1, L]; padding shows the same to both
             return self.network(sequence * valid)
-        valid = (torch.arange(output.codes.shape[-1], device=n_frames.device) < n_frames[:, None]).float()[:, None]
-        real = unit(self.quantizer.decode(self.windows(len(output.codes), output.codes.shape[-1]))).requires_grad_()
-        fake = unit(self.quantizer.straight_through(self.quantizer.squash(output.latent), output.codes))
+        valid = valid_mask(n_frames, output.codes.shape[-1])[:, None]
+        real = self.normalize(self.quantizer.decode(self.windows(len(output.codes), output.codes.shape[-1]))).requires_grad_()
+        fake = self.heard(output)
         real_score = score(real)
         (slope,) = torch.autograd.grad(real_score.sum(), real, create_graph=True)
         penalty = GRADIENT_PENALTY / 2 * slope.square().sum(dim=1, keepdim=True)

@@ -25,9 +25,9 @@ class Row:
     changes: str
 
 
-# a to d build the paper's recipe piece by piece, e to t change one thing of it, j and n one of cheap, o and on ask what limits it. Commitment is in all: without it
-# nothing ties the semantic latent to the codebook. The paper's schedule of quantization is a piece as well: a and b
-# quantize always (no key of the config says so: withheld_runs.py swaps the draws), c shows what the schedule is worth.
+# a to d build the paper's recipe piece by piece, e to t change one thing of it, j and n one of cheap, o and on ask what
+# limits it. Commitment is in all: without it nothing ties the semantic latent to the codebook. The paper's schedule of
+# quantization is a piece as well: a and b quantize always (no key of the config says so: withheld_runs.py swaps the draws), c shows what the schedule is worth.
 ROWS = {
     "a": Row("reconstruction only", "", "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 "
              "loss.diversity=0 loss.speaker=0 loss.match=0 quantization=always training_hz=24000 start=fresh "

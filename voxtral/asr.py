@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from whisper.model import disable_sdpa
 from whisper.tokenizer import LANGUAGES, get_tokenizer
 
-from voxtral.codec import ceil_div, mask_samples
+from voxtral.codec import ceil_div, mask_samples, valid_mask
 from voxtral.data import TensorBatch
 from voxtral.errors import UserError
 
@@ -115,8 +115,7 @@ class WhisperTeacher(nn.Module):
             mel = self.mel(waveform, lengths).to(self.dtype)
             hidden, scores, n_text = (self.recorded or self.listen)(mel)
             alignment = soft_alignment(scores, n_text, ceil_div(lengths, SAMPLES_PER_POSITION), n_frames)
-            mask = torch.arange(hidden.shape[1], device=hidden.device) < n_text[:, None]
-            return AsrTargets(hidden, alignment, mask)
+            return AsrTargets(hidden, alignment, valid_mask(n_text, hidden.shape[1]))
 
     def record(self, n_clips: int) -> None:
         """Makes one CUDA graph of what is otherwise a hundred small launches a token, for batches of n_clips."""
@@ -202,7 +201,7 @@ def soft_alignment(scores: Tensor, n_text: Tensor, n_positions: Tensor, n_frames
     among the clip's tokens and its end of text, which takes silence. openai-whisper's timing standardises
     instead, which gives negative weights.
     """
-    inside = torch.arange(scores.shape[-1], device=scores.device) < n_positions[:, None]
+    inside = valid_mask(n_positions, scores.shape[-1])
     row = torch.arange(scores.shape[2], device=scores.device)
     weights = scores.masked_fill(~inside[:, None, None], -torch.inf).softmax(dim=-1)
     weights = weights * (row <= n_text[:, None])[:, None, :, None]

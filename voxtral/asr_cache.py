@@ -18,6 +18,7 @@ from torch import Tensor
 
 from voxtral.asr import AsrConfig, AsrTargets, WhisperTeacher
 from voxtral.checkpoint import write_text
+from voxtral.codec import valid_mask
 from voxtral.data import BadClip, Batch, SpeechDataset, collate, load_segment, read_header
 from voxtral.errors import UserError
 from voxtral.sources import Clip
@@ -99,7 +100,7 @@ class AsrCache:
         for i, (states, weights) in enumerate(kept):
             hidden[i, :len(states)], alignment[i, :len(weights)] = states, weights
         n_text = torch.tensor([len(states) for states, _ in kept])
-        return AsrTargets(hidden, alignment, torch.arange(self.max_tokens) < n_text[:, None])
+        return AsrTargets(hidden, alignment, valid_mask(n_text, self.max_tokens))
 
 
 class SegmentDataset(SpeechDataset):

@@ -190,9 +190,14 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
+def valid_mask(lengths: Tensor, n: int) -> Tensor:
+    """[B] -> [B, n] bool: positions below lengths[i], of samples, frames or tokens."""
+    return torch.arange(n, device=lengths.device) < lengths[:, None]
+
+
 def mask_samples(waveform: Tensor, lengths: Tensor) -> Tensor:
     """[B, 1, T] with everything from sample lengths[i] on set to zero."""
-    return waveform * (torch.arange(waveform.shape[-1], device=waveform.device) < lengths[:, None])[:, None]
+    return waveform * valid_mask(lengths, waveform.shape[-1])[:, None]
 
 
 def hold_last(x: Tensor, lengths: Tensor) -> Tensor:

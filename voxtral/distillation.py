@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from voxtral.acoustic import PREFIX as ACOUSTIC_PREFIX
 from voxtral.checkpoint import EMBEDDING_NAME
-from voxtral.codec import VoxtralCodec, codebook_offsets
+from voxtral.codec import VoxtralCodec, codebook_offsets, valid_mask
 from voxtral.config import FullPipelineConfig
 from voxtral.frames import Models
 from voxtral.losses import MelDistance, codebook_scale
@@ -87,8 +87,7 @@ class FullPipeline(nn.Module):
         rows = self.codec.voice_rows(codes, batch.n_reference, table)
         if latent is not None and latent.requires_grad:  # serving sees the codes, so their rows are the value; the gradient is the soft one's
             soft = F.pad(soft_rows(self.codec, latent, self.scale, table), (0, 0, 0, 1))
-            inside = torch.arange(rows.shape[1], device=rows.device) < batch.n_reference[:, None]
-            rows = rows + torch.where(inside[..., None], soft - soft.detach(), 0)
+            rows = rows + torch.where(valid_mask(batch.n_reference, rows.shape[1])[..., None], soft - soft.detach(), 0)
         return rows, latent
 
     def encode(self, batch: PairBatch) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
-from voxtral.codec import mask_samples
+from voxtral.codec import mask_samples, valid_mask
 
 
 @dataclass
@@ -128,17 +128,20 @@ def codebook_scale(codebook: Tensor) -> Tensor:
     return distance.fill_diagonal_(torch.inf).amin(dim=1).median()
 
 
+def codebook_distance(semantic: Tensor, codebook: Tensor) -> Tensor:
+    """Squared distances of the semantic latent [B, D, L] to the entries of the codebook [K, D]: [B * L, K]"""
+    x = semantic.transpose(1, 2)
+    return torch.cdist(x.reshape(1, -1, x.shape[-1]), codebook[None])[0].square()
+
+
 def diversity_loss(semantic: Tensor, codebook: Tensor, scale: Tensor, n_frames: Tensor) -> Tensor:
     """1 - normalised entropy of the mean soft assignment of the semantic latent [B, D, L] to the codebook [K, D].
 
     0 when all entries are used alike, 1 when a single one is. `scale` (codebook_scale) is the temperature. The mean
     assignment is taken over all processes.
     """
-    x = semantic.transpose(1, 2)  # [B, L, D]
-    valid = (torch.arange(x.shape[1], device=x.device) < n_frames[:, None]).float()
-    distance = torch.cdist(x.reshape(1, -1, x.shape[-1]), codebook[None])[0].square()  # [B * L, K]
-    weight = (valid / n_frames[:, None] / len(x)).reshape(-1, 1)
-    mean = ((-distance / scale).softmax(dim=1) * weight).sum(dim=0)
+    weight = (valid_mask(n_frames, semantic.shape[-1]).float() / n_frames[:, None] / len(semantic)).reshape(-1, 1)
+    mean = ((-codebook_distance(semantic, codebook) / scale).softmax(dim=1) * weight).sum(dim=0)
     if dist.is_initialized():
         mean = dist_nn.all_reduce(mean) / dist.get_world_size()
     entropy = -(mean * mean.clamp(min=1e-12).log()).sum()

@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from voxtral.codec import valid_mask
+
 
 def code_statistics(codes: Tensor, n_frames: Tensor, semantic_size: int, n_levels: int) -> dict[str, Tensor]:
     """Statistics of codes [B, 1 + acoustic_dim, L] over frames l < n_frames[i]; tensors on the device of `codes`.
@@ -10,7 +12,7 @@ def code_statistics(codes: Tensor, n_frames: Tensor, semantic_size: int, n_level
     both); level_histogram [n_levels]: shares of the acoustic levels; extremes_share: share of levels 0 and
     n_levels - 1 (the seed's wall 2 is 1).
     """
-    valid = torch.arange(codes.shape[-1], device=codes.device) < n_frames[:, None]  # [B, L]
+    valid = valid_mask(n_frames, codes.shape[-1])
     ones = valid.float()
     semantic = torch.zeros(semantic_size, device=codes.device).index_add_(0, codes[:, 0].flatten(), ones.flatten())
     share = semantic / semantic.sum()
@@ -27,7 +29,7 @@ def code_agreement(codes: Tensor, reference: Tensor, n_frames: Tensor) -> dict[s
 
     semantic_equal; levels_equal (exactly); levels_within_1 (off by at most one level).
     """
-    valid = torch.arange(codes.shape[-1], device=codes.device) < n_frames[:, None]
+    valid = valid_mask(n_frames, codes.shape[-1])
     difference = (codes - reference).abs()
     semantic, levels = difference[:, 0][valid], difference[:, 1:].transpose(1, 2)[valid]
     return {"semantic_equal": (semantic == 0).float().mean(), "levels_equal": (levels == 0).float().mean(),

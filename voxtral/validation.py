@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from voxtral.codec import VoxtralCodec, ceil_div
+from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
 from voxtral.data import Batch
 from voxtral.losses import MelDistance, stft_distance
 from voxtral.metrics import code_agreement, code_statistics
@@ -59,5 +59,4 @@ def stacked(encoded: list[Encoded], frame_size: int) -> tuple[Tensor, Tensor]:
 
 def embedding_norm(codec: VoxtralCodec, codes: Tensor, n_frames: Tensor) -> Tensor:
     """Mean Euclidean norm of the LLM's input rows for these codes (the real model's presets have about 3.7)."""
-    valid = torch.arange(codes.shape[-1], device=codes.device) < n_frames[:, None]
-    return codec.embed_codes(codes).float().norm(dim=-1)[valid].mean()
+    return codec.embed_codes(codes).float().norm(dim=-1)[valid_mask(n_frames, codes.shape[-1])].mean()
