@@ -1,7 +1,9 @@
-"""Tiny random models of other people's formats, for tests that need one end to end."""
+"""The benchmarks as modules, and tiny random models of other people's formats, for tests that need one end to end."""
 import base64
 import gzip
+import importlib
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,14 @@ import whisper
 from torch import nn
 
 LAST_LAYER_FIRST_HEAD = np.array([[False, False], [True, False]])
+
+
+@pytest.fixture(scope="session")
+def import_benchmark():
+    """import_benchmark(name) -> module of benchmarks/, whose scripts find each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,12 @@
 """benchmarks/loss_curves.py and withheld_lengths.py: tables and plots of several runs."""
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
-def scripts():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        import loss_curves
-        import withheld_lengths
-        yield loss_curves, withheld_lengths
+def scripts(import_benchmark):
+    return import_benchmark("loss_curves"), import_benchmark("withheld_lengths")
 
 
 def cells(text):

@@ -19,11 +19,8 @@ COMMAND = ["--standin", str(ROOT / "assets/standin"), "--withheld", str(ROOT / "
 
 
 @pytest.fixture(scope="module")
-def code_limits():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        import code_limits
-        yield code_limits
+def code_limits(import_benchmark):
+    return import_benchmark("code_limits")
 
 
 def limits_of(code_limits, n_clips, *overrides):

@@ -1,7 +1,6 @@
 """The generating half on a small random checkpoint: cached steps, batches, stopping, prompts, chunked decoding."""
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -313,9 +312,8 @@ def test_the_graph_equals_eager_steps(folder, requests, monkeypatch):
 
 # ---------------------------------------------------------------- the benchmark
 
-def test_benchmark_reports_a_row_per_batch_size(folder, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import generation
+def test_benchmark_reports_a_row_per_batch_size(import_benchmark, folder, capsys, monkeypatch):
+    generation = import_benchmark("generation")
     generation.main(["--checkpoint", str(folder), "--batch-sizes", "1", "2", "--frames", "5", "--prompt", "12",
                      "--device", "cpu"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -327,9 +325,8 @@ def test_benchmark_reports_a_row_per_batch_size(folder, capsys, monkeypatch):
     assert exit_info.value.code == 2
 
 
-def test_random_models_are_filled_to_the_last_buffer(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import generation
+def test_random_models_are_filled_to_the_last_buffer(import_benchmark, monkeypatch):
+    generation = import_benchmark("generation")
     monkeypatch.setattr(generation, "full_params", small_params)
     torch.use_deterministic_algorithms(True)  # memory that nothing was written to is NaN
     try:

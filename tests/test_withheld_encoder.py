@@ -32,15 +32,13 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def modules():
-    """withheld_encoder, withheld_runs, withheld_report: beside each other in benchmarks/."""
+def modules(import_benchmark):
+    """withheld_encoder, withheld_runs, withheld_report."""
+    names = ("withheld_encoder", "withheld_runs", "withheld_report")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        import withheld_encoder
-        import withheld_report
-        import withheld_runs
-        patch.setattr(withheld_encoder, "PROBE_STEPS", 2)
-        yield withheld_encoder, withheld_runs, withheld_report
+        loaded = [import_benchmark(name) for name in names]
+        patch.setattr(loaded[0], "PROBE_STEPS", 2)
+        yield loaded
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """What the benchmark's rows j and n add to the statistics of known codes."""
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,16 +8,12 @@ from test_matching import PARAMS, output_of, random_codes
 from voxtral.codec import CodecOutput, VoxtralCodec
 from voxtral.matching import CodeMatching
 
-ROOT = Path(__file__).parents[1]
 N_FRAMES = torch.tensor([12, 7])
 
 
 @pytest.fixture(scope="module")
-def losses():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        import withheld_losses
-        yield withheld_losses
+def losses(import_benchmark):
+    return import_benchmark("withheld_losses")
 
 
 @pytest.fixture
@@ -87,18 +82,14 @@ def test_the_adversary_learns_to_tell_and_the_gradient_to_deceive(losses, codec)
         output = output_of(codec, ours)
         loss = adversary(output, torch.tensor([12, 12]))
     assert seen_by(adversary, codec, known[0][None]) > 0.5 and seen_by(adversary, codec, ours) < -0.5
-    (statistics,) = torch.autograd.grad(adversary_free(known, codec, output), output.latent)
+    alone = CodeMatching(known, codec, "cpu")(output, torch.tensor([12, 12]))  # loss.match of a first step
+    (statistics,) = torch.autograd.grad(alone, output.latent)
     loss.backward()
     gradient = output.latent.grad - statistics
     better = CodecOutput(None, (output.latent - 0.3 * gradient / gradient.abs().max()).detach(), ours, None)
     better.codes = codec.quantizer.encode(better.latent)
     assert seen_by(adversary, codec, better.codes) > seen_by(adversary, codec, ours)
     assert all(parameter.requires_grad for parameter in adversary.network.parameters())
-
-
-def adversary_free(known, codec, output):
-    """loss.match alone, of a first step"""
-    return CodeMatching(known, codec, "cpu")(output, torch.tensor([12, 12]))
 
 
 def test_the_adversary_does_not_see_padding_and_is_resumed(losses, codec):
