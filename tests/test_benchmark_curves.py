@@ -81,5 +81,7 @@ def test_the_last_digit_of_a_true_encoder_may_differ(scripts, tmp_path):
         (tmp_path / name / "results.json").write_text(json.dumps(report))
     reports = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
     assert reports[0]["true"] != reports[1]["true"] and scripts[1].alike(reports[0]["true"], reports[1]["true"])
+    reports[1]["true"]["estoi"] = 0.5
+    assert not scripts[1].alike(reports[0]["true"], reports[1]["true"]) and not scripts[1].alike(reports[1]["true"], reports[0]["true"])
     del reports[1]["true"]["estoi"]
     assert not scripts[1].alike(reports[0]["true"], reports[1]["true"])

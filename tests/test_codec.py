@@ -324,6 +324,12 @@ def shard(folder, target, n_shards):
     return target
 
 
+def test_a_file_is_read_whole_or_by_name(golden_folder):
+    file = SafetensorsFile(golden_folder / "consolidated.safetensors")
+    some = list(file.entries)[:2]
+    assert list(file.read()) == list(file.entries) and list(file.read(some)) == some and file.read([]) == {}
+
+
 def test_sharded_folder_gives_the_same_codec(golden_folder, codec, tmp_path):
     sharded = VoxtralCodec.from_checkpoint(shard(golden_folder, tmp_path / "sharded", 3))
     assert sharded.has_encoder and torch.equal(sharded.audio_embedding, codec.audio_embedding)
