@@ -226,9 +226,11 @@ def compare_voices(voices: Voices, presets: Voices) -> dict[str, float]:
 
 class Averages:
     """Weighted means over clips, with percentile-bootstrap intervals over speakers: whole speakers are drawn with
-    repeats, the same draws for every metric and system. With one speaker there are no intervals."""
+    repeats, the same draws for every metric and system. With one speaker there are no intervals. metrics: what is
+    averaged, by name."""
 
-    def __init__(self, speakers: list, seed: int):
+    def __init__(self, speakers: list, seed: int, metrics: dict[str, Metric] = METRICS):
+        self.metrics = metrics
         names = sorted(set(speakers))
         self.owner = np.array([names.index(speaker) for speaker in speakers])
         self.n_speakers = len(names)
@@ -241,7 +243,7 @@ class Averages:
         """Rows of clips (in the order of `speakers`) -> [1 + N_RESAMPLES] means of a metric, the true one first; clips
         whose value is NaN do not count."""
         values = np.array([row[name] for row in rows], dtype=float)
-        weight = METRICS[name].weight
+        weight = self.metrics[name].weight
         weights = np.array([row[weight] if weight else 1.0 for row in rows], dtype=float) * np.isfinite(values)
         sums = np.bincount(self.owner, np.nan_to_num(values) * weights, self.n_speakers)
         norms = np.bincount(self.owner, weights, self.n_speakers)

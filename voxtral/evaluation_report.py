@@ -1,4 +1,4 @@
-"""What evaluate.py writes: a Markdown table, a CSV of clips, plots, audio."""
+"""What evaluate.py and evaluate_clones.py write: Markdown tables, a CSV of clips, plots, audio."""
 import csv
 import io
 import math
@@ -12,6 +12,7 @@ from voxtral.checkpoint import write_text
 from voxtral.data import SAMPLE_RATE
 from voxtral.evaluation import METRICS, Sample, Voices
 from voxtral.plots import save_figure, spectrogram_figure
+from voxtral.scores import Metric
 
 
 # ---------------------------------------------------------------- text
@@ -37,9 +38,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def arrow(name: str) -> str:
+def arrow(name: str, metrics: dict[str, Metric] = METRICS) -> str:
     """Which way is better."""
-    metric = METRICS.get(name)
+    metric = metrics.get(name)
     return "" if metric is None or metric.higher_is_better is None else " ↑" if metric.higher_is_better else " ↓"
 
 
@@ -85,18 +86,20 @@ def table(report: dict) -> str:
 
 def write_clips(path, samples: list[Sample], rows: dict[str, list[dict]]) -> None:
     """CSV, one line per clip and system; `rows`: system -> what was measured of each sample."""
-    measured = list(dict.fromkeys(name for clips in rows.values() for name in clips[0]))
+    write_rows(path, [{"path": sample.clip.path, "speaker_name": sample.clip.speaker,
+                       "seconds": round(len(sample.waveform) / SAMPLE_RATE, 3), "native_rate": sample.native_rate,
+                       "system": system} | row
+                      for system, clips in rows.items() for sample, row in zip(samples, clips, strict=True)])
+
+
+def write_rows(path, rows: list[dict]) -> None:
+    """CSV, one line per row; empty where a row has no value or NaN."""
     text = io.StringIO()
-    columns = ["path", "speaker_name", "seconds", "native_rate", "system", *measured]
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
-    for system, clips in rows.items():
-        for sample, row in zip(samples, clips, strict=True):
-            values = {name: "" if isinstance(value, float) and math.isnan(value) else value
-                      for name, value in row.items()}
-            writer.writerow({"path": sample.clip.path, "speaker_name": sample.clip.speaker, "system": system,
-                             "seconds": round(len(sample.waveform) / SAMPLE_RATE, 3),
-                             "native_rate": sample.native_rate} | values)
+    for row in rows:
+        writer.writerow({name: "" if isinstance(value, float) and math.isnan(value) else value
+                         for name, value in row.items()})
     write_text(path, text.getvalue())
 
 
@@ -121,6 +124,30 @@ def scores_figure(systems: dict[str, dict]) -> Figure:
         axis.tick_params(labelsize=7)
     for axis in axes[len(names):]:
         axis.axis("off")
+    return figure
+
+
+def clones_figure(systems: dict[str, dict]) -> Figure:
+    """How like its own reference and like the others' a clone is, and its word errors. systems: of summarize()."""
+    panels = [("cosine of speaker embeddings", {"own": ("own reference", "tab:blue"),
+                                                "others": ("other voices", "tab:gray")}, 1)]
+    if "wer" in next(iter(systems.values())):
+        panels.append(("word errors, %", {"wer": ("", "tab:red")}, 100))
+    figure = Figure(figsize=(4.5 * len(panels), 1.4 + 0.4 * len(systems)), layout="constrained")
+    for axis, (title, shown, scale) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for metric, (label, color) in shown.items():
+            for place, metrics in enumerate(systems.values()):
+                interval = metrics[metric]["interval"]
+                if interval:
+                    axis.plot([scale * end for end in interval], [place, place], color=color, linewidth=2, alpha=0.6)
+                axis.plot(scale * metrics[metric]["value"], place, "o", color=color, label=None if place else label)
+        axis.set_yticks(range(len(systems)), list(systems))
+        axis.set_ylim(len(systems) - 0.5, -0.5)
+        axis.set_xlim(left=0)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if len(shown) > 1:
+            axis.legend(fontsize=8)
     return figure
 
 

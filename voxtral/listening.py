@@ -1,0 +1,112 @@
+"""A page to listen to clones: one HTML file without scripts beside its wavs and pictures, opened from disk."""
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+import soundfile
+from torch import Tensor
+
+from voxtral.checkpoint import write_text
+from voxtral.plots import save_figure, spectrogram_figure
+
+PICTURE_INCHES = (5, 2)  # small, so that its letters can be read in a column of the page
+STYLE = """
+:root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --ink: #1c2128; --soft: #667080; --line: #dde1e7;
+  --accent: #2b6cb0; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171c; --card: #1e232a; --ink: #e6e9ee; --soft: #98a2b0;
+  --line: #343b45; --accent: #7db4ec; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1rem; margin: 0; color: var(--accent); overflow-wrap: anywhere; }
+h3 { font-size: .95rem; margin: 0 0 .3rem; }
+a { color: var(--accent); }
+.scroll, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .5rem .8rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+td { white-space: pre; }
+td:first-child { font-weight: 600; }
+tr:last-child td { border-bottom: 0; }
+section { margin: 1.2rem 0; padding: 1rem; }
+blockquote { margin: .2rem 0 .9rem; font-size: 1.15rem; }
+.takes { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+.take { min-width: 0; }
+audio { width: 100%; height: 2.4rem; }
+img { width: 100%; border-radius: 6px; background: #fff; margin-top: .4rem; display: block; }
+p { margin: .3rem 0; }
+.soft { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
+"""
+
+
+@dataclass
+class Recording:
+    """A player on the page: `wav` and `picture` are paths relative to it, empty where there is no audio; `notes`: lines
+    below, such as scores."""
+    name: str
+    wav: str = ""
+    picture: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Voice:
+    """A part of the page: a voice, what is said in it, the recording it was cloned from, and the clones."""
+    name: str
+    text: str
+    reference: Recording
+    clones: list[Recording]
+
+
+def record(folder, stem: str, name: str, waveform: Tensor, sampling_rate: int, notes: list[str] = ()) -> Recording:
+    """Writes STEM.wav and its spectrogram STEM.png into `folder`, nothing for a waveform [0]; waveform [T] float32."""
+    if not len(waveform):
+        return Recording(name, notes=["no audio", *notes])
+    soundfile.write(Path(folder) / f"{stem}.wav", waveform.clamp(-1, 1).numpy(), sampling_rate)
+    figure = spectrogram_figure({name: waveform}, sampling_rate)
+    figure.set_size_inches(PICTURE_INCHES)
+    save_figure(figure, Path(folder) / f"{stem}.png")
+    return Recording(name, f"{stem}.wav", f"{stem}.png", list(notes))
+
+
+def write_page(path, title: str, intro_html: str, headers: list[str], table_rows: list[list[str]],
+               voices: list[Voice]) -> None:
+    """Writes the page. All but intro_html is text, in which < and & stand for themselves, and a line break in the table
+    for one; the first column names the rows."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in headers)
+    rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows)
+    write_text(path, f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+{intro_html}
+<div class="scroll"><table>
+<tr>{head}</tr>
+{rows}
+</table></div>
+{"".join(map(_section, voices))}</body>
+</html>
+""")
+
+
+def _section(voice: Voice) -> str:
+    takes = "".join(map(_take, [voice.reference, *voice.clones]))
+    return (f'<section>\n<h2>{escape(voice.name)}</h2>\n<blockquote>“{escape(voice.text)}”</blockquote>\n'
+            f'<div class="takes">\n{takes}</div>\n</section>\n')
+
+
+def _take(recording: Recording) -> str:
+    name = escape(recording.name)
+    player = f'<audio controls preload="none" src="{quote(recording.wav)}"></audio>\n' if recording.wav else ""
+    picture = f'<img src="{quote(recording.picture)}" alt="spectrogram: {name}">\n' if recording.picture else ""
+    notes = "".join(f'<p class="soft">{escape(note)}</p>\n' for note in recording.notes)
+    return f'<div class="take">\n<h3>{name}</h3>\n{player}{notes}{picture}</div>\n'
