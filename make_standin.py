@@ -1,32 +1,39 @@
 """Makes a stand-in checkpoint: the released folder at reduced widths, with a codec whose true encoder we know.
 
 The release withholds its encoder, so nobody can say how close a trained one comes to it. Here a whole codec (encoder,
-codebook, decoder) is trained by train_encoder.py's own loop and cut in two: OUTPUT_DIR/released/ is laid out as the
-release, without the encoder, and OUTPUT_DIR/withheld_encoder.safetensors is what to measure against. The backbone and
-the acoustic transformer are random: what such a checkpoint says is noise, what its codec repeats is speech. Small ones
-can be trained by train_full_pipeline.py's own loop, and put in afterwards; assets/README.md has the commands.
+codebook, decoder) is trained by train_encoder.py's own loop, a language model that talks by train_full_pipeline.py's on
+the true encoder's codes of the same speech, and all is cut in two: OUTPUT_DIR/released/ is laid out as the release,
+without the encoder, and OUTPUT_DIR/withheld_encoder.safetensors is what to measure against. A config without
+language_model: leaves backbone and acoustic transformer random: what such a checkpoint says is noise, what its codec
+repeats is speech.
 """
 import argparse
+from collections import defaultdict
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Callable
 
 import soundfile
+from torch import Tensor
 
+import train_full_pipeline
 from train_encoder import train
 from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile, save_tensors
+from voxtral.clips import encode_speech
 from voxtral.codec import VoxtralCodec
-from voxtral.config import ConfigError, StandinConfig, check_encoder_config, load_config
+from voxtral.config import ConfigError, StandinConfig, check_encoder_config, check_full_pipeline_config, load_config
 from voxtral.errors import UserError, one_sentence
 from voxtral.params import CodecParams, TransformerParams, load_params, parse_params
-from voxtral.run import training_process
-from voxtral.sources import find_clips, split_validation
-from voxtral.standin import full_params, random_tensor, small_params, write_random_checkpoint
+from voxtral.run import Process, last_step, training_process
+from voxtral.sources import Clip, SourceConfig, find_clips, split_validation
+from voxtral.standin import N_SPECIAL_TOKENS, full_params, random_tensor, small_params, write_random_checkpoint
 from voxtral.voices import encode_reference
 
 # Presets of a random checkpoint: as many as the release has, from its least to its largest number of rows.
 RANDOM_VOICES = {f"voice_{i:02d}": 67 + round(i * (218 - 67) / 19) for i in range(20)}
 N_FULL_TEXT_TOKENS = 130_072  # tekken.json of the release
+LEARNS = ["backbone", "acoustic", "embedding"]  # of a language model from nothing
 
 EXAMPLES = """examples:
   # the embedded stand-in (assets/standin), from a folder that holds train.csv and its clips
@@ -65,18 +72,124 @@ def clips_of_voices(config: StandinConfig) -> dict[str, str]:
     return chosen
 
 
-def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str]) -> None:
-    """Writes released/ and withheld_encoder.safetensors from the best codec of the run, rounded to bf16, and the language
-    model of standin.language_model, if there is one."""
-    output, language_model = Path(config.output_dir), {}
-    if config.standin.language_model:
-        language_model = {name: tensor.bfloat16() for name, tensor in SafetensorsFile(config.standin.language_model).read().items()}
-    files = [SafetensorsFile(output / "best" / f"{part}.safetensors") for part in ("encoder", "decoder")]
-    tensors = {name: tensor.bfloat16() for file in files for name, tensor in file.read().items()}
+def make_codec(config: StandinConfig, raw_params: dict, process: Process) -> dict[str, Tensor] | None:
+    """Trains the codec, from random weights or on from `checkpoint`, then a fresh encoder and the decoder alone for as
+    many steps as they are given. Returns the codec's tensors, or None when a training was stopped before its end."""
+    output = Path(config.output_dir)
+    stages = [(output, config.train.trainable, config.train.max_steps)]
+    if config.standin.encoder_steps:
+        stages.append((output / "encoder", ["encoder"], config.standin.encoder_steps))
+    if config.standin.decoder_steps:
+        stages.append((output / "decoder", ["decoder"], config.standin.decoder_steps))
+    tensors = {}
+    for run, trainable, max_steps in stages:
+        stage = deepcopy(config)
+        stage.output_dir, stage.train.trainable, stage.train.max_steps = str(run), trainable, max_steps
+        if tensors or not config.checkpoint:
+            stage.checkpoint = str(run / "initial")
+            start = {name: tensor for name, tensor in tensors.items()
+                     if trainable != ["encoder"] or not name.startswith(ENCODER_PREFIXES)}
+            if process.is_main and not Path(stage.checkpoint, "tekken.json").is_file():
+                write_random_checkpoint(stage.checkpoint, raw_params, {}, config.seed, config.standin.n_text_tokens, start)
+            process.wait()
+        if trainable == ["decoder"]:
+            stage.loss.commit = stage.loss.asr = 0.0  # they are the encoder's
+        if not finish(train, stage, process):
+            return None
+        tensors |= {name: tensor.bfloat16() for path in sorted((run / "best").glob("*.safetensors"))
+                    for name, tensor in SafetensorsFile(path).read().items()}
+    return tensors
+
+
+def finish(train: Callable, config, process: Process) -> bool:
+    """Trains, or goes on, unless it is done already. Whether the run is at its end."""
+    if not (config.resume and last_step(config.output_dir) == config.train.max_steps):
+        train(config, process)
+    return last_step(config.output_dir) == config.train.max_steps
+
+
+def make_language_model(config: StandinConfig, folder: Path, process: Process) -> dict[str, Tensor] | None:
+    """Trains backbone, acoustic transformer and audio embedding of the checkpoint `folder`, which has its true encoder,
+    on that encoder's codes of the speech with a text. Returns their tensors, in bf16, or None when it was stopped."""
+    output, language_model = Path(config.output_dir), deepcopy(config.language_model)
+    language_model.checkpoint, language_model.output_dir = str(folder), str(output / "language_model")
+    language_model.resume, language_model.seed, language_model.device = config.resume, config.seed, config.device
+    language_model.data.data_root = str(output)
+    language_model.data.sources = [SourceConfig(kind="generated", path="coded")]
+    if process.is_main and not (output / "coded" / "manifest.jsonl").is_file():
+        speakers = set(language_model.data.validation.speakers)
+        clips = texts_of(config)
+        encode_speech(VoxtralCodec.from_checkpoint(folder, process.device), clips, {c.path for c in clips if c.speaker in speakers},
+                      output / "coded", language_model.data.max_sec, language_model.speeds, language_model.offsets_ms)
+    process.wait()
+    if not finish(train_full_pipeline.train, language_model, process):
+        return None
+    best = SafetensorsFile(output / "language_model" / "best" / "weights.safetensors").read()
+    return {name: tensor.bfloat16() for name, tensor in best.items()}
+
+
+def texts_of(config: StandinConfig) -> list[Clip]:
+    """Of language_model.data.sources the clips of which it is known what they say, of speakers with two sentences or more."""
+    data = replace(config.data, sources=config.language_model.data.sources)
+    clips = [clip for source in find_clips(data)[0] for clip in source if clip.text.strip()]
+    texts = defaultdict(set)
+    for clip in clips:
+        texts[clip.speaker].add(clip.text)
+    return [clip for clip in clips if len(texts[clip.speaker]) > 1]
+
+
+def check_language_model(config: StandinConfig) -> None:
+    """Raises ConfigError (for the data DataError) for what would end the stage of the language model, before any other."""
+    language_model, sizes = config.language_model, config.standin
+    check_full_pipeline_config(language_model)
+    if sorted(language_model.train.trainable) != sorted(LEARNS) or not language_model.reference_sec:
+        raise ConfigError(f"language_model: it needs train.trainable: [{', '.join(LEARNS)}], and reference_sec.")
+    if not language_model.train.max_steps:
+        raise ConfigError("language_model.train.max_steps is null: it needs a number of steps.")
+    n_ids = N_SPECIAL_TOKENS + sizes.n_text_tokens
+    if params_of(config)["vocab_size"] < n_ids:
+        raise ConfigError(f"standin.backbone.vocab_size is {params_of(config)['vocab_size']}, but standin.n_text_tokens needs {n_ids} "
+                          "ids: raise the one, or lower the other.")
+    clips = texts_of(config)
+    if not clips:
+        raise ConfigError("language_model.data.sources: no speaker in them has two clips with different texts, which a reference and "
+                          "what is said after it are; a manifest needs the columns path, speaker and text.")
+    split_validation([clips], language_model.data.validation)
+
+
+def make_trained(config: StandinConfig) -> None:
+    """Trains codec and language model of `config`, then writes released/ and withheld_encoder.safetensors."""
+    check_encoder_config(config)
+    raw_params, voices = params_of(config), clips_of_voices(config)
+    params, output = parse_params(raw_params), Path(config.output_dir)
+    if config.checkpoint and replace(load_params(config.checkpoint).codec, voice={}) != params.codec:
+        raise ConfigError(f"checkpoint: the codec of {config.checkpoint} has other sizes than standin.codec.")
+    if not config.train.max_steps:
+        raise ConfigError("train.max_steps is null: a stand-in needs a number of steps.")
+    if config.language_model:
+        check_language_model(config)
+    with training_process(config.device) as process:
+        tensors, spoken = make_codec(config, raw_params, process), {}
+        if tensors is None:
+            return
+        if config.language_model:
+            if process.is_main:
+                write_random_checkpoint(output / "whole", raw_params, {}, config.seed, config.standin.n_text_tokens, tensors)
+            process.wait()
+            spoken = make_language_model(config, output / "whole", process)
+            if spoken is None:
+                return
+        if process.is_main:
+            cut_in_two(config, raw_params, voices, tensors, spoken)
+            print(f"wrote {config.output_dir}/released and {config.output_dir}/withheld_encoder.safetensors")
+
+
+def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str], tensors: dict[str, Tensor],
+               language_model: dict[str, Tensor]) -> None:
+    """Writes released/, with the presets that the true encoder makes, and withheld_encoder.safetensors."""
+    output, params = Path(config.output_dir), parse_params(raw_params)
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER_PREFIXES)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in encoder}
-
-    params = parse_params(raw_params)
     codec = VoxtralCodec(params.codec)
     codec.load_decoder(rest)
     codec.load_encoder(encoder)
@@ -86,24 +199,6 @@ def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str]) 
     write_random_checkpoint(output / "released", raw_params, embeddings, config.seed, config.standin.n_text_tokens,
                             rest | language_model)
     save_tensors(output / "withheld_encoder.safetensors", encoder)
-
-
-def make_trained(config: StandinConfig) -> None:
-    """Trains the codec of `config`, from random weights or on from `checkpoint`, then cuts it in two."""
-    check_encoder_config(config)
-    raw_params, voices = params_of(config), clips_of_voices(config)
-    config, start = deepcopy(config), config.checkpoint
-    if start and replace(load_params(start).codec, voice={}) != parse_params(raw_params).codec:
-        raise ConfigError(f"checkpoint: the codec of {start} has other sizes than standin.codec.")
-    config.checkpoint = start or str(Path(config.output_dir) / "initial")
-    with training_process(config.device) as process:
-        if process.is_main and not start:
-            write_random_checkpoint(config.checkpoint, raw_params, {}, config.seed, config.standin.n_text_tokens)
-        process.wait()
-        train(config, process)
-        if process.is_main:
-            cut_in_two(config, raw_params, voices)
-            print(f"wrote {config.output_dir}/released and {config.output_dir}/withheld_encoder.safetensors")
 
 
 def make_random(size: str, output: str) -> None:

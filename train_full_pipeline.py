@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from voxtral.checkpoint import SafetensorsFile, save_tensors, write_text
 from voxtral.config import FullPipelineConfig, check_full_pipeline_config, checkpoint_folder
 from voxtral.data import BadClipLog, make_loader, steps_per_epoch
-from voxtral.distillation import FullPipeline, compare, native_tensors
+from voxtral.distillation import FullPipeline, compare, held_out_losses, native_tensors
 from voxtral.errors import UserError
 from voxtral.frames import Models
 from voxtral.pairs import PairDataset, collate_pairs, fixed_batches, hold_out_texts
@@ -35,6 +35,9 @@ from voxtral.run import (Logger, Process, RunFolder, StopSignal, cosine_with_war
                          set_learning_rate, training_main)
 from voxtral.sources import find_clips, split_validation
 from voxtral.tts import load_tokenizer
+
+
+SHOWN = ("ours_mse_audio", "ours_top1", "preset_top1", "semantic_equal", "levels_equal")  # of a validation, on the terminal
 
 
 class TrainedPart:
@@ -56,11 +59,12 @@ class TrainedPart:
 
 def load_models(config: FullPipelineConfig, device: torch.device) -> Models:
     """The checkpoint with the encoder of phase 1 in it. Raises UserError when there is no encoder."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    learns = {"backbone", "acoustic"} & set(config.train.trainable)  # what learns stays fp32 under autocast
+    dtype = torch.bfloat16 if config.train.precision == "bf16" and not learns else torch.float32
     models = Models.from_checkpoint(checkpoint_folder(config), device, dtype)
     if config.encoder:
         models.codec.load_encoder(SafetensorsFile(config.encoder).read(), config.encoder)
-    if not models.codec.has_encoder:
+    if not (models.codec.has_encoder or config.reference_sec):
         raise UserError(f"{checkpoint_folder(config)} has no encoder: pass encoder=runs/encoder/best/encoder.safetensors "
                         "(train_encoder.py makes it).")
     return models
@@ -79,10 +83,10 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     sources, absent = find_clips(config.data)
     train_clips, validation_clips = split_validation(sources, config.data.validation)
     tokenizer = load_tokenizer(Path(checkpoint_folder(config)))
-    held_out = PairDataset(validation_clips, tokenizer, params, config.data.max_sec, 0, fixed=True)
+    held_out = PairDataset(validation_clips, tokenizer, params, config.data.max_sec, 0, True, config.reference_sec)
     train_clips = hold_out_texts([clip for source in train_clips for clip in source], validation_clips)
-    dataset = PairDataset(train_clips, tokenizer, params, config.data.max_sec, config.seed)
-    if "encoder" not in settings.trainable:
+    dataset = PairDataset(train_clips, tokenizer, params, config.data.max_sec, config.seed, False, config.reference_sec)
+    if "encoder" not in settings.trainable and not config.reference_sec:
         for pairs in (dataset, held_out):
             pairs.encode(models.codec, process.device, config.data)
     fixed = fixed_batches(held_out, config.data.batch_size)
@@ -115,16 +119,21 @@ def train(config: FullPipelineConfig, process: Process) -> None:
 
     # ---- 5. validating, saving -------------------------------------------------------------------------------------
     def validate(step: int) -> float:
-        """The held-out pairs; returns the total loss that decides `best`."""
+        """The held-out pairs; returns the loss that decides `best`: of a language model from nothing that of the levels,
+        since semantic codes get harder to guess while its speech gets better."""
+        measure = held_out_losses if config.reference_sec else compare
         with autocast:
-            metrics = compare(model, fixed, process.device)
+            metrics = measure(model.eval(), fixed, process.device)
+        model.train()
         log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
         rows = read_metrics(run.path / "metrics.jsonl")
         plot_run(rows, run.path / "plots")
-        save_figure(layers_figure([row for row in rows if "validation/loss/total" in row]), run.path / "plots" / "layers.png")
+        if measure is compare:
+            save_figure(layers_figure([row for row in rows if "validation/loss/total" in row]), run.path / "plots" / "layers.png")
+        shown = SHOWN if measure is compare else metrics
         log.say(f"validation at step {step}: total {metrics['loss/total']:.4g}  " + "  ".join(
-            f"{name} {metrics[name]:.4g}" for name in ("ours_mse_audio", "ours_top1", "preset_top1", "semantic_equal", "levels_equal")))
-        return metrics["loss/total"]
+            f"{name} {metrics[name]:.4g}" for name in shown if name != "loss/total"))
+        return metrics["loss/flow" if measure is held_out_losses and config.loss.flow else "loss/total"]
 
     def write_weights(folder):
         if model.adapter:

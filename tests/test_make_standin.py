@@ -1,8 +1,9 @@
-"""make_standin.py: a whole codec is trained, cut in two, and the halves fit together."""
+"""make_standin.py: a whole codec and a language model are trained, cut in two, and the halves fit together."""
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,9 +13,11 @@ import inject_encoder
 import make_standin
 from voxtral.checkpoint import ENCODER_PREFIXES, Checkpoint
 from voxtral.codec import VoxtralCodec
+from voxtral.data import load_segment
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import load_params
 from voxtral.reference import prepare_reference
+from voxtral.tts import load_tokenizer, prompt_tokens
 
 ROOT = Path(__file__).parents[1]
 CLIPS = ["k_af_heart_0.opus", "k_am_adam_0.opus", "m_f12_0.opus"]
@@ -29,11 +32,12 @@ def config(tmp_path_factory):
     rows = "".join(f"{name},{name[:-7]}\n" for name in CLIPS)
     (folder / "train.csv").write_text("path,speaker\n" + rows)
     content = yaml.safe_load((ROOT / "configs" / "standin_small.yaml").read_text())
+    del content["language_model"]
     content |= {"output_dir": str(folder / "run"), "device": "cpu",
                 "standin": {"codec": {"dim": 32, "hidden_dim": 48, "head_dim": 8, "semantic_codebook_size": 40},
                             "n_text_tokens": 300, "voices": {"low": "k_am_adam", "high": "k_af_heart"}},
                 "optimizer": {"warmup_steps": 1}, "loss": {"mel": 1.0, "feature": 0.0, "asr": 0.0}}
-    content["data"] |= {"data_root": str(folder), "batch_size": 2, "num_workers": 0, "max_sec": 0.48,
+    content["data"] |= {"data_root": str(folder), "sources": [{"kind": "manifest", "path": "train.csv"}], "batch_size": 2, "num_workers": 0, "max_sec": 0.48,
                         "validation": {"clips": 1, "speakers": ["m_f12"]}}
     content["train"] |= {"max_steps": 2, "precision": "fp32", "validate_every_steps": 2, "save_every_steps": 2}
     path = folder / "standin.yaml"
@@ -80,6 +84,18 @@ def test_a_codebook_to_be_trained_starts_among_the_latents(made):
     """Entries far from every latent would all be dead but one."""
     usage = VoxtralCodec.from_checkpoint(made / "released").quantizer.semantic_codebook.cluster_usage
     assert (usage > 0.5 * usage.median()).float().mean() > 0.5
+
+
+def test_an_encoder_anew_and_a_decoder_alone_follow_where_they_are_given_steps(config, made, tmp_path):
+    """The encoder that is withheld is the second one; the decoder has moved from the first run's; the codebook has not."""
+    run = tmp_path / "run"
+    make_standin.main(["--config", str(config), f"output_dir={run}", "standin.encoder_steps=2", "standin.decoder_steps=2"])
+    first, second = load_file(run / "best" / "encoder.safetensors"), load_file(run / "withheld_encoder.safetensors")
+    assert not any(torch.equal(second[name], tensor.bfloat16()) for name, tensor in first.items() if "original1" in name)
+    before, after = (VoxtralCodec.from_checkpoint(folder).state_dict() for folder in (made / "released", run / "released"))
+    moved = {name for name in before if name.startswith(("decoder_blocks", "output_proj")) and not torch.equal(before[name], after[name])}
+    assert any("original1" in name for name in moved)
+    assert torch.equal(before["quantizer.semantic_codebook.embedding_sum"], after["quantizer.semantic_codebook.embedding_sum"])
 
 
 def test_training_goes_on_from_a_stand_in_with_its_encoder(config, made, tmp_path):
@@ -130,3 +146,91 @@ def test_random_checkpoint(tmp_path, size, dim, n_voices):
     assert params.codec.dim == dim and len(params.codec.voice) == n_voices
     rows = [len(torch.load(path, weights_only=True)) for path in (tmp_path / "random" / "voice_embedding").iterdir()]
     assert min(rows) == 67 and max(rows) == 218
+
+
+# ---------------------------------------------------------------- the language model
+
+@pytest.fixture(scope="module")
+def talking(config):
+    """The config with two texts a speaker, and a language model of three steps."""
+    folder = config.parent
+    for name in CLIPS:
+        shutil.copy(ROOT / "assets" / "speech" / name.replace("_0", "_1"), folder)
+    rows = "".join(f"{name},{name[:-7]},says {i}\n" for i, name in enumerate(CLIPS + [name.replace("_0", "_1") for name in CLIPS]))
+    (folder / "talk.csv").write_text("path,speaker,text\n" + rows)
+    content = yaml.safe_load(config.read_text())
+    content["output_dir"] = str(folder / "talking")
+    content["standin"] |= {"n_text_tokens": 256, "backbone": {"dim": 32, "hidden_dim": 48, "n_heads": 2, "n_kv_heads": 2, "vocab_size": 1280},
+                           "acoustic": {"hidden_dim": 48, "n_heads": 2, "n_kv_heads": 2}}
+    content["language_model"] = yaml.safe_load((ROOT / "configs" / "standin_small.yaml").read_text())["language_model"] | {
+        "speeds": [0.9, 1.0], "offsets_ms": [0, 40], "reference_sec": [0.5, 1.0]}
+    content["language_model"]["data"] |= {"sources": [{"kind": "manifest", "path": "talk.csv"}], "batch_size": 2, "num_workers": 0,
+                                          "max_sec": 1.5, "validation": {"clips": 9, "speakers": ["m_f12"]}}
+    content["language_model"]["train"] |= {"max_steps": 3, "log_every_steps": 1, "validate_every_steps": 2, "save_every_steps": 2}
+    path = folder / "talking.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def talked(talking):
+    make_standin.main(["--config", str(talking)])
+    return talking.parent / "talking"
+
+
+def test_every_clip_is_coded_at_every_speed_and_offset_but_those_held_out(talked):
+    rows = [json.loads(line) for line in (talked / "coded" / "manifest.jsonl").read_text().split("\n") if line]
+    voices = {voice: sum(row["voice"] == voice for row in rows) for voice in {row["voice"] for row in rows}}
+    assert voices == {"k_af_heart": 4, "k_af_heart@0.9": 4, "k_am_adam": 4, "k_am_adam@0.9": 4, "m_f12": 2}
+    lengths = {row["codes"]: np.load(talked / "coded" / row["codes"]).shape[1] for row in rows}
+    slow, fast = (next(n for name, n in lengths.items() if f"_{speed}_0." in name) for speed in ("0.9", "1"))
+    assert slow >= fast  # 1.5 s of each at most
+
+
+def test_codes_are_the_true_encoders(talked):
+    codec = VoxtralCodec.from_checkpoint(talked / "whole")
+    assert codec.has_encoder
+    row = next(json.loads(line) for line in (talked / "coded" / "manifest.jsonl").open() if "_1_40" in line)
+    waveform = torch.from_numpy(load_segment(row["path"], 0.0, 1.5)[0][960:])  # 40 ms later
+    with torch.no_grad():
+        codes = codec.encode(waveform[None, None])[0]
+    assert torch.equal(codes, torch.from_numpy(np.load(talked / "coded" / row["codes"]).astype(np.int64)))
+
+
+def test_the_release_speaks_with_the_language_model_that_was_trained(talked):
+    best = load_file(talked / "language_model" / "best" / "weights.safetensors")
+    released = load_file(talked / "released" / "consolidated.safetensors")
+    assert len(best) > 20 and all(torch.equal(released[name], tensor.bfloat16()) for name, tensor in best.items())
+    initial = load_file(talked / "whole" / "consolidated.safetensors")
+    assert not torch.equal(released["layers.0.attention.wq.weight"], initial["layers.0.attention.wq.weight"])
+    tokens = prompt_tokens(load_tokenizer(talked / "released"), "née", 1)[0].tolist()
+    assert [1000 + byte for byte in "née".encode()] == [token for token in tokens if token >= 1000]
+
+
+def test_a_kill_between_stages_goes_on_to_the_same_release(talking, talked, tmp_path, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(make_standin.train_full_pipeline, "train", die)
+        with pytest.raises(KeyboardInterrupt):
+            make_standin.main(["--config", str(talking), f"output_dir={run}"])
+    assert not (run / "released").exists()
+    make_standin.main(["--config", str(talking), f"output_dir={run}", "resume=true"])
+    for name in ("released/consolidated.safetensors", "withheld_encoder.safetensors"):
+        first, second = load_file(talked / name), load_file(run / name)
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["language_model.data.sources=[{kind: manifest, path: train.csv}]"], "columns path, speaker and text"),
+    (["language_model.data.validation.speakers=[nobody]"], "nobody"),
+    (["language_model.train.max_steps=null"], "language_model.train.max_steps"),
+    (["language_model.reference_sec=[3, 1]"], "reference_sec"),
+    (["language_model.loss.hidden=1"], "hidden"),
+    (["standin.n_text_tokens=300"], "vocab_size"),
+    (["language_model.train.dropuot=1"], "language_model.train.dropout"),
+])
+def test_mistakes_of_the_language_model_are_named_before_anything_is_written(talking, tmp_path, refused, overrides, message):
+    assert message in refused(make_standin.main, ["--config", str(talking), f"output_dir={tmp_path / 'run'}", *overrides])
+    assert not (tmp_path / "run").exists()

@@ -125,6 +125,7 @@ class AcousticTransformer(nn.Module):
     def _velocity(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """x [B, acoustic_dim], tokens time [B, dim] or [dim], condition [B, dim] -> [B, acoustic_dim] float32"""
         h = torch.stack([self.input_projection(x.to(self.dtype)), time.expand_as(condition), condition], dim=1)
+        h = h.to(self.dtype)  # under autocast fp32 weights train on an fp32 residual stream
         for layer in self.layers:
             h = layer(h)
         return self.acoustic_codebook_output(self.norm(h[:, 0])).float()

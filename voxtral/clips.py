@@ -11,6 +11,7 @@ import random
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ import soundfile
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from voxtral.checkpoint import atomic_path, write_text
-from voxtral.codec import VoxtralCodec
+from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.data import BadClip, load_segment, read_config
 from voxtral.errors import UserError, one_sentence
 from voxtral.sources import Clip, find_clips
@@ -161,6 +164,51 @@ def resynthesize(codec: VoxtralCodec, clips: list[Clip], path, max_sec: float) -
         rows.append((planned, codes.shape[-1] / codec.params.frame_rate_hz))
     folder.record([clip for clip, _ in rows], [""] * len(rows), [seconds for _, seconds in rows])
     folder.write_manifest()
+
+
+@torch.no_grad()
+def encode_speech(codec: VoxtralCodec, clips: list[Clip], held_out: set[str], path, max_sec: float, speeds: list[float],
+                  offsets_ms: list[float]) -> None:
+    """Recordings -> FOLDER/SPEAKER/NUMBER_SPEED_OFFSET.npy, the codes that the codec's own encoder gives, and
+    manifest.jsonl, once all are there. For training a language model.
+
+    Each clip is played at every speed, each a speaker of its own, and begun at every offset, which moves it against the
+    frame grid; clips whose path is in `held_out` as they are only. The codes stand beside no audio.
+    """
+    folder, rate = Path(path), codec.params.sampling_rate
+
+    def read(clip: Clip) -> list[tuple[float, float, np.ndarray]]:
+        if clip.path in held_out:
+            return [(1.0, 0.0, load_segment(clip.path, 0.0, max_sec)[0])]
+        return [(speed, offset, waveform[round(offset * rate / 1000):]) for speed in speeds
+                for waveform in [load_segment(clip.path, 0.0, max_sec, speed)[0]] for offset in offsets_ms]
+
+    rows, device = [], codec.audio_embedding.device
+    with ThreadPool(os.cpu_count()) as pool:
+        for number, (clip, played) in enumerate(zip(clips, tqdm(pool.imap(_or_bad(read), clips), "encoding", len(clips), disable=None))):
+            if isinstance(played, BadClip):
+                print(f"left out: {played}")
+                continue
+            lengths = torch.tensor([len(waveform) for *_, waveform in played], device=device)
+            waveforms = pad_sequence([torch.from_numpy(waveform) for *_, waveform in played], batch_first=True)
+            codes = codec.encode(waveforms[:, None].to(device), lengths).to("cpu", torch.int16).numpy()
+            (folder / clip.speaker).mkdir(parents=True, exist_ok=True)
+            for (speed, offset, _), one, n_frames in zip(played, codes, ceil_div(lengths, codec.params.frame_size).tolist()):
+                name = f"{clip.speaker}/{number:05d}_{speed:g}_{offset:g}.npy"
+                np.save(folder / name, one[:, :n_frames])
+                rows.append({"path": clip.path, "codes": name, "text": clip.text,
+                             "voice": clip.speaker if speed == 1 else f"{clip.speaker}@{speed:g}"})
+    write_text(folder / "manifest.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _or_bad(read):
+    """`read`, with a BadClip as its result in place of its end."""
+    def result(clip: Clip):
+        try:
+            return read(clip)
+        except BadClip as error:
+            return error
+    return result
 
 
 def main(arguments=None) -> None:

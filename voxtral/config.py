@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, get_args, get_type_hints
+from typing import Any, Dict, Iterator, List, Optional, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -21,10 +21,11 @@ from voxtral.errors import UserError
 from voxtral.losses import ON_WAVEFORM, LossWeights
 from voxtral.matching import MatchConfig
 from voxtral.params import LORA_MODULES
-from voxtral.sources import check_config
+from voxtral.sources import CODEC_FRAME_SEC, check_config
 from voxtral.speaker import SpeakerConfig
 
 PARTS = ("encoder", "codebook", "decoder")
+DISTILLATION = ("hidden", "semantic_kl", "velocity", "preset_hidden", "preset_kl")  # losses that need a teacher
 FULL_PIPELINE_PARTS = ("lora", "encoder", "embedding", "backbone", "acoustic")
 
 
@@ -116,6 +117,8 @@ class FullPipelineTrainConfig:
     accumulation: int = 1                 # micro-batches per optimizer step
     precision: str = "bf16"               # of backbone and acoustic transformer: bf16 or fp32; LoRA weights are fp32
     gradient_checkpointing: bool = False  # compute layers twice, keep only their inputs
+    compile: bool = False                 # torch.compile of the layers on a GPU: half a minute at the start
+    dropout: float = 0.0                  # of what layers add, where backbone and acoustic transformer are trained
     normalize_layers: bool = False        # divide each layer's hidden loss by the variance of the teacher's layer
     gradient_clip: float = 1.0
     max_total_loss: float = 1e6           # above it the run stops as exploded
@@ -139,6 +142,7 @@ class FullPipelineConfig:
     seed: int = 0
     device: str = "auto"                  # auto, cpu, cuda
     data: DataConfig = field(default_factory=DataConfig)
+    reference_sec: Optional[List[float]] = None  # [shortest, longest]: references are random crops of their own true codes
     train: FullPipelineTrainConfig = field(default_factory=FullPipelineTrainConfig)
     optimizer: OptimizerConfig = field(default_factory=_phase_2_optimizer)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -151,15 +155,27 @@ class StandinSizes:
     codec: Dict[str, Any] = field(default_factory=dict)     # keys of params.json, multimodal.audio_tokenizer_args
     backbone: Dict[str, Any] = field(default_factory=dict)  # keys of its top level
     acoustic: Dict[str, Any] = field(default_factory=dict)  # keys of its acoustic_transformer_args
-    n_text_tokens: int = 1048                               # text tokens of tekken.json
+    n_text_tokens: int = 1048                               # text tokens of tekken.json; 256: single bytes
     voices: Dict[str, str] = field(default_factory=dict)    # preset name -> training speaker
-    language_model: Optional[str] = None                    # weights.safetensors of a train_full_pipeline.py run
+    encoder_steps: int = 0                                  # after the codec, a fresh encoder learns against its decoder
+    decoder_steps: int = 0                                  # and then the decoder alone from the encoder as it is
+
+
+@dataclass
+class LanguageModelConfig(FullPipelineConfig):
+    """The language model of a stand-in: a run of train_full_pipeline.py's loop on the true encoder's codes of the speech
+    that has a text. data.sources are recordings below the data_root of the codec's; make_standin.py puts their codes in
+    their place, and sets checkpoint, output_dir, resume, seed and device."""
+    speeds: List[float] = field(default_factory=lambda: [1.0])      # each clip is played at; each a speaker of its own
+    offsets_ms: List[float] = field(default_factory=lambda: [0.0])  # and begun so much later against the frame grid
 
 
 @dataclass
 class StandinConfig(EncoderConfig):
-    """Everything make_standin.py can be told: a training run of the whole codec, and the sizes."""
+    """Everything make_standin.py can be told: a training run of the whole codec, the sizes, and a run of the language
+    model; without that one, backbone and acoustic transformer stay random."""
     standin: StandinSizes = field(default_factory=StandinSizes)
+    language_model: Optional[LanguageModelConfig] = None
 
 
 def load_config(schema: type, path, overrides: list[str]):
@@ -218,7 +234,7 @@ def _all_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
         yield prefix + name, schema
         inner = next(iter(get_args(kind)), kind)
         if is_dataclass(inner):
-            yield from _all_keys(inner, f"{prefix}{name}{'' if inner is kind else '[]'}.")
+            yield from _all_keys(inner, f"{prefix}{name}{'[]' if get_origin(kind) is list else ''}.")
 
 
 def dump_config(config, path) -> None:
@@ -266,7 +282,7 @@ def _check_run(config, parts: tuple[str, ...], positive: list[str], not_negative
 
 def check_full_pipeline_config(config: FullPipelineConfig) -> None:
     """Raises ConfigError (for the data block DataError) for values that parse but make no sense, naming the key."""
-    _check_run(config, FULL_PIPELINE_PARTS, ["lora.rank", "lora.alpha"], [], ["lora.dropout"])
+    _check_run(config, FULL_PIPELINE_PARTS, ["lora.rank", "lora.alpha"], [], ["lora.dropout", "train.dropout"])
     unknown = sorted(set(config.lora.target_modules) - set(LORA_MODULES))
     if unknown or not config.lora.target_modules:
         raise ConfigError(f"lora.target_modules: {unknown or 'nothing'} is not one of {', '.join(LORA_MODULES)}.")
@@ -278,6 +294,14 @@ def check_full_pipeline_config(config: FullPipelineConfig) -> None:
         raise ConfigError("loss.mel is the encoder's: it needs train.trainable=[encoder], or [lora,encoder].")
     if "acoustic" in config.train.trainable and not (config.loss.cross_entropy or config.loss.flow):
         raise ConfigError("train.trainable: acoustic learns from loss.cross_entropy and loss.flow only; give them a weight.")
+    if config.reference_sec is not None:
+        shortest, longest = config.reference_sec if len(config.reference_sec) == 2 else (0, 0)
+        if not CODEC_FRAME_SEC <= shortest <= longest:
+            raise ConfigError(f"reference_sec is {config.reference_sec}: it must be two lengths in seconds, the shorter first.")
+        asked = [name for name in (*DISTILLATION, "mel") if getattr(config.loss, name)]
+        if asked or {"lora", "encoder"} & set(config.train.trainable):
+            raise ConfigError(f"reference_sec is for a language model from nothing: {', '.join(asked) or 'lora and encoder'} "
+                              "needs the encoder's own references, so leave reference_sec at null.")
 
 
 def check_encoder_config(config: EncoderConfig) -> None:

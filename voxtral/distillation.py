@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from voxtral.acoustic import PREFIX as ACOUSTIC_PREFIX
 from voxtral.checkpoint import EMBEDDING_NAME
 from voxtral.codec import VoxtralCodec, codebook_offsets, valid_mask
-from voxtral.config import FullPipelineConfig
+from voxtral.config import DISTILLATION, FullPipelineConfig
 from voxtral.frames import Models
 from voxtral.losses import MelDistance, codebook_scale
 from voxtral.metrics import code_agreement
@@ -25,13 +25,13 @@ from voxtral.params import END_AUDIO, N_SPECIAL_IDS
 from voxtral.quantizer import QuantizationDraws
 
 PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under true references
-DISTILLATION = ("hidden", "semantic_kl", "velocity", *PRESET)  # losses that compare with the teacher
 CONDITION_DROP = 0.1  # share of frames whose velocity is trained without a hidden state: what guidance subtracts
 
 
 @dataclass
 class Pass:
-    """What the model makes of a batch: `layers` n_layers tensors [B, S, dim] before the final norm; at the positions
+    """What the model makes of a batch: `layers` n_layers tensors [B, S, dim] before the final norm (none without a
+    teacher to compare them with); at the positions
     that predict a frame, the last prompt token and all frames: `hidden` [B, L_s + 1, dim] after it, and `logits`
     [B, L_s + 1, 1 + K] float32 of END_AUDIO and the K semantic codes. `latent` [B, latent_dim, L_r]: the encoder's, if it
     was at work."""
@@ -70,6 +70,16 @@ class FullPipeline(nn.Module):
         for part in config.train.trainable:
             for parameter in self.parts[part]:
                 parameter.requires_grad_(True)
+        if config.train.dropout:
+            for layer in self.backbone.model.layers:
+                add_dropout(layer.self_attn, config.train.dropout)
+                add_dropout(layer.mlp, config.train.dropout)
+            for layer in self.acoustic.layers:
+                add_dropout(layer.attention, config.train.dropout)
+                add_dropout(layer.feed_forward, config.train.dropout)
+        if config.train.compile and next(self.backbone.parameters()).is_cuda:
+            for layer in (*self.backbone.model.layers, *self.acoustic.layers):
+                layer.compile(dynamic=True)
         if config.train.gradient_checkpointing:
             self.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -103,8 +113,9 @@ class FullPipeline(nn.Module):
         rows, latent = self.references(batch, of_encoder, table)
         x = self.embed(batch, rows, table)
         backbone = self.backbone if adapted else self.base
-        layers = backbone.hidden_states(x)
-        final = backbone.model.norm(layers[-1])
+        # Without a teacher nobody asks for the layers, and their hooks would keep torch.compile from its work.
+        layers = [] if self.config.reference_sec else backbone.hidden_states(x)
+        final = backbone.model.norm(layers[-1]) if layers else backbone(x)
         positions = batch.begins[:, None] + torch.arange(batch.speech.shape[-1] + 1, device=x.device)
         positions = positions.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[-1])
         hidden = final.gather(1, positions)
@@ -192,6 +203,15 @@ class FullPipeline(nn.Module):
             with torch.no_grad():
                 wanted = velocity(teacher.hidden[:, :-1])
         return masked_mean((velocity(condition) - wanted).square().mean(dim=-1), speaks[:, :-1])
+
+
+def add_dropout(module: nn.Module, share: float) -> None:
+    """Of what `module` returns (of a tuple, the first), while it trains."""
+    def drop(module, inputs, output):
+        if isinstance(output, tuple):
+            return F.dropout(output[0], share, module.training), *output[1:]
+        return F.dropout(output, share, module.training)
+    module.register_forward_hook(drop)
 
 
 # ---------------------------------------------------------------- embeddings
@@ -287,6 +307,28 @@ def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0
     means = {name.removesuffix("_by_layer"): sum(value) / len(value) for name, value in metrics.items() if isinstance(value, list)}
     metrics["loss/total"] = sum(weight * metrics[f"loss/{name}"] for name, weight in weights.items())
     return metrics | means
+
+
+@torch.no_grad()
+def held_out_losses(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0) -> dict:
+    """A language model from nothing on held-out pairs: `loss/...` that have a weight and `loss/total`; `top1`, how often
+    the likeliest semantic id is the next one; `end_top1`, the same where the speech ends."""
+    sums, n_clips = {}, 0
+    weights = {name: weight for name, weight in vars(model.config.loss).items() if weight}
+    for batch in batches:
+        batch = batch.to(device)
+        student = model.run(batch, of_encoder=True, adapted=True)
+        frame = torch.arange(student.logits.shape[1], device=device)
+        right = student.logits.argmax(dim=-1) + END_AUDIO == model.next_ids(batch)
+        ends = (frame == batch.n_speech[:, None]) & batch.is_whole[:, None]
+        speaks = frame < batch.n_speech[:, None]
+        values = {f"loss/{name}": loss for name, loss in model.losses(batch, student, None, None, list(weights), seed).items()}
+        values |= {"top1": masked_mean(right.float(), speaks), "end_top1": masked_mean(right.float(), ends)}
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value.item() * len(batch.kind)
+        n_clips += len(batch.kind)
+    metrics = {name: value / n_clips for name, value in sums.items()}
+    return metrics | {"loss/total": sum(weight * metrics[f"loss/{name}"] for name, weight in weights.items())}
 
 
 # ---------------------------------------------------------------- back to the checkpoint

@@ -4,6 +4,7 @@ Both come with the codes that they were decoded from (generate_clips.py), so tha
 reference can be compared frame by frame with what it should be.
 """
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,17 +49,20 @@ class PairBatch(TensorBatch):
 
 
 class PairDataset(SpeechDataset):
-    """Item (number, index): clip `index` as the reference, another clip of its voice (its own, if it is the only one)
-    as the speech, each cut to max_sec."""
+    """Item (number, index): clip `index` as the reference, another clip of its voice, if possible with another text, as
+    the speech, each cut to max_sec.
+
+    With reference_sec (shortest, longest) no encoder is asked: the reference is a random crop of its own true codes.
+    """
 
     def __init__(self, clips: list[Clip], tokenizer: MistralTokenizer, params: CodecParams, max_sec: float, seed: int,
-                 fixed: bool = False):
-        """Raises DataError for clips without codes or text."""
+                 fixed: bool = False, reference_sec: Sequence[float] | None = None):
+        """Raises DataError for clips without codes or text, with reference_sec also for a voice that has one text only."""
         for clip in clips:
             if not clip.codes or not clip.text.strip():
                 raise DataError(f"{clip.path} comes without {'text' if clip.codes else 'codes'}: phase 2 needs clips "
                                 "made by generate_clips.py, or a manifest with the columns path, codes and text.")
-        self.params = params
+        self.params, self.reference_sec = params, reference_sec
         self.encoded: list[Tensor] | None = None
         self.max_frames = max(1, int(max_sec * params.frame_rate_hz))
         self.prompts = {}  # text -> its prompt with a single AUDIO token
@@ -67,11 +71,18 @@ class PairDataset(SpeechDataset):
         self.of_voice = {}  # of no use while usable clips are sought
         super().__init__(clips, max_sec, seed, fixed)
         self._find_voices()
+        lonely = [voice for voice, members in self.of_voice.items() if len({self.clips[i].text for i in members}) < 2]
+        if reference_sec and lonely:
+            raise DataError(f"{len(lonely)} speakers have one sentence only ({', '.join(sorted(lonely)[:3])}): a reference "
+                            "needs another clip of its speaker to be said after it; leave them out, or add clips.")
 
     def load(self, index: int, random: np.random.Generator) -> dict:
         """-> waveform or encoded, reference, speech, is_whole, and the sequence: tokens, kind, place [S]. Raises
         BadClip."""
-        if self.encoded:
+        if self.reference_sec:
+            reference = self._cropped(self.clips[index], random)
+            heard = {"encoded": reference}
+        elif self.encoded:
             reference, _ = self._read_codes(self.clips[index])
             heard = {"encoded": self.encoded[index].long()}
         else:
@@ -128,10 +139,19 @@ class PairDataset(SpeechDataset):
             self.of_voice[clip.speaker].append(index)
 
     def _partner(self, index: int, random: np.random.Generator) -> Clip:
-        others = self.of_voice.get(self.clips[index].speaker, [index])
-        place = others.index(index)
-        step = 1 if self.fixed else int(random.integers(1, max(2, len(others))))
-        return self.clips[others[(place + step) % len(others)]]
+        clip, voice = self.clips[index], self.of_voice.get(self.clips[index].speaker, [index])
+        others = [other for other in voice if self.clips[other].text != clip.text] or voice
+        if self.fixed:
+            return self.clips[next((other for other in others if other > index), others[0])]
+        return self.clips[others[int(random.integers(len(others)))]]
+
+    def _cropped(self, clip: Clip, random: np.random.Generator) -> Tensor:
+        """A crop [37, L] of a length and at a place drawn at random, or the beginning of a `fixed` clip. Raises BadClip."""
+        codes = read_codes(clip.codes, self.params)
+        shortest, longest = (max(1, round(sec * self.params.frame_rate_hz)) for sec in self.reference_sec)
+        length = min(codes.shape[1], longest if self.fixed else int(random.integers(shortest, longest + 1)))
+        start = 0 if self.fixed else int(random.integers(codes.shape[1] - length + 1))
+        return codes[:, start:start + length]
 
     def _read_codes(self, clip: Clip) -> tuple[Tensor, bool]:
         """-> the first max_frames frames [37, L], whether these are all. Raises BadClip."""

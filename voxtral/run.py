@@ -234,6 +234,12 @@ class RunFolder:
             write_text(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step))
 
 
+def last_step(output_dir) -> int:
+    """The step of a run's newest whole checkpoint; 0: it has none."""
+    folders = sorted((Path(output_dir) / "checkpoints").glob("step_" + "[0-9]" * 8))
+    return int(folders[-1].name.removeprefix("step_")) if folders else 0
+
+
 def save_state(folder: Path, step: int, best: float, parts: dict) -> None:
     """What a run needs to go on, besides its weights: RunFolder.restore() reads it."""
     torch.save({"step": step, "best": best, **{name: part.state_dict() for name, part in parts.items()}}, folder / STATE)

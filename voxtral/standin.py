@@ -148,17 +148,19 @@ def write_tekken(path, n_text_tokens: int | None, voices: dict[str, int]) -> Non
 
 def write_random_checkpoint(folder, raw_params: dict, voices: dict[str, int | Tensor], seed: int = 0,
                             n_text_tokens: int | None = None, trained: dict[str, Tensor] | None = None) -> None:
-    """A whole checkpoint folder with random weights and no encoder; one tensor is in memory at a time.
+    """A whole checkpoint folder with random weights; one tensor is in memory at a time.
 
     raw_params: full_params() or small_params(); voices: name -> rows of a random one (>= 2, the last one END_AUDIO), or
     its embedding [N, dim], indices are given in that order; n_text_tokens: entries of tekken.json, None: as many as
-    vocab_size has room for; trained: tensors, by name, that take the place of random ones.
+    vocab_size has room for; trained: tensors, by name, that take the place of random ones; an encoder is there only if
+    it is among them.
     """
     folder, trained = Path(folder), trained or {}
     raw = deepcopy(raw_params)
     raw["multimodal"]["audio_tokenizer_args"]["voice"] = {name: index for index, name in enumerate(voices)}
     params = parse_params(raw)
     layout = released_layout(params)
+    layout |= {name: tuple(tensor.shape) for name, tensor in trained.items() if name not in layout}
 
     def tensor(name: str) -> Tensor:
         return trained[name] if name in trained else random_tensor(name, layout[name], seed)
