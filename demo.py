@@ -1,129 +1,154 @@
-"""Both phases on a laptop: trains an encoder for the embedded stand-in checkpoint, adapts the language model, measures.
+"""The whole project on a laptop: finds an encoder for the embedded stand-in, and lets it speak in new voices.
 
-The stand-in (assets/standin) has the released checkpoint's layout at small widths, and its true encoder was withheld
-from training. So the table this prints says what nobody can say of the real model: how close the trained encoder comes
-to the true one, in sound and in codes, for speakers that it never heard.
+The stand-in (assets/standin) has the released checkpoint's layout at small widths and says sentences of about 90 words.
+Its true encoder was withheld from training. So what this prints is what nobody can say of the real model: how much of a
+voice that it never heard comes through the true encoder, through ours, and through an untrained one.
 """
 import argparse
 import json
 import shutil
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
-
-import soundfile
-import torch
 
 import generate_clips
 import train_encoder
 import train_full_pipeline
+from evaluate_clones import write_voices
 from voxtral.checkpoint import SafetensorsFile, write_text
+from voxtral.clones import Item, Judge, items_of_clips, read_system, speak_and_score, summarize
 from voxtral.codec import VoxtralCodec
-from voxtral.config import EncoderConfig, FullPipelineConfig, load_config
-from voxtral.data import SAMPLE_RATE, validation_batches
+from voxtral.config import EncoderConfig, load_config
+from voxtral.data import validation_batches
 from voxtral.errors import one_sentence
+from voxtral.evaluation import finite
 from voxtral.inject import inject
-from voxtral.plots import levels_figure, save_figure, spectrogram_figure
+from voxtral.listening import write_page
+from voxtral.plots import levels_figure, save_figure
 from voxtral.sources import find_clips, split_validation
+from voxtral.tts import TTS
 from voxtral.validation import evaluate_codec
 
 CONFIG = "configs/demo.yaml"
 FULL_CONFIG = "configs/demo_full_pipeline.yaml"
-CLIPS_PER_VOICE = 24  # that the stand-in's own language model speaks for phase 2
-WITHHELD = Path("assets/standin_withheld_encoder.safetensors")
-WHOLE_CLIP_SEC = 5.0  # the demo's clips last 3 to 4 s
-N_LISTEN = 4          # held-out clips written as wav and spectrogram
-COLUMNS = {"mel_distance": "mel", "stft_distance": "STFT", "semantic_equal": "semantic =", "levels_equal": "levels =",
-           "levels_within_1": "levels ±1", "semantic_used": "codes used", "extremes_share": "extremes",
-           "embedding_norm": "row norm"}
-FULL_COLUMNS = {"ours_mse_audio": "hidden MSE", "ours_top1": "ours top-1", "ours_kl": "ours KL",
-                "preset_top1": "preset top-1", "preset_kl": "preset KL"}
+SENTENCES = "assets/sentences_talk.tsv"
+WITHHELD = "assets/standin_withheld_encoder.safetensors"
+CLIPS_PER_VOICE = 24    # that the stand-in's presets say: known codes for phase 1, pairs for phase 2
+SENTENCES_PER_VOICE = 2  # that every unheard voice says
+LONGEST_SEC = 8.0       # of a clone
+WHOLE_CLIP_SEC = 7.0    # no clip of assets/speech/talk is longer
+N_LISTEN = 4            # clones of each encoder on the page: two voices, two sentences each
+HEADERS = ["reference through", "sound: mel distance ↓", "voice: like its speaker ↑", "like other speakers",
+           "voice kept ↑", "words wrong ↓"]
+LABELS = {"true": "the true encoder", "trained": "ours, after phase 1", "adapted": "ours, after phase 2",
+          "untrained": "an untrained encoder"}
 
 
-def adapt(config: EncoderConfig, injected: Path) -> tuple[Path, dict]:
-    """Phase 2 on clips that the stand-in speaks -> checkpoint with what came of it, {"before": ..., "after": ...}."""
+def adapt(config: EncoderConfig, injected: Path) -> dict:
+    """Phase 2 on the clips that the stand-in has spoken -> {"before": ..., "after": ...}."""
     run = Path(config.output_dir)
-    generate_clips.main(["--checkpoint", config.checkpoint, "--output", str(run / "generated"), "--device", "cpu",
-                         "--per-voice", str(CLIPS_PER_VOICE), "--max-sec", "5"])
     train_full_pipeline.main(["--config", FULL_CONFIG, f"checkpoint={injected}", f"output_dir={run / 'full'}",
                               f"data.data_root={run}"])
-    best = run / "full" / "best"
-    adapted = inject(config.checkpoint, best / "encoder.safetensors", best / "adapter", output=run / "checkpoint_adapted")
-    return adapted, json.loads((run / "full" / "report.json").read_text())
+    return json.loads((run / "full" / "report.json").read_text())
 
 
-def evaluate_all(config: EncoderConfig, injected: dict[str, Path]) -> tuple[dict, dict]:
-    """-> metrics and encoded clips of the true, the untrained and the `injected` encoders, on the held-out speakers."""
+def sound(config: EncoderConfig, systems: list) -> dict[str, dict]:
+    """Name -> sound and codes of the clips of unheard speakers through each encoder; the first one is the true one."""
     _, clips = split_validation(find_clips(config.data)[0], config.data.validation)
     batches = validation_batches(clips, replace(config.data, max_sec=WHOLE_CLIP_SEC))
-    torch.manual_seed(config.seed)
-    folders = {"true_encoder": config.checkpoint, **injected, "untrained": config.checkpoint}
-    codecs = {name: VoxtralCodec.from_checkpoint(folder) for name, folder in folders.items()}
-    codecs["true_encoder"].load_encoder(SafetensorsFile(WITHHELD).read(), WITHHELD)
-    rows, encoded = {}, {}
-    for name, codec in codecs.items():
-        rows[name], encoded[name] = evaluate_codec(codec, batches, encoded.get("true_encoder"))
-    rows["true_encoder"] |= {key: 1.0 for key in ("semantic_equal", "levels_equal", "levels_within_1")}
-    return rows, encoded
+    codec, rows, encoded = VoxtralCodec.from_checkpoint(config.checkpoint), {}, None
+    for system in systems:
+        codec.load_encoder(system.encoder, system.name)
+        rows[system.name], found = evaluate_codec(codec, batches, encoded)
+        encoded = encoded or found
+    return rows
 
 
-def write_listening(encoded: dict, folder: Path) -> None:
-    """wavs and spectrograms of the first held-out clips: the source and what each encoder makes of it."""
-    first = {name: batches[0] for name, batches in encoded.items()}
-    source = next(iter(first.values()))
-    for i, length in enumerate(source.lengths.tolist()[:N_LISTEN]):
-        audio = {"source": source.waveform[i, 0, :length]}
-        audio |= {name: batch.reconstruction[i, 0, :length] for name, batch in first.items()}
-        for name, samples in audio.items():
-            soundfile.write(folder / f"clip_{i}_{name}.wav", samples.numpy(), SAMPLE_RATE)
-        save_figure(spectrogram_figure(audio, SAMPLE_RATE), folder / f"clip_{i}.png")
+def unheard(config: EncoderConfig) -> list[Item]:
+    """What is said: sentences of other unheard speakers, in the voices of the unheard speakers."""
+    _, clips = split_validation(find_clips(config.data)[0], config.data.validation)
+    order = config.data.validation.speakers.index
+    clips = sorted(clips, key=lambda clip: (order(clip.speaker), clip.path))
+    return items_of_clips(clips, per_voice=SENTENCES_PER_VOICE)[0]
 
 
-def table(rows: dict, columns: dict[str, str]) -> str:
-    """Plain text, one row per encoder."""
-    lines = [f"{'':<14}" + "".join(f"{title:>14}" for title in columns.values())]
-    for name, metrics in rows.items():
-        cells = (f"{metrics[key]:.1%}" if any(part in key for part in ("equal", "within", "share", "top1"))
-                 else f"{metrics[key]:.0f}" if key == "semantic_used" else f"{metrics[key]:.3f}" for key in columns)
-        lines.append(f"{name:<14}" + "".join(f"{cell:>14}" for cell in cells))
-    return "\n".join(lines)
+def table_rows(rows: dict[str, dict], clones: dict) -> list[list[str]]:
+    """Cells of HEADERS, one row per encoder; `clones` is what summarize() gives."""
+    lines = []
+    for name, metrics in clones["systems"].items():
+        kept = clones["margin_kept"].get(name, {"value": 1.0})["value"]
+        words = f"{metrics['wer']['value']:.0%}" if "wer" in metrics else "–"
+        lines.append([LABELS[name], f"{rows[name]['mel_distance']:.2f}", f"{metrics['own']['value']:.2f}",
+                      f"{metrics['others']['value']:.2f}", f"{kept:.0%}", words])
+    return lines
+
+
+def plain(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def write_report(folder: Path, report: dict, rows: dict, items: list[Item], spoken: list[dict], audio: dict,
+                 intro: str) -> None:
+    """metrics.json, levels.png, and index.html with its wavs and spectrograms."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "metrics.json", json.dumps(finite(report), indent=2) + "\n")
+    histograms = {name: metrics["level_histogram"] for name, metrics in rows.items()}
+    save_figure(levels_figure(histograms), folder / "levels.png")
+    write_page(folder / "index.html", "A voice that says something new", f"<p>{escape(intro)}</p>", HEADERS,
+               table_rows(rows, report["clones"]), write_voices(folder, items, spoken, audio))
 
 
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--whisper", metavar="MODEL", help="counts wrong words, too: openai-whisper's name of a model "
+                        "(base: downloaded once, 145 MB) or a local .pt")
+    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
+                        help="Resemblyzer's pretrained.pt (default: the one in its package)")
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help=f"settings that override {CONFIG}, such as train.max_steps=100")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     with one_sentence():
         config = load_config(EncoderConfig, CONFIG, options.overrides)
-        run = Path(config.output_dir)
+        run, started = Path(config.output_dir), time.monotonic()
+        judge = Judge(options.speaker_model, options.whisper)  # what is missing is said before any work
         if (run / "config.yaml").is_file():
             shutil.rmtree(run)  # of an earlier demo
-        started = time.monotonic()
-        train_encoder.main(["--config", CONFIG, *options.overrides])
-        trained_sec = time.monotonic() - started
 
+        # ---- 1. the checkpoint's presets speak: clips whose codes are known ----
+        generate_clips.main(["--checkpoint", config.checkpoint, "--output", str(run / "generated"), "--device", "cpu",
+                             "--per-voice", str(CLIPS_PER_VOICE), "--max-sec", str(LONGEST_SEC), "--texts", SENTENCES])
+        # ---- 2. phase 1, and the encoder into the checkpoint ----
+        began = time.monotonic()
+        train_encoder.main(["--config", CONFIG, *options.overrides])
+        trained_sec = time.monotonic() - began
         injected = inject(config.checkpoint, run / "best" / "encoder.safetensors", output=run / "checkpoint")
-        adapted, full = adapt(config, injected)
-        rows, encoded = evaluate_all(config, {"trained": injected, "adapted": adapted})
+        # ---- 3. phase 2 ----
+        full, adapted = adapt(config, injected), run / "full" / "best" / "encoder.safetensors"
+        # ---- 4. new sentences in voices that nothing here has heard ----
+        tts = TTS.from_checkpoint(injected)
+        systems = [read_system(system, tts, config.seed) for system in (
+            f"true={WITHHELD}", "trained=own", f"adapted={adapted}", "untrained=untrained")]
+        items = unheard(config)
+        spoken, audio = speak_and_score(tts, systems, items, judge, LONGEST_SEC, config.seed, N_LISTEN)
+        # ---- 5. report ----
+        rows = sound(config, systems)
         mel = {name: metrics["mel_distance"] for name, metrics in rows.items()}
-        closed = (mel["untrained"] - mel["trained"]) / (mel["untrained"] - mel["true_encoder"])
-        report = run / "report"
-        report.mkdir(parents=True, exist_ok=True)
-        write_text(report / "metrics.json", json.dumps({"rows": rows, "mel_gap_closed": closed, "full_pipeline": full,
-                                                        "trained_sec": trained_sec}, indent=2) + "\n")
-        write_listening(encoded, report)
-        save_figure(levels_figure({name: metrics["level_histogram"] for name, metrics in rows.items()}),
-                    report / "levels.png")
-        voices = load_config(FullPipelineConfig, FULL_CONFIG, []).data.validation.speakers
-        print(f"\nPhase 1. Held-out speakers {', '.join(config.data.validation.speakers)}, "
-              f"{sum(len(batch.lengths) for batch in encoded['trained'])} clips; `trained` is read back from {injected}, "
-              f"`adapted` from {adapted}\n\n{table(rows, COLUMNS)}\n\n"
-              f"trained in {trained_sec / 60:.1f} min, {closed:.1%} of the mel gap between untrained and true is closed\n\n"
-              f"Phase 2. Held-out voices {', '.join(voices)} and sentences; `ours`: prompts with this encoder's codes, "
-              f"`preset`: with true ones\n\n{table({name: full[name] for name in ('before', 'after')}, FULL_COLUMNS)}\n\n"
-              f"listen and look: {report}/ (clip_0_source.wav, clip_0_trained.wav, clip_0.png, levels.png), "
-              f"{run}/full/plots/layers.png")
+        closed = (mel["untrained"] - mel["trained"]) / (mel["untrained"] - mel["true"])
+        clones = summarize(spoken, config.seed)
+        report = {"rows": rows, "mel_gap_closed": closed, "clones": clones, "full_pipeline": full,
+                  "trained_sec": trained_sec}
+        intro = (f"{len(config.data.validation.speakers)} voices that neither the stand-in nor our encoder has heard say "
+                 f"{len(items)} sentences that were in no training. The language model hears the voice in the codes of "
+                 "one recording: through the true encoder, which was withheld, through ours, and through an untrained "
+                 "one. Voice kept: of what makes the true encoder's clones more like their own speaker than like the "
+                 "others.")
+        write_report(run / "report", report, rows, items, spoken, audio, intro)
+        print(f"\n{intro}\n\n{plain([HEADERS, *table_rows(rows, clones)])}\n\nPhase 1 took {trained_sec / 60:.1f} min and "
+              f"closed {closed:.1%} of the gap in sound; all of it {(time.monotonic() - started) / 60:.1f} min.\n"
+              f"{injected} is the checkpoint with our encoder.\n"
+              f"Listen: {run}/report/index.html (a plain file for any browser)")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from voxtral.data import SAMPLE_RATE, read_config
 from voxtral.degrade import DEGRADATIONS, order
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import (METRICS, Agreement, Averages, Encoded, Sample, all_codes, compare_voices,
-                                fresh_encoder, gap_closed, load_samples, measure_clips, voice_statistics)
+                                finite, fresh_encoder, gap_closed, load_samples, measure_clips, voice_statistics)
 from voxtral.evaluation_report import gap_figure, scores_figure, table, voices_figure, write_clips, write_listening
 from voxtral.plots import levels_figure, save_figure
 from voxtral.run import start_process
@@ -185,15 +185,6 @@ def summaries(rows: dict[str, list[dict]], averages: Averages) -> tuple[dict, di
 def progress(items, what: str, total: int):
     """A bar on a terminal, nothing elsewhere."""
     return tqdm(items, desc=what, total=total, unit="clip", disable=None)
-
-
-def finite(value):
-    """The value without NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(arguments=None) -> None:

@@ -12,12 +12,12 @@ import math
 import os
 from pathlib import Path
 
-from evaluate import finite
 from voxtral.checkpoint import write_text
 from voxtral.clones import (METRICS, Item, Judge, items_of_manifest, read_list, read_system, speak_and_score,
                             summarize)
 from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError, one_sentence
+from voxtral.evaluation import finite
 from voxtral.evaluation_report import arrow, cell, clones_figure, markdown, number, write_rows
 from voxtral.listening import Voice, record, write_page
 from voxtral.plots import save_figure
@@ -33,7 +33,7 @@ EXAMPLES = """examples:
   # the true encoder of the stand-in, and what phases 1 and 2 made in its place
   python evaluate_clones.py --checkpoint assets/standin --data speech.csv --output runs/clones --whisper base \\
       --system true=assets/standin_withheld_encoder.safetensors --system phase1=runs/demo/best/encoder.safetensors \\
-      --system phase2=runs/demo_full/best/encoder.safetensors,runs/demo_full/best/adapter
+      --system phase2=runs/demo/full/best/encoder.safetensors,runs/demo/full/best/adapter
 
   # the field's benchmarks: Seed-TTS-eval, and LibriSpeech-PC as F5-TTS cuts it
   python evaluate_clones.py --checkpoint Voxtral-clone --list seedtts_testset/en/meta.lst --whisper large-v3 --output A

@@ -39,7 +39,7 @@ EXAMPLES = """examples:
   # the embedded stand-in (assets/standin), from a folder that holds train.csv and its clips
   python make_standin.py --config configs/standin_small.yaml data.data_root=/my/speech
   python make_standin.py --config configs/standin_small.yaml resume=true   # go on after a kill
-  python make_standin.py --config configs/standin_small.yaml checkpoint=DIR   # DIR: a stand-in with its encoder, trained on
+  python make_standin.py --config configs/standin_small.yaml checkpoint=DIR   # trains on a stand-in with its encoder
 
   # 8 GB of random weights in the full layout, for benchmarks and dry runs
   python make_standin.py --random --size full --output /tmp/voxtral_random
@@ -90,7 +90,8 @@ def make_codec(config: StandinConfig, raw_params: dict, process: Process) -> dic
             start = {name: tensor for name, tensor in tensors.items()
                      if trainable != ["encoder"] or not name.startswith(ENCODER_PREFIXES)}
             if process.is_main and not Path(stage.checkpoint, "tekken.json").is_file():
-                write_random_checkpoint(stage.checkpoint, raw_params, {}, config.seed, config.standin.n_text_tokens, start)
+                write_random_checkpoint(stage.checkpoint, raw_params, {}, config.seed, config.standin.n_text_tokens,
+                                        start)
             process.wait()
         if trainable == ["decoder"]:
             stage.loss.commit = stage.loss.asr = 0.0  # they are the encoder's
@@ -119,8 +120,11 @@ def make_language_model(config: StandinConfig, folder: Path, process: Process) -
     if process.is_main and not (output / "coded" / "manifest.jsonl").is_file():
         speakers = set(language_model.data.validation.speakers)
         clips = texts_of(config)
-        encode_speech(VoxtralCodec.from_checkpoint(folder, process.device), clips, {c.path for c in clips if c.speaker in speakers},
-                      output / "coded", language_model.data.max_sec, language_model.speeds, language_model.offsets_ms)
+        print(f"{len(clips)} clips with a text, of speakers with two sentences or more, are encoded "
+              f"{len(language_model.speeds) * len(language_model.offsets_ms)} times each", flush=True)
+        held_out = {clip.path for clip in clips if clip.speaker in speakers}
+        encode_speech(VoxtralCodec.from_checkpoint(folder, process.device), clips, held_out, output / "coded",
+                      language_model.data.max_sec, language_model.speeds, language_model.offsets_ms)
     process.wait()
     if not finish(train_full_pipeline.train, language_model, process):
         return None
@@ -129,7 +133,7 @@ def make_language_model(config: StandinConfig, folder: Path, process: Process) -
 
 
 def texts_of(config: StandinConfig) -> list[Clip]:
-    """Of language_model.data.sources the clips of which it is known what they say, of speakers with two sentences or more."""
+    """Of language_model.data.sources the clips with a text, of speakers with two texts or more."""
     data = replace(config.data, sources=config.language_model.data.sources)
     clips = [clip for source in find_clips(data)[0] for clip in source if clip.text.strip()]
     texts = defaultdict(set)
@@ -139,7 +143,7 @@ def texts_of(config: StandinConfig) -> list[Clip]:
 
 
 def check_language_model(config: StandinConfig) -> None:
-    """Raises ConfigError (for the data DataError) for what would end the stage of the language model, before any other."""
+    """Raises ConfigError (for the data DataError) for what would end the stage of the language model."""
     language_model, sizes = config.language_model, config.standin
     check_full_pipeline_config(language_model)
     if sorted(language_model.train.trainable) != sorted(LEARNS) or not language_model.reference_sec:
@@ -148,12 +152,12 @@ def check_language_model(config: StandinConfig) -> None:
         raise ConfigError("language_model.train.max_steps is null: it needs a number of steps.")
     n_ids = N_SPECIAL_TOKENS + sizes.n_text_tokens
     if params_of(config)["vocab_size"] < n_ids:
-        raise ConfigError(f"standin.backbone.vocab_size is {params_of(config)['vocab_size']}, but standin.n_text_tokens needs {n_ids} "
-                          "ids: raise the one, or lower the other.")
+        raise ConfigError(f"standin.backbone.vocab_size is {params_of(config)['vocab_size']}, but standin.n_text_tokens "
+                          f"needs {n_ids} ids: raise the one, or lower the other.")
     clips = texts_of(config)
     if not clips:
-        raise ConfigError("language_model.data.sources: no speaker in them has two clips with different texts, which a reference and "
-                          "what is said after it are; a manifest needs the columns path, speaker and text.")
+        raise ConfigError("language_model.data.sources: no speaker in them has two clips with different texts, which a "
+                          "reference and what is said after it are; a manifest needs the columns path, speaker and text.")
     split_validation([clips], language_model.data.validation)
 
 
@@ -174,14 +178,19 @@ def make_trained(config: StandinConfig) -> None:
             return
         if config.language_model:
             if process.is_main:
-                write_random_checkpoint(output / "whole", raw_params, {}, config.seed, config.standin.n_text_tokens, tensors)
+                write_random_checkpoint(output / "whole", raw_params, {}, config.seed, config.standin.n_text_tokens,
+                                        tensors)
             process.wait()
             spoken = make_language_model(config, output / "whole", process)
             if spoken is None:
                 return
         if process.is_main:
             cut_in_two(config, raw_params, voices, tensors, spoken)
-            print(f"wrote {config.output_dir}/released and {config.output_dir}/withheld_encoder.safetensors")
+            print(f"wrote {output}/released and {output}/withheld_encoder.safetensors")
+            if spoken:
+                speakers = ",".join(config.language_model.data.validation.speakers)
+                print(f"what it says: python evaluate_clones.py --checkpoint {output}/released --data MANIFEST --whisper base "
+                      f"--system true={output}/withheld_encoder.safetensors --speakers {speakers} --output {output}/clones")
 
 
 def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str], tensors: dict[str, Tensor],

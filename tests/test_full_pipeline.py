@@ -25,6 +25,7 @@ from voxtral.distillation import FullPipeline, compare, native_tensors, soft_row
 from voxtral.inject import inject
 from voxtral.losses import MelDistance
 from voxtral.pairs import AUDIO, GENERATION, PADDING, PairDataset, collate_pairs, hold_out_texts
+from voxtral.params import load_params
 from voxtral.sources import Clip, DataError, find_clips
 from voxtral.standin import small_params, write_random_checkpoint
 from voxtral.tts import TTS, load_tokenizer
@@ -495,3 +496,66 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stop:
         train_full_pipeline.main(command(folder, "resume=true", "train.max_steps=6"))
     assert str(stop.value.code).startswith("training stopped: step 5: ") and "step_00000004" in stop.value.code
+
+
+# ---------------------------------------------------------------- a language model from nothing
+
+FROM_NOTHING = ("train.trainable=[backbone,acoustic,embedding]", "reference_sec=[0.16,0.4]", "loss.hidden=0", "loss.cross_entropy=1", "loss.flow=2")
+
+
+def test_references_are_random_crops_of_their_own_true_codes(folder, clips_root):
+    clips = [clip for source in find_clips(load_config(FullPipelineConfig, ROOT / "configs/full_pipeline.yaml",
+                                                       [f"data.data_root={clips_root}"]).data)[0] for clip in source]
+    params = load_params(folder).codec
+    dataset = PairDataset(clips, load_tokenizer(folder), params, 10.0, 0, False, (0.16, 0.4))
+    lengths, starts = set(), set()
+    for number in range(40):
+        item = dataset[number, 0]
+        whole = torch.from_numpy(np.load(dataset.clips[0].codes).astype(np.int64))
+        n = item["reference"].shape[1]
+        places = [i for i in range(whole.shape[1] - n + 1) if torch.equal(whole[:, i:i + n], item["reference"])]
+        assert len(places) == 1 and torch.equal(item["encoded"], item["reference"]) and "waveform" not in item
+        lengths.add(n)
+        starts.add(places[0])
+    assert lengths == {2, 3, 4, 5} and len(starts) > 2
+    fixed = PairDataset(clips, load_tokenizer(folder), params, 10.0, 0, True, (0.16, 0.4))
+    assert torch.equal(fixed[0, 0]["reference"], torch.from_numpy(np.load(fixed.clips[0].codes)[:, :5].astype(np.int64)))
+
+
+def test_what_is_said_has_another_text_than_the_reference(folder, clips_root):
+    clips = [clip for source in find_clips(load_config(FullPipelineConfig, ROOT / "configs/full_pipeline.yaml",
+                                                       [f"data.data_root={clips_root}"]).data)[0] for clip in source]
+    anna = [clip for clip in clips if clip.speaker == "anna"]
+    twice = [anna[0], replace(anna[1], text=anna[0].text), anna[2]]  # the same sentence at another speed, say
+    dataset = PairDataset(twice, load_tokenizer(folder), load_params(folder).codec, 10.0, 0)
+    said = {dataset._partner(0, np.random.default_rng(i)).text for i in range(20)}
+    assert said == {anna[2].text}
+    with pytest.raises(DataError, match="1 speakers have one sentence only"):
+        PairDataset(twice[:2], load_tokenizer(folder), load_params(folder).codec, 10.0, 0, False, (0.16, 0.4))
+
+
+def test_dropout_acts_in_training_only_and_on_every_layer(make_model):
+    model, _, batch = make_model(*FROM_NOTHING, "train.dropout=0.5")
+    plain, _, _ = make_model(*FROM_NOTHING)
+    with torch.no_grad():
+        dropped, again, exact = model(batch, 0)["flow"], model(batch, 0)["flow"], plain(batch, 0)["flow"]
+        assert dropped != again and dropped != exact
+        assert model.eval()(batch, 0)["flow"] == exact
+    hooked = [m for m in model.modules() if m._forward_hooks]
+    assert len(hooked) == 2 * (len(model.backbone.model.layers) + len(model.acoustic.layers))
+
+
+def test_a_run_from_nothing_needs_no_encoder_and_keeps_what_speaks_best(folder, clips_root, tmp_path):
+    run = tmp_path / "run"
+    train_full_pipeline.main([
+        "--config", "configs/full_pipeline.yaml", f"checkpoint={folder}", f"output_dir={run}", f"data.data_root={clips_root}",
+        "data.validation.clips=9", "data.validation.speakers=[carl]", "data.batch_size=2", "data.num_workers=0", "device=cpu",
+        "optimizer.learning_rate=5e-3", "optimizer.warmup_steps=1", "train.log_every_steps=1", "train.max_steps=4",
+        "train.validate_every_steps=2", *FROM_NOTHING])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n") if line]
+    validated = [row for row in rows if "validation/loss/flow" in row]
+    assert [row["step"] for row in validated] == [0, 2, 4] and "validation/top1" in validated[0]
+    best = json.loads((run / "best" / "metrics.json").read_text())
+    assert best["loss"] == min(row["validation/loss/flow"] for row in validated[1:])
+    weights = load_file(run / "best" / "weights.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())  # they learnt in fp32, under bf16 autocast

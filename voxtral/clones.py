@@ -3,7 +3,7 @@
 A clone is as good as its words (Whisper) and its voice: nearer to its own reference than to those of other speakers.
 """
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -30,7 +30,6 @@ from voxtral.speaker import SpeakerConfig, SpeakerEncoder
 from voxtral.streaming import decode_batch
 from voxtral.text import read_text
 from voxtral.tts import TTS, Request
-from voxtral.voices import encode_reference
 
 BATCH_SIZE = 32
 METRICS = {
@@ -194,10 +193,12 @@ class Judge:
 @dataclass(frozen=True)
 class System:
     """What is compared: the checkpoint with these encoder tensors (full checkpoint names), and with the peft adapter in
-    the folder `adapter` merged into its language model."""
+    the folder `adapter` merged into its language model. `change`: what becomes of a reference's codes [1, 37, L], for
+    experiments on what cloning needs."""
     name: str
     encoder: dict[str, Tensor]
     adapter: str = ""
+    change: Callable[[Tensor], Tensor] | None = None
 
 
 def read_system(description: str, tts: TTS, seed: int = 0) -> System:
@@ -275,7 +276,8 @@ def speak_and_score(tts: TTS, systems: list[System], items: list[Item], judge: J
     try:
         for system in systems:
             tts.codec.load_encoder(system.encoder, system.name)
-            spoken = _speak(adapted(tts, system.adapter) if system.adapter else tts, items, judge, max_frames, seed)
+            voices = {path: _voice(tts.codec, path, judge, system.change) for path in references.speaker_of}
+            spoken = _speak(adapted(tts, system.adapter) if system.adapter else tts, items, voices, max_frames, seed)
             audio[system.name] = []
             progress = tqdm(spoken, system.name, len(items), unit="clip", disable=None)
             for (clone, ended, heard), item in zip(progress, items, strict=True):
@@ -293,11 +295,9 @@ def speak_and_score(tts: TTS, systems: list[System], items: list[Item], judge: J
     return rows, audio
 
 
-def _speak(tts: TTS, items: list[Item], judge: Judge, max_frames: int,
+def _speak(tts: TTS, items: list[Item], voices: dict, max_frames: int,
            seed: int) -> Iterator[tuple[Tensor, bool, Tensor]]:
-    """Yields of every item its audio [T], whether it ended by itself, and the speaker embedding [256] of its reference
-    after encoder and decoder."""
-    voices = {path: _voice(tts.codec, path, judge) for path in dict.fromkeys(item.reference for item in items)}
+    """Yields of every item its audio [T], whether it ended by itself, and what _voice() heard of its reference."""
     for start in range(0, len(items), BATCH_SIZE):
         batch = items[start:start + BATCH_SIZE]
         requests = [Request(item.text, voices[item.reference][0], (seed, start + i)) for i, item in enumerate(batch)]
@@ -307,12 +307,14 @@ def _speak(tts: TTS, items: list[Item], judge: Judge, max_frames: int,
 
 
 @torch.no_grad()
-def _voice(codec: VoxtralCodec, path: str, judge: Judge) -> tuple[Tensor, Tensor]:
+def _voice(codec: VoxtralCodec, path: str, judge: Judge, change: Callable | None) -> tuple[Tensor, Tensor]:
     """A recording -> its voice embedding [N, dim] as registered voices are, and what the judge hears [256] in the audio
     of its codes."""
-    embedding, reference = encode_reference(codec, path)
-    decoded = codec.decode(codec.encode(reference.waveform.to(codec.audio_embedding.device)))
-    return embedding.bfloat16(), judge.embed(decoded[0, 0, :reference.waveform.shape[-1]].float().cpu())
+    waveform = prepare_reference(path).waveform.to(codec.audio_embedding.device)
+    codes = codec.encode(waveform)
+    codes = change(codes) if change else codes
+    embedding = codec.voice_rows(codes, torch.tensor([codes.shape[-1]], device=codes.device))[0]
+    return embedding.bfloat16(), judge.embed(codec.decode(codes)[0, 0, :waveform.shape[-1]].float().cpu())
 
 
 # ---------------------------------------------------------------- averages

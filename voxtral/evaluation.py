@@ -2,6 +2,7 @@
 
 Scores of the decoded audio are in `voxtral.scores`. Every clip passes through the codec alone.
 """
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -263,3 +264,12 @@ def gap_closed(untrained, trained, reference):
     gap = np.asarray(untrained, dtype=float) - reference
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.abs(gap) > 1e-12, (untrained - np.asarray(trained, dtype=float)) / gap, np.nan)
+
+
+def finite(value):
+    """The value without NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,200 @@
+"""What does cloning need? Clones through the true encoder, through others, and through known errors of the true codes,
+beside what can be said of the codes: with the true encoder's at hand, and without.
+
+    python benchmarks/clone_needs.py --checkpoint assets/standin --true assets/standin_withheld_encoder.safetensors \\
+        --data speech/talk.csv --speakers w_m390,w_f391,w_m392 --encoder run=runs/demo --errors --output runs/needs
+
+An --encoder is a file, `untrained`, or a run folder of train_encoder.py, whose checkpoints are taken one by one.
+OUTPUT gets table.md, rows.json and clone_needs.png: the share of the voice that is kept against each measure of codes.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from voxtral.checkpoint import write_text  # noqa: E402
+from voxtral.clones import Judge, System, items_of_manifest, read_system, speak_and_score, summarize  # noqa: E402
+from voxtral.codec import VoxtralCodec  # noqa: E402
+from voxtral.errors import UserError, one_sentence  # noqa: E402
+from voxtral.evaluation import finite  # noqa: E402
+from voxtral.evaluation_report import cell, markdown, number  # noqa: E402
+from voxtral.losses import MelDistance  # noqa: E402
+from voxtral.metrics import code_agreement  # noqa: E402
+from voxtral.params import CodecParams  # noqa: E402
+from voxtral.plots import save_figure  # noqa: E402
+from voxtral.reference import prepare_reference  # noqa: E402
+from voxtral.run import start_process  # noqa: E402
+from voxtral.tts import TTS  # noqa: E402
+
+MEASURES = {"levels_within_1": "levels within one of the true ones",
+            "levels_correlation": "levels: correlation with the true ones", "clip_correlation": "means of a clip's levels: correlation", "semantic_equal": "semantic codes equal",
+            "mel_distance": "mel distance of the reference"}
+
+
+# ---------------------------------------------------------------- known errors of true codes
+
+def errors_of_codes(params: CodecParams, seed: int) -> dict:
+    """Name -> function of codes [1, 37, L] that puts an error into them; the same in every call with equal codes."""
+    top = params.acoustic_codebook_size - 1
+
+    def drawn(function):
+        return lambda codes: function(codes.clone(), torch.Generator(device=codes.device).manual_seed(seed))
+
+    def integers(size: int, shape: tuple, generator) -> Tensor:
+        return torch.randint(size, shape, generator=generator, device=generator.device)
+
+    def semantic_random(codes: Tensor, generator) -> Tensor:
+        codes[:, 0] = integers(params.semantic_codebook_size, codes[:, 0].shape, generator)
+        return codes
+
+    def off(codes: Tensor, step: Tensor) -> Tensor:
+        codes[:, 1:] = (codes[:, 1:] + step).clamp(0, top)
+        return codes
+
+    def off_by(steps: int):  # random errors
+        return drawn(lambda codes, g: off(codes, steps * (2 * integers(2, codes[:, 1:].shape, g) - 1)))
+
+    def biased_by(steps: int):  # the same error in every frame of every clip: another one for each channel
+        return drawn(lambda codes, g: off(codes, steps * (2 * integers(2, (1, codes.shape[1] - 1, 1), g) - 1)))
+
+    def all_random(codes: Tensor, generator) -> Tensor:
+        codes = semantic_random(codes, generator)
+        codes[:, 1:] = integers(top + 1, codes[:, 1:].shape, generator)
+        return codes
+
+    return {"semantic codes random": drawn(semantic_random), "levels off by one, at random": off_by(1),
+            "off by two": off_by(2), "off by four": off_by(4),
+            "each channel off by one, always the same way": biased_by(1), "off by two, so": biased_by(2),
+            "all codes random": drawn(all_random)}
+
+
+# ---------------------------------------------------------------- systems and what is said of their codes
+
+def systems_of(description: str, tts: TTS) -> list[System]:
+    """NAME=FILE, NAME=untrained or NAME=RUN_FOLDER -> systems; of a run, NAME STEP for each of its checkpoints."""
+    name, _, path = description.partition("=")
+    found = sorted(Path(path).glob("checkpoints/step_*/encoder.safetensors")) if Path(path).is_dir() else []
+    if not found:
+        return [read_system(description, tts)]
+    return [read_system(f"{name}_{int(file.parent.name[5:])}={file}", tts) for file in found]
+
+
+@torch.no_grad()
+def measure(codec: VoxtralCodec, system: System, waveforms: list[Tensor],
+            true: list[Tensor] | None) -> tuple[dict, list[Tensor]]:
+    """-> MEASURES of the references [1, 1, T] through a system, its codes [1, 37, L]; true: the true encoder's."""
+    codec.load_encoder(system.encoder, system.name)
+    codes = [codec.encode(waveform) for waveform in waveforms]
+    codes = [system.change(one) for one in codes] if system.change else codes
+    mel = MelDistance(codec.params.sampling_rate).to(codes[0].device)
+    distances = [mel(codec.decode(one)[..., :w.shape[-1]].float(), w,
+                     torch.tensor([w.shape[-1]], device=w.device)).item() for one, w in zip(codes, waveforms)]
+    ours, theirs = torch.cat(codes, dim=2), torch.cat(true or codes, dim=2)
+    means, true_means = (torch.stack([one[0, 1:].float().mean(dim=1) for one in each], dim=1)
+                         for each in (codes, true or codes))
+    agreement = code_agreement(ours, theirs, torch.tensor([ours.shape[2]], device=ours.device))
+    return {**{name: value.item() for name, value in agreement.items()},
+            "mel_distance": sum(distances) / len(distances),
+            "levels_correlation": correlation(ours[0, 1:].float(), theirs[0, 1:].float()),
+            "clip_correlation": correlation(means, true_means)}, codes
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """[channels, N] each -> Pearson's, mean over channels; one that does not vary counts as 0."""
+    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    norm = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(norm > 0, (a * b).sum(dim=1) / norm.clamp(min=1e-9), 0).mean().item()
+
+
+# ---------------------------------------------------------------- report
+
+def table(rows: list[dict]) -> str:
+    with_words = "wer" in rows[0]["clones"]
+    header = ["reference through", "levels within one", "levels' correlation", "clip means' correlation",
+              "semantic equal", "mel distance", "like its reference", "like other voices", "margin", "margin kept",
+              *["word errors"] * with_words]
+    lines = []
+    for row in rows:
+        clones = row["clones"]
+        line = [row["system"], f"{row['levels_within_1']:.1%}", number(row["levels_correlation"]),
+                number(row["clip_correlation"]), f"{row['semantic_equal']:.1%}", number(row["mel_distance"]),
+                number(clones["own"]["value"]), number(clones["others"]["value"]), cell(clones["margin"]),
+                cell(row["kept"], 100) + " %"]
+        lines.append(line + [cell(clones["wer"], 100) + " %"] if with_words else line)
+    return markdown(header, lines)
+
+
+def figure(rows: list[dict]) -> Figure:
+    """The share of the margin kept against each measure; a dot a system."""
+    drawn = Figure(figsize=(3.4 * len(MEASURES), 3.4), layout="constrained")
+    for axis, (name, title) in zip(drawn.subplots(1, len(MEASURES), sharey=True), MEASURES.items()):
+        for row in rows:
+            axis.plot(row[name], 100 * row["kept"]["value"], "o" if row["is_encoder"] else "x", markersize=5,
+                      color="tab:blue" if row["is_encoder"] else "tab:orange")
+        axis.axhline(100, color="black", linewidth=0.6)
+        axis.set_xlabel(title, fontsize=8)
+        axis.grid(alpha=0.3)
+    drawn.axes[0].set_ylabel("voice kept, % of the true encoder's margin")
+    drawn.suptitle("blue: encoders; orange: known errors of the true codes", fontsize=9)
+    return drawn
+
+
+def run(options) -> None:
+    device = start_process(options.device).device
+    judge = Judge(options.speaker_model, options.whisper, device)
+    tts = TTS.from_checkpoint(options.checkpoint, device)
+    true = read_system(f"true={options.true}", tts)
+    systems = [true, *(system for description in options.encoder for system in systems_of(description, tts))]
+    if options.errors:
+        errors = errors_of_codes(tts.codec.params, 0)
+        systems += [System(name, true.encoder, change=change) for name, change in errors.items()]
+    items, _ = items_of_manifest(options.data, speakers=options.speakers.split(","), per_voice=options.per_voice)
+    spoken, _ = speak_and_score(tts, systems, items, judge, options.max_sec)
+    summary, codes, rows = summarize(spoken), None, []
+    references = dict.fromkeys(item.reference for item in items)
+    waveforms = [prepare_reference(path).waveform.to(device) for path in references]
+    for system in systems:
+        measured, found = measure(tts.codec, system, waveforms, codes)
+        codes = codes or found
+        kept = summary["margin_kept"].get(system.name, {"value": 1.0, "interval": None})
+        rows.append({"system": system.name, "is_encoder": system.change is None, **measured, "kept": kept,
+                     "clones": summary["systems"][system.name]})
+    options.output.mkdir(parents=True, exist_ok=True)
+    text = (f"{len(items)} clones of {len({item.speaker for item in items})} unheard voices.\n\n"
+            + table(rows))
+    write_text(options.output / "table.md", text)
+    write_text(options.output / "rows.json", json.dumps(finite(rows), indent=2) + "\n")
+    save_figure(figure(rows), options.output / "clone_needs.png")
+    print(f"{text}\nwritten to {options.output}/")
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a stand-in that talks")
+    parser.add_argument("--true", metavar="FILE", required=True, help="its true encoder")
+    parser.add_argument("--encoder", metavar="NAME=PATH", action="append", default=[],
+                        help="what is compared; repeatable")
+    parser.add_argument("--errors", action="store_true", help="known errors of the true codes, too")
+    parser.add_argument("--data", metavar="MANIFEST", required=True, help="with path, speaker and text")
+    parser.add_argument("--speakers", metavar="NAME,...", required=True, help="that nothing has heard")
+    parser.add_argument("--per-voice", metavar="K", type=int, default=2, help="sentences of each (default: 2)")
+    parser.add_argument("--whisper", metavar="MODEL", help="counts wrong words: openai-whisper's name of one, or a .pt")
+    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
+                        help="a pretrained.pt (default: the package's)")
+    parser.add_argument("--max-sec", type=float, default=8.0, help="longest clone (default: 8)")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    options = parser.parse_args(arguments)
+    with one_sentence():
+        if options.per_voice < 1 or not options.max_sec > 0:
+            raise UserError("--per-voice and --max-sec must be above 0.")
+        run(options)
+
+
+if __name__ == "__main__":
+    main()
