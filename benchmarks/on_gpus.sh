@@ -4,13 +4,15 @@
 #
 #   benchmarks/on_gpus.sh SPEECH WHISPER OUTPUT
 #
-# SPEECH: a folder with train.csv and eval.csv (columns path and speaker). WHISPER: openai-whisper's name of a model, or a
+# SPEECH: a folder with train.csv, talk.csv and eval.csv (columns path and speaker). WHISPER: openai-whisper's name of a model, or a
 # local .pt. OUTPUT gets a log for each part, and what the parts write. In a hurry: MID_STEPS, ROW_STEPS, SEEDS, MINUTES (after
 # so many no training begins or goes on), and STAGES, some of those below, one after the other on all GPUs; of a,b+c,d two lists
 # run beside each other, the first on the first GPU, the second on the last. rows, longer, longest and judge need the stand-in.
 set -u
 [ $# -eq 3 ] || { echo "usage: $0 SPEECH WHISPER OUTPUT" >&2; exit 2; }
-[ -f "$1/train.csv" ] && [ -f "$1/eval.csv" ] || { echo "$1: there must be train.csv and eval.csv in it." >&2; exit 2; }
+for name in train talk eval; do
+    [ -f "$1/$name.csv" ] || { echo "$1: there must be train.csv, talk.csv and eval.csv in it." >&2; exit 2; }
+done
 mkdir -p "$3"
 speech=$(realpath "$1") whisper=$2 output=$(realpath "$3")
 [ -f "$whisper" ] && whisper=$(realpath "$whisper")
@@ -39,9 +41,9 @@ withheld() {  # withheld NAME OPTIONS...: for as long as MINUTES allow
         "${@:2}" --output "$output/$1"
 }
 
-standin() {
+standin() {  # its codec alone: nothing here lets it speak
     part standin_mid python make_standin.py --config configs/standin_mid.yaml "${local_files[@]}" data.num_workers=4 train.max_steps="$mid_steps" \
-        train.validate_every_steps="$mid_steps" train.save_every_steps="$mid_steps" output_dir="$output/standin_mid"
+        train.validate_every_steps="$mid_steps" train.save_every_steps="$mid_steps" output_dir="$output/standin_mid" language_model=null
 }
 
 # Does what makes phase 1 fast change what it learns? The same clips with another seed say how much is chance.

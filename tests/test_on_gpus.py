@@ -26,7 +26,7 @@ else:
 def calls_of(tmp_path, gpus, **environment) -> list[list[str]]:
     """[GPUs, arguments...] of every command, and parts.txt checked against their number."""
     (tmp_path / "speech").mkdir()
-    for name in ("train.csv", "eval.csv"):
+    for name in ("train.csv", "talk.csv", "eval.csv"):
         (tmp_path / "speech" / name).write_text("path,speaker\n")
     for name in ("python", "torchrun"):
         (tmp_path / name).write_text(STUB.format(python=sys.executable, gpus=gpus, calls=tmp_path / "calls"))
