@@ -196,7 +196,7 @@ def encode_speech(codec: VoxtralCodec, clips: list[Clip], held_out: set[str], pa
             for (speed, offset, _), one, n_frames in zip(played, codes, ceil_div(lengths, codec.params.frame_size).tolist()):
                 name = f"{clip.speaker}/{number:05d}_{speed:g}_{offset:g}.npy"
                 np.save(folder / name, one[:, :n_frames])
-                rows.append({"path": clip.path, "codes": name, "text": clip.text,
+                rows.append({"path": str(Path(clip.path).absolute()), "codes": name, "text": clip.text,
                              "voice": clip.speaker if speed == 1 else f"{clip.speaker}@{speed:g}"})
     write_text(folder / "manifest.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
