@@ -117,8 +117,8 @@ class FullPipelineTrainConfig:
     accumulation: int = 1                 # micro-batches per optimizer step
     precision: str = "bf16"               # of backbone and acoustic transformer: bf16 or fp32; LoRA weights are fp32
     gradient_checkpointing: bool = False  # compute layers twice, keep only their inputs
-    compile: bool = False                 # torch.compile of the layers on a GPU: half a minute at the start
-    dropout: float = 0.0                  # of what layers add, where backbone and acoustic transformer are trained
+    compile: bool = False                 # with reference_sec: torch.compile of the layers on a GPU, half a minute at the start
+    dropout: float = 0.0                  # with reference_sec: of what layers add
     normalize_layers: bool = False        # divide each layer's hidden loss by the variance of the teacher's layer
     gradient_clip: float = 1.0
     max_total_loss: float = 1e6           # above it the run stops as exploded
@@ -294,6 +294,9 @@ def check_full_pipeline_config(config: FullPipelineConfig) -> None:
         raise ConfigError("loss.mel is the encoder's: it needs train.trainable=[encoder], or [lora,encoder].")
     if "acoustic" in config.train.trainable and not (config.loss.cross_entropy or config.loss.flow):
         raise ConfigError("train.trainable: acoustic learns from loss.cross_entropy and loss.flow only; give them a weight.")
+    if (config.train.compile or config.train.dropout) and config.reference_sec is None:
+        raise ConfigError("train.compile and train.dropout are for a language model from nothing (reference_sec): set them to "
+                          "false and 0.")
     if config.reference_sec is not None:
         shortest, longest = config.reference_sec if len(config.reference_sec) == 2 else (0, 0)
         if not CODEC_FRAME_SEC <= shortest <= longest:
