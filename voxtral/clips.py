@@ -177,15 +177,19 @@ def encode_speech(codec: VoxtralCodec, clips: list[Clip], held_out: set[str], pa
     """
     folder, rate = Path(path), codec.params.sampling_rate
 
-    def read(clip: Clip) -> list[tuple[float, float, np.ndarray]]:
-        if clip.path in held_out:
-            return [(1.0, 0.0, load_segment(clip.path, 0.0, max_sec)[0])]
-        return [(speed, offset, waveform[round(offset * rate / 1000):]) for speed in speeds
-                for waveform in [load_segment(clip.path, 0.0, max_sec, speed)[0]] for offset in offsets_ms]
+    def read(clip: Clip) -> list[tuple[float, float, np.ndarray]] | BadClip:
+        try:
+            if clip.path in held_out:
+                return [(1.0, 0.0, load_segment(clip.path, 0.0, max_sec)[0])]
+            return [(speed, offset, waveform[round(offset * rate / 1000):]) for speed in speeds
+                    for waveform in [load_segment(clip.path, 0.0, max_sec, speed)[0]] for offset in offsets_ms]
+        except BadClip as error:
+            return error
 
     rows, device = [], codec.audio_embedding.device
     with ThreadPool(os.cpu_count()) as pool:
-        for number, (clip, played) in enumerate(zip(clips, tqdm(pool.imap(_or_bad(read), clips), "encoding", len(clips), disable=None))):
+        all_played = tqdm(pool.imap(read, clips), "encoding", len(clips), disable=None)
+        for number, (clip, played) in enumerate(zip(clips, all_played)):
             if isinstance(played, BadClip):
                 print(f"left out: {played}")
                 continue
@@ -199,16 +203,6 @@ def encode_speech(codec: VoxtralCodec, clips: list[Clip], held_out: set[str], pa
                 rows.append({"path": str(Path(clip.path).absolute()), "codes": name, "text": clip.text,
                              "voice": clip.speaker if speed == 1 else f"{clip.speaker}@{speed:g}"})
     write_text(folder / "manifest.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _or_bad(read):
-    """`read`, with a BadClip as its result in place of its end."""
-    def result(clip: Clip):
-        try:
-            return read(clip)
-        except BadClip as error:
-            return error
-    return result
 
 
 def main(arguments=None) -> None:

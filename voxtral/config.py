@@ -25,7 +25,8 @@ from voxtral.sources import CODEC_FRAME_SEC, check_config
 from voxtral.speaker import SpeakerConfig
 
 PARTS = ("encoder", "codebook", "decoder")
-DISTILLATION = ("hidden", "semantic_kl", "velocity", "preset_hidden", "preset_kl")  # losses that need a teacher
+PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under true references
+DISTILLATION = ("hidden", "semantic_kl", "velocity", *PRESET)  # losses that compare with the teacher
 FULL_PIPELINE_PARTS = ("lora", "encoder", "embedding", "backbone", "acoustic")
 
 

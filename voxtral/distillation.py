@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from voxtral.acoustic import PREFIX as ACOUSTIC_PREFIX
 from voxtral.checkpoint import EMBEDDING_NAME
 from voxtral.codec import VoxtralCodec, codebook_offsets, valid_mask
-from voxtral.config import DISTILLATION, FullPipelineConfig
+from voxtral.config import DISTILLATION, PRESET, FullPipelineConfig
 from voxtral.frames import Models
 from voxtral.losses import MelDistance, codebook_scale
 from voxtral.metrics import code_agreement
@@ -24,7 +24,6 @@ from voxtral.pairs import AUDIO, GENERATION, KINDS, PADDING, PairBatch
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS
 from voxtral.quantizer import QuantizationDraws
 
-PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under true references
 CONDITION_DROP = 0.1  # share of frames whose velocity is trained without a hidden state: what guidance subtracts
 
 

@@ -187,14 +187,14 @@ class RunFolder:
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint; half-written ones have other names."""
-        folders = sorted(self.checkpoints.glob("step_" + "[0-9]" * 8))
+        folders = step_folders(self.path)
         return folders[-1] if folders else None
 
     def save_step(self, step: int, write: Callable[[Path], None], keep_last: int) -> Path:
         """checkpoints/step_XXXXXXXX/, filled by `write(folder)`. Drops the oldest."""
         final = self.checkpoints / f"step_{step:08d}"
         self._write_folder(final, write)
-        for old in sorted(self.checkpoints.glob("step_" + "[0-9]" * 8))[:-keep_last]:
+        for old in step_folders(self.path)[:-keep_last]:
             shutil.rmtree(old)
         return final
 
@@ -234,9 +234,14 @@ class RunFolder:
             write_text(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step))
 
 
+def step_folders(output_dir) -> list[Path]:
+    """A run's whole checkpoints, oldest first."""
+    return sorted((Path(output_dir) / "checkpoints").glob("step_" + "[0-9]" * 8))
+
+
 def last_step(output_dir) -> int:
     """The step of a run's newest whole checkpoint; 0: it has none."""
-    folders = sorted((Path(output_dir) / "checkpoints").glob("step_" + "[0-9]" * 8))
+    folders = step_folders(output_dir)
     return int(folders[-1].name.removeprefix("step_")) if folders else 0
 
 
