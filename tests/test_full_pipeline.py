@@ -547,6 +547,11 @@ def test_dropout_acts_in_training_only_and_on_every_layer(make_model):
         assert model.eval()(batch, 0)["flow"] == exact
     hooked = [m for m in model.modules() if m._forward_hooks]
     assert len(hooked) == 2 * (len(model.backbone.model.layers) + len(model.acoustic.layers))
+    model.train()
+    layers = [layer.feed_forward for layer in model.acoustic.layers] + [layer.mlp for layer in model.backbone.model.layers]
+    for layer in layers:
+        x = torch.randn(2, 3, 64)
+        assert torch.equal(layer(x), layer(x)) is False
 
 
 def test_a_run_from_nothing_needs_no_encoder_and_keeps_what_speaks_best(folder, clips_root, tmp_path):

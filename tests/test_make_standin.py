@@ -92,6 +92,8 @@ def test_an_encoder_anew_and_a_decoder_alone_follow_where_they_are_given_steps(c
     make_standin.main(["--config", str(config), f"output_dir={run}", "standin.encoder_steps=2", "standin.decoder_steps=2"])
     first, second = load_file(run / "best" / "encoder.safetensors"), load_file(run / "withheld_encoder.safetensors")
     assert not any(torch.equal(second[name], tensor.bfloat16()) for name, tensor in first.items() if "original1" in name)
+    started = [VoxtralCodec.from_checkpoint(run / stage / "initial").has_encoder for stage in ("encoder", "decoder")]
+    assert started == [False, True]  # the one is fresh, the other learns from it
     before, after = (VoxtralCodec.from_checkpoint(folder).state_dict() for folder in (made / "released", run / "released"))
     moved = {name for name in before if name.startswith(("decoder_blocks", "output_proj")) and not torch.equal(before[name], after[name])}
     assert any("original1" in name for name in moved)
