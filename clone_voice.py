@@ -11,19 +11,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
-import soundfile
-import torch
-from torch import Tensor
-
-from voxtral.checkpoint import atomic_path
-from voxtral.codec import VoxtralCodec
-from voxtral.errors import UserError, one_sentence
-from voxtral.run import start_process
-from voxtral.streaming import StreamingDecoder
-from voxtral.text import read_text, split_text
-from voxtral.tts import TTS, Request, named_voice
-from voxtral.voices import check_name, encode_reference, register
-
 EXAMPLES = """examples:
   # a sentence in the voice of a recording (3 to 25 s of one clean speaker)
   python clone_voice.py --checkpoint Voxtral-clone --reference anna.wav --text "It works without a server." \\
@@ -37,6 +24,45 @@ EXAMPLES = """examples:
   python clone_voice.py --checkpoint Voxtral-clone --voice anna --text "Good morning." --text "Good night." \\
       --output hello.wav
 """
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
+                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--reference", metavar="FILE", help="recording of the voice; needs an injected encoder")
+    who.add_argument("--voice", metavar="NAME", help="voice of the checkpoint; patch_tokenizer.py --list shows them")
+    parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="what to say; repeatable")
+    parser.add_argument("--text-file", metavar="FILE", action="append", default=[],
+                        help="one text in a UTF-8 file; long texts are split at sentences; repeatable")
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True,
+                        help=".wav, .flac or .ogg; several texts get -1, -2, … before the suffix")
+    parser.add_argument("--save-voice", metavar="NAME", help="register the reference as a voice of the checkpoint")
+    parser.add_argument("--max-sec", type=float, default=60.0, help="longest audio of a piece of about 300 characters, "
+                        "for speech that finds no end (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another reading (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+
+import soundfile
+import torch
+from torch import Tensor
+
+from voxtral.checkpoint import atomic_path
+from voxtral.codec import VoxtralCodec
+from voxtral.errors import UserError, one_sentence
+from voxtral.run import start_process
+from voxtral.streaming import StreamingDecoder
+from voxtral.text import read_text, split_text
+from voxtral.tts import TTS, Request, named_voice
+from voxtral.voices import check_name, encode_reference, register
+
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS")}
 BATCH_SIZE = 16      # pieces of text spoken at once
 PAUSE_SEC = 0.2      # between the pieces of a long text
@@ -114,24 +140,7 @@ def write_all(tts: TTS, paths: list[Path], pieces: list[Piece], voice: Tensor, s
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--reference", metavar="FILE", help="recording of the voice; needs an injected encoder")
-    who.add_argument("--voice", metavar="NAME", help="voice of the checkpoint; patch_tokenizer.py --list shows them")
-    parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="what to say; repeatable")
-    parser.add_argument("--text-file", metavar="FILE", action="append", default=[],
-                        help="one text in a UTF-8 file; long texts are split at sentences; repeatable")
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True,
-                        help=".wav, .flac or .ogg; several texts get -1, -2, … before the suffix")
-    parser.add_argument("--save-voice", metavar="NAME", help="register the reference as a voice of the checkpoint")
-    parser.add_argument("--max-sec", type=float, default=60.0, help="longest audio of a piece of about 300 characters, "
-                        "for speech that finds no end (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another reading (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    options = parser.parse_args(arguments)
+    options = command_line().parse_args(arguments)
 
     with one_sentence():
         if not options.checkpoint:

@@ -12,6 +12,23 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+CONFIG = "configs/demo.yaml"
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--whisper", metavar="MODEL", help="counts wrong words, too: openai-whisper's name of a model "
+                        "(base: downloaded once, 145 MB) or a local .pt")
+    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
+                        help="Resemblyzer's pretrained.pt (default: the one in its package)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help=f"settings that override {CONFIG}, such as train.max_steps=100")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+
 import generate_clips
 import train_encoder
 import train_full_pipeline
@@ -30,7 +47,6 @@ from voxtral.sources import find_clips, split_validation
 from voxtral.tts import TTS
 from voxtral.validation import evaluate_codec
 
-CONFIG = "configs/demo.yaml"
 FULL_CONFIG = "configs/demo_full_pipeline.yaml"
 SENTENCES = "assets/sentences_talk.tsv"
 WITHHELD = "assets/standin_withheld_encoder.safetensors"
@@ -101,14 +117,7 @@ def write_report(folder: Path, report: dict, rows: dict, items: list[Item], spok
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--whisper", metavar="MODEL", help="counts wrong words, too: openai-whisper's name of a model "
-                        "(base: downloaded once, 145 MB) or a local .pt")
-    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
-                        help="Resemblyzer's pretrained.pt (default: the one in its package)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help=f"settings that override {CONFIG}, such as train.max_steps=100")
-    options = parser.parse_intermixed_args(arguments)
+    options = command_line().parse_intermixed_args(arguments)
     with one_sentence():
         config = load_config(EncoderConfig, CONFIG, options.overrides)
         run, started = Path(config.output_dir), time.monotonic()

@@ -12,22 +12,7 @@ import math
 import os
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from voxtral.checkpoint import SafetensorsFile, write_text
-from voxtral.codec import VoxtralCodec
-from voxtral.data import SAMPLE_RATE, read_config
-from voxtral.degrade import DEGRADATIONS, order
-from voxtral.errors import UserError, one_sentence
-from voxtral.evaluation import (METRICS, Agreement, Averages, Encoded, Sample, all_codes, compare_voices,
-                                finite, fresh_encoder, gap_closed, load_samples, measure_clips, voice_statistics)
-from voxtral.evaluation_report import gap_figure, scores_figure, table, voices_figure, write_clips, write_listening
-from voxtral.plots import levels_figure, save_figure
-from voxtral.run import start_process
-from voxtral.scores import DEFAULT_SCORES, ECAPA_MODEL, SCORES, Scorer, check_scores, not_measured
-from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation
-from voxtral.voices import list_voices, load_pt
+from voxtral.score_table import DEFAULT_SCORES, ECAPA_MODEL, SCORES
 
 NEEDS = "\n".join(f"  {name:<8} {metric.install}" for name, metric in SCORES.items() if metric.install)
 EXAMPLES = f"""scores that need more than requirements.txt:
@@ -44,6 +29,55 @@ examples:
   # what the scores are worth: the same clips through noise, Opus and a band limit
   python evaluate.py --degrade --data configs/demo.yaml --metrics mel,stft,sisdr,pesq,estoi --output runs/calibration
 """
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
+                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser.add_argument("--encoder", metavar="FILE", help="encoder .safetensors (default: the checkpoint's own)")
+    parser.add_argument("--reference-encoder", metavar="FILE", help="the true encoder, to compare with")
+    parser.add_argument("--degrade", action="store_true", help="score known degradations; no checkpoint is read")
+    parser.add_argument("--data", metavar="CONFIG|FOLDER", required=True,
+                        help="a folder of recordings, whose sub-folders are the speakers, or a YAML with a data: block")
+    parser.add_argument("--all", action="store_true", help="all clips of a config, not its validation clips alone")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--metrics", metavar="NAME,...", default=",".join(DEFAULT_SCORES),
+                        help=f"scores, of {','.join(SCORES)} (default: %(default)s)")
+    parser.add_argument("--whisper", metavar="MODEL", default="base",
+                        help="for wer: openai-whisper's name of a model, or a local .pt (default: %(default)s)")
+    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
+                        help="for speaker: a pretrained.pt (default: the one in the resemblyzer package)")
+    parser.add_argument("--ecapa-model", metavar="MODEL", default=ECAPA_MODEL,
+                        help="for ecapa: a SpeechBrain model, or the folder that holds one (default: %(default)s)")
+    parser.add_argument("--max-sec", type=float, default=20.0, help="longer clips are cut (default: %(default)g)")
+    parser.add_argument("--samples", metavar="N", type=int, default=4, help="clips to write as audio (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the untrained encoder and the bootstrap (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config of --data")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+
+import torch
+from tqdm import tqdm
+
+from voxtral.checkpoint import SafetensorsFile, write_text
+from voxtral.codec import VoxtralCodec
+from voxtral.data import SAMPLE_RATE, read_config
+from voxtral.degrade import DEGRADATIONS, order
+from voxtral.errors import UserError, one_sentence
+from voxtral.evaluation import (METRICS, Agreement, Averages, Encoded, Sample, all_codes, compare_voices,
+                                finite, fresh_encoder, gap_closed, load_samples, measure_clips, voice_statistics)
+from voxtral.evaluation_report import gap_figure, scores_figure, table, voices_figure, write_clips, write_listening
+from voxtral.plots import levels_figure, save_figure
+from voxtral.run import start_process
+from voxtral.scores import Scorer, check_scores, not_measured
+from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation
+from voxtral.voices import list_voices, load_pt
 
 
 # ---------------------------------------------------------------- what is measured
@@ -188,31 +222,7 @@ def progress(items, what: str, total: int):
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--encoder", metavar="FILE", help="encoder .safetensors (default: the checkpoint's own)")
-    parser.add_argument("--reference-encoder", metavar="FILE", help="the true encoder, to compare with")
-    parser.add_argument("--degrade", action="store_true", help="score known degradations; no checkpoint is read")
-    parser.add_argument("--data", metavar="CONFIG|FOLDER", required=True,
-                        help="a folder of recordings, whose sub-folders are the speakers, or a YAML with a data: block")
-    parser.add_argument("--all", action="store_true", help="all clips of a config, not its validation clips alone")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--metrics", metavar="NAME,...", default=",".join(DEFAULT_SCORES),
-                        help=f"scores, of {','.join(SCORES)} (default: %(default)s)")
-    parser.add_argument("--whisper", metavar="MODEL", default="base",
-                        help="for wer: openai-whisper's name of a model, or a local .pt (default: %(default)s)")
-    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
-                        help="for speaker: a pretrained.pt (default: the one in the resemblyzer package)")
-    parser.add_argument("--ecapa-model", metavar="MODEL", default=ECAPA_MODEL,
-                        help="for ecapa: a SpeechBrain model, or the folder that holds one (default: %(default)s)")
-    parser.add_argument("--max-sec", type=float, default=20.0, help="longer clips are cut (default: %(default)g)")
-    parser.add_argument("--samples", metavar="N", type=int, default=4, help="clips to write as audio (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the untrained encoder and the bootstrap (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config of --data")
-    options = parser.parse_intermixed_args(arguments)
+    options = command_line().parse_intermixed_args(arguments)
 
     with one_sentence():
         names = list(dict.fromkeys(name.strip() for name in options.metrics.split(",")))

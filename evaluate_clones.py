@@ -12,20 +12,6 @@ import math
 import os
 from pathlib import Path
 
-from voxtral.checkpoint import write_text
-from voxtral.clones import (METRICS, Item, Judge, items_of_manifest, read_list, read_system, speak_and_score,
-                            summarize)
-from voxtral.data import SAMPLE_RATE
-from voxtral.errors import UserError, one_sentence
-from voxtral.evaluation import finite
-from voxtral.evaluation_report import arrow, cell, clones_figure, markdown, number, write_rows
-from voxtral.listening import Voice, record, write_page
-from voxtral.plots import save_figure
-from voxtral.reference import prepare_reference
-from voxtral.run import start_process
-from voxtral.text import read_sentences
-from voxtral.tts import TTS
-
 EXAMPLES = """examples:
   # the voices of a manifest say sentences of each other
   python evaluate_clones.py --checkpoint Voxtral-clone --data speech.csv --whisper base --output runs/clones
@@ -40,6 +26,54 @@ EXAMPLES = """examples:
   python evaluate_clones.py --checkpoint Voxtral-clone --list librispeech_pc_test_clean_cross_sentence.lst \\
       --root LibriSpeech/test-clean --whisper large-v3 --output B
 """
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
+                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--system", metavar="NAME=ENCODER[,ADAPTER]", action="append", default=[],
+                        help="an encoder .safetensors, `own` (the checkpoint's) or `untrained`, and a LoRA adapter's "
+                        "folder; repeatable, the others are compared with the first (default: own=own)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", metavar="FILE", help="Seed-TTS-eval's meta.lst or F5-TTS's LibriSpeech-PC list")
+    what.add_argument("--data", metavar="MANIFEST", help="CSV, TSV or JSON lines with path, speaker and text")
+    parser.add_argument("--root", metavar="DIR", help="of the paths in --list (default: the folder of the list)")
+    parser.add_argument("--speakers", metavar="NAME,...", help="of --data (default: all)")
+    parser.add_argument("--prompts", metavar="N", type=int, help="references of each speaker (default: 1)")
+    parser.add_argument("--sentences", metavar="FILE", help="to be said, one a line (default: texts of other speakers)")
+    parser.add_argument("--per-voice", metavar="K", type=int, help="sentences that each reference says (default: 2)")
+    parser.add_argument("--whisper", metavar="MODEL", help="for word errors: openai-whisper's name of one, or a .pt")
+    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
+                        help="a pretrained.pt (default: the one in the resemblyzer package)")
+    parser.add_argument("--language", metavar="CODE", default="en", help="that is spoken (default: %(default)s)")
+    parser.add_argument("--max-sec", type=float, default=20.0, help="longest clone (default: %(default)g)")
+    parser.add_argument("--samples", metavar="N", type=int, default=6, help="items to write as audio (default: 6)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of noise, sentences, untrained encoder and bootstrap (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+
+from voxtral.checkpoint import write_text
+from voxtral.clones import (METRICS, Item, Judge, items_of_manifest, read_list, read_system, speak_and_score,
+                            summarize)
+from voxtral.data import SAMPLE_RATE
+from voxtral.errors import UserError, one_sentence
+from voxtral.evaluation import finite
+from voxtral.evaluation_report import arrow, cell, clones_figure, markdown, number, write_rows
+from voxtral.listening import Voice, record, write_page
+from voxtral.plots import save_figure
+from voxtral.reference import prepare_reference
+from voxtral.run import start_process
+from voxtral.text import read_sentences
+from voxtral.tts import TTS
+
 COLUMNS = {"wer": ("word errors, %", 100), "own": ("like its reference", 1),
            "own_codec": ("like it through the codec", 1), "others": ("like other voices", 1), "margin": ("margin", 1),
            "nearest": ("own voice nearest, %", 100), "ended": ("ended by itself, %", 100), "seconds": ("seconds", 1)}
@@ -118,32 +152,7 @@ def write_voices(folder, items: list[Item], rows: list[dict], audio: dict) -> li
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--system", metavar="NAME=ENCODER[,ADAPTER]", action="append", default=[],
-                        help="an encoder .safetensors, `own` (the checkpoint's) or `untrained`, and a LoRA adapter's "
-                        "folder; repeatable, the others are compared with the first (default: own=own)")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", metavar="FILE", help="Seed-TTS-eval's meta.lst or F5-TTS's LibriSpeech-PC list")
-    what.add_argument("--data", metavar="MANIFEST", help="CSV, TSV or JSON lines with path, speaker and text")
-    parser.add_argument("--root", metavar="DIR", help="of the paths in --list (default: the folder of the list)")
-    parser.add_argument("--speakers", metavar="NAME,...", help="of --data (default: all)")
-    parser.add_argument("--prompts", metavar="N", type=int, help="references of each speaker (default: 1)")
-    parser.add_argument("--sentences", metavar="FILE", help="to be said, one a line (default: texts of other speakers)")
-    parser.add_argument("--per-voice", metavar="K", type=int, help="sentences that each reference says (default: 2)")
-    parser.add_argument("--whisper", metavar="MODEL", help="for word errors: openai-whisper's name of one, or a .pt")
-    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
-                        help="a pretrained.pt (default: the one in the resemblyzer package)")
-    parser.add_argument("--language", metavar="CODE", default="en", help="that is spoken (default: %(default)s)")
-    parser.add_argument("--max-sec", type=float, default=20.0, help="longest clone (default: %(default)g)")
-    parser.add_argument("--samples", metavar="N", type=int, default=6, help="items to write as audio (default: 6)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of noise, sentences, untrained encoder and bootstrap (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    options = parser.parse_args(arguments)
+    options = command_line().parse_args(arguments)
 
     with one_sentence():
         # ---- 1. what is asked for ----

@@ -10,16 +10,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
-from voxtral.clips import ClipFolder, PlannedClip, defect, plan
-from voxtral.errors import UserError, one_sentence
-from voxtral.run import Process, start_process
-from voxtral.streaming import decode_batch
-from voxtral.text import read_sentences
-from voxtral.tts import TTS, Request, named_voice
-from voxtral.voices import list_voices
-
 EXAMPLES = """examples:
   # 100 clips of every voice, about 6 s each
   python generate_clips.py --checkpoint Voxtral-4B-TTS-2603 --output data/generated --per-voice 100
@@ -31,6 +21,39 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 8 generate_clips.py --output data/generated --per-voice 1000
 """
 SENTENCES = Path(__file__).parent / "assets" / "sentences.tsv"
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
+                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of clips and manifest.jsonl")
+    parser.add_argument("--per-voice", metavar="N", type=int, required=True, help="clips of every voice")
+    parser.add_argument("--voices", metavar="NAME", nargs="+", help="which voices (default: all of the checkpoint)")
+    parser.add_argument("--texts", metavar="FILE", type=Path, default=SENTENCES,
+                        help="sentences to say (default: the list that comes with this project, nine languages)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="clips made at once (default: 32)")
+    parser.add_argument("--max-sec", type=float, default=30.0,
+                        help="a clip without END_AUDIO by then is dropped (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="other texts per voice, other noise (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+
+from tqdm import tqdm
+
+from voxtral.clips import ClipFolder, PlannedClip, defect, plan
+from voxtral.errors import UserError, one_sentence
+from voxtral.run import Process, start_process
+from voxtral.streaming import decode_batch
+from voxtral.text import read_sentences
+from voxtral.tts import TTS, Request, named_voice
+from voxtral.voices import list_voices
+
 SORTED_BATCHES = 8  # so many batches are sorted by length of text: the items of one then end at about the same time
 LINE_SEC = 30  # between lines of progress, where there is no bar
 WRITERS = 8         # threads
@@ -98,21 +121,7 @@ def generate(options, process: Process) -> None:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of clips and manifest.jsonl")
-    parser.add_argument("--per-voice", metavar="N", type=int, required=True, help="clips of every voice")
-    parser.add_argument("--voices", metavar="NAME", nargs="+", help="which voices (default: all of the checkpoint)")
-    parser.add_argument("--texts", metavar="FILE", type=Path, default=SENTENCES,
-                        help="sentences to say (default: the list that comes with this project, nine languages)")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="clips made at once (default: 32)")
-    parser.add_argument("--max-sec", type=float, default=30.0,
-                        help="a clip without END_AUDIO by then is dropped (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="other texts per voice, other noise (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    options = parser.parse_args(arguments)
+    options = command_line().parse_args(arguments)
 
     with one_sentence():
         if not options.checkpoint:

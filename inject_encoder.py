@@ -9,15 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
-from voxtral.checkpoint import SafetensorsFile
-from voxtral.codec import VoxtralCodec
-from voxtral.errors import UserError, one_sentence
-from voxtral.inject import eject, inject
-from voxtral.params import load_params
-from voxtral.reference import prepare_reference
-
 EXAMPLES = """examples:
   # a new folder beside the checkpoint; what does not change is hard-linked
   python inject_encoder.py --checkpoint Voxtral-4B-TTS-2603 --encoder runs/encoder/best/encoder.safetensors \\
@@ -30,6 +21,36 @@ EXAMPLES = """examples:
   python inject_encoder.py --in-place
   python inject_encoder.py --eject
 """
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
+                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser.add_argument("--encoder", metavar="FILE", type=Path,
+                        help="encoder.safetensors of a run (default: the newest runs/*/best/encoder.safetensors)")
+    parser.add_argument("--lora", metavar="DIR", type=Path,
+                        help="peft adapter folder to merge into the attention weights")
+    parser.add_argument("--verify", metavar="CLIP", help="read the result back, compare the codes of this audio file")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", metavar="DIR", type=Path, help="folder to write; one of an earlier run is replaced")
+    where.add_argument("--in-place", action="store_true", help="change the checkpoint itself; --eject undoes it")
+    where.add_argument("--eject", action="store_true", help="undo an earlier --in-place")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+
+import torch
+
+from voxtral.checkpoint import SafetensorsFile
+from voxtral.codec import VoxtralCodec
+from voxtral.errors import UserError, one_sentence
+from voxtral.inject import eject, inject
+from voxtral.params import load_params
+from voxtral.reference import prepare_reference
 
 
 def newest_encoder(runs: Path) -> Path:
@@ -78,20 +99,7 @@ def lost_voices(checkpoint: str, output: Path) -> list[str]:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--encoder", metavar="FILE", type=Path,
-                        help="encoder.safetensors of a run (default: the newest runs/*/best/encoder.safetensors)")
-    parser.add_argument("--lora", metavar="DIR", type=Path,
-                        help="peft adapter folder to merge into the attention weights")
-    parser.add_argument("--verify", metavar="CLIP", help="read the result back, compare the codes of this audio file")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", metavar="DIR", type=Path, help="folder to write; one of an earlier run is replaced")
-    where.add_argument("--in-place", action="store_true", help="change the checkpoint itself; --eject undoes it")
-    where.add_argument("--eject", action="store_true", help="undo an earlier --in-place")
-    options = parser.parse_args(arguments)
+    options = command_line().parse_args(arguments)
 
     with one_sentence():
         if not options.checkpoint:

@@ -14,6 +14,33 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Callable
 
+EXAMPLES = """examples:
+  # the embedded stand-in (assets/standin), from a folder that holds train.csv and its clips
+  python make_standin.py --config configs/standin_small.yaml data.data_root=/my/speech
+  python make_standin.py --config configs/standin_small.yaml resume=true   # go on after a kill
+  python make_standin.py --config configs/standin_small.yaml checkpoint=DIR   # trains on a stand-in with its encoder
+
+  # 8 GB of random weights in the full layout, for benchmarks and dry runs
+  python make_standin.py --random --size full --output /tmp/voxtral_random
+"""
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="YAML", help="train a stand-in with these settings")
+    parser.add_argument("--random", action="store_true", help="write random weights, nothing is trained")
+    parser.add_argument("--size", choices=("small", "codec", "full"), default="small",
+                        help="of a --random checkpoint: 0.9 M parameters, the full codec with a small backbone (what "
+                             "train_encoder.py reads, 0.3 GB), or all 4 G (8 GB) (default: %(default)s)")
+    parser.add_argument("--output", metavar="DIR", help="folder of a --random checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+
 import soundfile
 from torch import Tensor
 
@@ -34,16 +61,6 @@ from voxtral.voices import encode_reference
 RANDOM_VOICES = {f"voice_{i:02d}": 67 + round(i * (218 - 67) / 19) for i in range(20)}
 N_FULL_TEXT_TOKENS = 130_072  # tekken.json of the release
 LEARNS = ["backbone", "acoustic", "embedding"]  # of a language model from nothing
-
-EXAMPLES = """examples:
-  # the embedded stand-in (assets/standin), from a folder that holds train.csv and its clips
-  python make_standin.py --config configs/standin_small.yaml data.data_root=/my/speech
-  python make_standin.py --config configs/standin_small.yaml resume=true   # go on after a kill
-  python make_standin.py --config configs/standin_small.yaml checkpoint=DIR   # trains on a stand-in with its encoder
-
-  # 8 GB of random weights in the full layout, for benchmarks and dry runs
-  python make_standin.py --random --size full --output /tmp/voxtral_random
-"""
 
 
 def params_of(config: StandinConfig) -> dict:
@@ -221,16 +238,7 @@ def make_random(size: str, output: str) -> None:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="YAML", help="train a stand-in with these settings")
-    parser.add_argument("--random", action="store_true", help="write random weights, nothing is trained")
-    parser.add_argument("--size", choices=("small", "codec", "full"), default="small",
-                        help="of a --random checkpoint: 0.9 M parameters, the full codec with a small backbone (what "
-                             "train_encoder.py reads, 0.3 GB), or all 4 G (8 GB) (default: %(default)s)")
-    parser.add_argument("--output", metavar="DIR", help="folder of a --random checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML")
-    options = parser.parse_intermixed_args(arguments)
+    options = command_line().parse_intermixed_args(arguments)
     with one_sentence():
         if options.random == bool(options.config):
             raise UserError("pass either --config configs/standin_small.yaml or --random --output DIR.")

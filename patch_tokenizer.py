@@ -8,12 +8,6 @@ import argparse
 import os
 from pathlib import Path
 
-from voxtral.codec import VoxtralCodec
-from voxtral.errors import one_sentence
-from voxtral.params import load_params
-from voxtral.voices import (EMBEDDING_SUFFIXES, VoiceError, check_name, encode_reference, end_audio_row, list_voices,
-                            load_embedding, register, remove, voice_files)
-
 EXAMPLES = """examples:
   # every recording and embedding of a folder; a file's name is the voice's name
   VOXTRAL_VOICE_DIR=my_voices python patch_tokenizer.py --checkpoint Voxtral-clone
@@ -24,6 +18,32 @@ EXAMPLES = """examples:
   python patch_tokenizer.py --checkpoint Voxtral-clone --list
   python patch_tokenizer.py --checkpoint Voxtral-clone --remove anna
 """
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
+                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser.add_argument("--voice-dir", metavar="DIR",
+                        help="register every recording and embedding in it (default: $VOXTRAL_VOICE_DIR, unless "
+                             "--voice, --remove or --list is given)")
+    parser.add_argument("--voice", metavar="NAME=FILE", action="append", default=[],
+                        help="register one voice; repeatable")
+    parser.add_argument("--remove", metavar="NAME", action="append", default=[], help="remove a voice; repeatable")
+    parser.add_argument("--list", action="store_true", help="show all voices, and where their three places disagree")
+    parser.add_argument("--force", action="store_true", help="allow replacing or removing presets")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+
+from voxtral.codec import VoxtralCodec
+from voxtral.errors import one_sentence
+from voxtral.params import load_params
+from voxtral.voices import (EMBEDDING_SUFFIXES, VoiceError, check_name, encode_reference, end_audio_row, list_voices,
+                            load_embedding, register, remove, voice_files)
 
 
 def parse_voices(pairs: list[str]) -> dict[str, Path]:
@@ -70,19 +90,7 @@ def show(checkpoint: str) -> None:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--voice-dir", metavar="DIR",
-                        help="register every recording and embedding in it (default: $VOXTRAL_VOICE_DIR, unless "
-                             "--voice, --remove or --list is given)")
-    parser.add_argument("--voice", metavar="NAME=FILE", action="append", default=[],
-                        help="register one voice; repeatable")
-    parser.add_argument("--remove", metavar="NAME", action="append", default=[], help="remove a voice; repeatable")
-    parser.add_argument("--list", action="store_true", help="show all voices, and where their three places disagree")
-    parser.add_argument("--force", action="store_true", help="allow replacing or removing presets")
-    options = parser.parse_args(arguments)
+    options = command_line().parse_args(arguments)
 
     with one_sentence():
         if not options.checkpoint:

@@ -17,6 +17,12 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Iterator
 
+from voxtral.command_line import training_command_line
+
+COMMAND_LINE = training_command_line(__doc__, "configs/encoder.yaml", "train.max_steps=1000")
+if __name__ == "__main__":
+    COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
+
 import soundfile
 import torch
 from torch import nn
@@ -338,7 +344,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
 
 
 def main(arguments=None) -> None:
-    training_main(train, EncoderConfig, "configs/encoder.yaml", "train.max_steps=1000", __doc__, arguments)
+    training_main(train, EncoderConfig, COMMAND_LINE.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,12 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from voxtral.command_line import training_command_line
+
+COMMAND_LINE = training_command_line(__doc__, "configs/full_pipeline.yaml", "lora.rank=4")
+if __name__ == "__main__":
+    COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -226,7 +232,7 @@ def write_report(run: RunFolder) -> str:
 
 
 def main(arguments=None) -> None:
-    training_main(train, FullPipelineConfig, "configs/full_pipeline.yaml", "lora.rank=4", __doc__, arguments)
+    training_main(train, FullPipelineConfig, COMMAND_LINE.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from voxtral.evaluation import (AGREEMENT, CODES, METRICS, Agreement, Averages, 
                                 clip_codes, compare_voices, encode_all, fresh_encoder, gap_closed, voice_statistics)
 from voxtral.layout import withheld_layout
 from voxtral.params import load_params
-from voxtral.scores import SCORES, Scorer, estoi, pesq_wb, si_sdr, word_error_rate
+from voxtral.score_table import SCORES
+from voxtral.scores import Scorer, estoi, pesq_wb, si_sdr, word_error_rate
 from voxtral.sources import Clip
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 

@@ -24,7 +24,8 @@ from voxtral.errors import UserError
 from voxtral.evaluation import Averages, fresh_encoder
 from voxtral.inject import lora_changes, original_files
 from voxtral.reference import BadReference, prepare_reference
-from voxtral.scores import SCORE_RATE, Metric, normaliser, word_error_rate
+from voxtral.score_table import Metric
+from voxtral.scores import SCORE_RATE, normaliser, word_error_rate
 from voxtral.sources import FINDERS, Absent, Clip, SourceConfig
 from voxtral.speaker import SpeakerConfig, SpeakerEncoder
 from voxtral.streaming import decode_batch

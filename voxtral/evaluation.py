@@ -16,7 +16,8 @@ from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.data import BadClip, load_segment
 from voxtral.losses import codebook_scale
 from voxtral.metrics import code_agreement, code_statistics
-from voxtral.scores import SCORES, Metric, Scorer, Source
+from voxtral.score_table import SCORES, Metric
+from voxtral.scores import Scorer, Source
 from voxtral.sources import Clip, DataError
 
 N_RESAMPLES = 2000

@@ -12,7 +12,7 @@ from voxtral.checkpoint import write_text
 from voxtral.data import SAMPLE_RATE
 from voxtral.evaluation import METRICS, Sample, Voices
 from voxtral.plots import save_figure, spectrogram_figure
-from voxtral.scores import Metric
+from voxtral.score_table import Metric
 
 
 # ---------------------------------------------------------------- text

@@ -83,16 +83,8 @@ def training_process(device: str):
         process.close()
 
 
-def training_main(train: Callable, schema: type, default: str, example: str, description: str, arguments=None) -> None:
-    """The command line of a training script: --config and key=value overrides, then train(config, process).
-
-    schema: dataclass of its configuration; default: its YAML; example: of an override, for --help.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=default, help="YAML with the run's settings (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help=f"settings that override the YAML, such as {example}")
-    options = parser.parse_args(arguments)
+def training_main(train: Callable, schema: type, options: argparse.Namespace) -> None:
+    """train(config, process), with the configuration (a dataclass `schema`) that training_command_line() was given."""
     with one_sentence():
         config = load_config(schema, options.config, options.overrides)
         with training_process(config.device) as process:
