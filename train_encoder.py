@@ -43,7 +43,7 @@ from voxtral.matching import CodeMatching
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run, save_figure, spectrogram_figure
 from voxtral.quantizer import QuantizationDraws
-from voxtral.run import (Logger, Process, RunFolder, SideStream, StopSignal, cosine_with_warmup, read_metrics, save_state,
+from voxtral.run import (Logger, Process, RunFolder, SideStream, StopSignal, cosine_with_warmup, save_state,
                          set_learning_rate, training_main)
 from voxtral.sources import find_clips, split_validation
 from voxtral.speaker import SpeakerEncoder, speaker_loss
@@ -162,8 +162,6 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
                 "discriminator_optimizer": discriminator_optimizer, "balancer": balancer, "matching": matching}
     stateful = {name: part for name, part in stateful.items() if part is not None}
     start_step, best = run.restore(stateful) if config.resume and run.latest() else (0, math.inf)
-    if process.is_main:
-        run.truncate_metrics(start_step)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
     bad_clips = BadClipLog(run.path)
     for line in absent:
@@ -262,7 +260,6 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             figure = spectrogram_figure({"source": source, "reconstruction": reconstruction}, params.sampling_rate)
             save_figure(figure, folder / f"clip_{i}.png")
             log.board.add_figure(f"clip_{i}/spectrogram", figure, step)
-        plot_run(read_metrics(run.path / "metrics.jsonl"), run.path / "plots")
         log.say(f"validation at step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
         return metrics["mel_distance"]
 
@@ -323,15 +320,20 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
                        **{f"code/{name}": value for name, value in statistics.items()}}, work=audio_sec_per_step)
         if validating:
             if process.is_main:
-                distance = validate(step + 1)
+                with log.timed("validate", step + 1):
+                    distance = validate(step + 1)
+                with log.timed("plot", step + 1):
+                    plot_run(log.history.rows, run.path / "plots")
                 if distance < best:
                     best = distance
-                    run.save_best(write_weights, step=step + 1, mel_distance=best)
+                    with log.timed("save", step + 1):
+                        run.save_best(write_weights, step=step + 1, mel_distance=best)
             process.wait()
             log.restart_clock()
         if saving:
             if process.is_main:
-                run.save_step(step + 1, lambda folder: write_state(folder, step + 1), settings.keep_last)
+                with log.timed("save", step + 1):
+                    run.save_step(step + 1, lambda folder: write_state(folder, step + 1), settings.keep_last)
             process.wait()
             log.restart_clock()
         if stopping and step + 1 < max_steps:

@@ -35,9 +35,10 @@ from voxtral.data import BadClipLog, make_loader, steps_per_epoch
 from voxtral.distillation import FullPipeline, compare, held_out_losses, native_tensors
 from voxtral.errors import UserError
 from voxtral.frames import Models
+from voxtral.history import metric_rows
 from voxtral.pairs import PairDataset, collate_pairs, fixed_batches, hold_out_texts
 from voxtral.plots import layers_figure, plot_run, save_figure
-from voxtral.run import (Logger, Process, RunFolder, StopSignal, cosine_with_warmup, read_metrics, save_state,
+from voxtral.run import (Logger, Process, RunFolder, StopSignal, cosine_with_warmup, save_state,
                          set_learning_rate, training_main)
 from voxtral.sources import find_clips, split_validation
 from voxtral.tts import load_tokenizer
@@ -112,8 +113,6 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     run = RunFolder(config.output_dir, config, process, config.resume)
     stateful = {"trained": TrainedPart(model), "optimizer": optimizer}
     start_step, best = run.restore(stateful) if config.resume and run.latest() else (0, math.inf)
-    if process.is_main:
-        run.truncate_metrics(start_step)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
     bad_clips = BadClipLog(run.path)
     for line in absent:
@@ -132,14 +131,17 @@ def train(config: FullPipelineConfig, process: Process) -> None:
             metrics = measure(model.eval(), fixed, process.device)
         model.train()
         log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
-        rows = read_metrics(run.path / "metrics.jsonl")
-        plot_run(rows, run.path / "plots")
-        if measure is compare:
-            save_figure(layers_figure([row for row in rows if "validation/loss/total" in row]), run.path / "plots" / "layers.png")
         shown = SHOWN if measure is compare else metrics
         log.say(f"validation at step {step}: total {metrics['loss/total']:.4g}  " + "  ".join(
             f"{name} {metrics[name]:.4g}" for name in shown if name != "loss/total"))
         return metrics["loss/flow" if measure is held_out_losses and config.loss.flow else "loss/total"]
+
+    def draw() -> None:
+        rows = log.history.rows
+        plot_run(rows, run.path / "plots")
+        if not config.reference_sec:
+            save_figure(layers_figure([row for row in rows if "validation/loss/total" in row]),
+                        run.path / "plots" / "layers.png")
 
     def write_weights(folder):
         if model.adapter:
@@ -155,9 +157,13 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         save_state(folder, step, best, stateful)
 
     def keep_if_best(step: int) -> float:
-        loss = validate(step)
+        with log.timed("validate", step):
+            loss = validate(step)
+        with log.timed("plot", step):
+            draw()
         if step and loss < best:
-            run.save_best(write_weights, step=step, loss=loss)
+            with log.timed("save", step):
+                run.save_best(write_weights, step=step, loss=loss)
         return min(best, loss) if step else best
 
     # ---- 6. the loop: step, log, validate, save --------------------------------------------------------------------
@@ -205,7 +211,8 @@ def train(config: FullPipelineConfig, process: Process) -> None:
             log.restart_clock()
         if saving:
             if process.is_main:
-                run.save_step(step + 1, lambda folder: write_state(folder, step + 1), settings.keep_last)
+                with log.timed("save", step + 1):
+                    run.save_step(step + 1, lambda folder: write_state(folder, step + 1), settings.keep_last)
             process.wait()
             log.restart_clock()
         if stopping and step + 1 < max_steps:
@@ -221,7 +228,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
 
 def write_report(run: RunFolder) -> str:
     """report.json with the validation before training and at the best step; returns a table of them."""
-    rows = [row for row in read_metrics(run.path / "metrics.jsonl") if "validation/loss/total" in row]
+    rows = [row for row in metric_rows(run.path / "metrics.jsonl") if "validation/loss/total" in row]
     step = json.loads((run.path / "best" / "metrics.json").read_text())["step"]
     found = {name: {key.removeprefix("validation/"): value for key, value in row.items() if key.startswith("validation/")}
              for name, row in (("before", rows[0]), ("after", next(row for row in rows if row["step"] == step)))}

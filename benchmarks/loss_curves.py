@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.evaluation_report import markdown  # noqa: E402
 from voxtral.plots import curves_figure, save_figure  # noqa: E402
-from voxtral.run import read_metrics  # noqa: E402
+from voxtral.history import read_metrics  # noqa: E402
 
 N_PARTS = 4  # of a run, each with a mean of its own
 

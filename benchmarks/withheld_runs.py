@@ -25,7 +25,8 @@ from voxtral.data import SAMPLE_RATE, load_segment, read_header  # noqa: E402
 from voxtral.degrade import band_limit  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.quantizer import QuantizationDraws  # noqa: E402
-from voxtral.run import StopSignal, read_metrics, training_process  # noqa: E402
+from voxtral.history import read_metrics  # noqa: E402
+from voxtral.run import StopSignal, training_process  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips  # noqa: E402
 from withheld_losses import KNOWN  # noqa: E402
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from voxtral.config import ConfigError, EncoderConfig, load_config
-from voxtral.run import (Logger, Process, RunFolder, TrainingDiverged, cosine_with_warmup, duration, read_metrics,
-                         set_learning_rate, start_process)
+from voxtral.history import read_metrics
+from voxtral.run import (Logger, Process, RunFolder, TrainingDiverged, cosine_with_warmup, duration, set_learning_rate,
+                         start_process)
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 

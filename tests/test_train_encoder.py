@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import train_encoder
+from voxtral import history
 from voxtral.codec import CodecOutput, VoxtralCodec
 from voxtral.codes import known_codes
 from voxtral.config import EncoderConfig, load_config
@@ -26,7 +27,8 @@ from voxtral.losses import LOSS_NAMES
 from voxtral.matching import CodeMatching
 from voxtral.params import load_params
 from voxtral.quantizer import QuantizationDraws
-from voxtral.run import Logger, read_metrics
+from voxtral.history import read_metrics
+from voxtral.run import Logger
 from voxtral.sources import find_clips, split_validation
 from voxtral.standin import small_params, write_random_checkpoint
 from voxtral.validation import evaluate_codec
@@ -115,8 +117,9 @@ def encoder_of(folder):
 
 def metrics(folder, prefixes=("loss/", "grad/", "code/", "optimizer/", "validation/", "data/")):
     """(step, name -> value) of every row, without times."""
-    return [(row["step"], {name: value for name, value in row.items() if name.startswith(prefixes)})
+    rows = [(row["step"], {name: value for name, value in row.items() if name.startswith(prefixes)})
             for row in read_metrics(folder / "metrics.jsonl")]
+    return [(step, values) for step, values in rows if values]
 
 
 def losses(folder):
@@ -208,6 +211,22 @@ def test_training_changes_the_encoder_and_nothing_else(whole, settings):
     start = VoxtralCodec.from_checkpoint(settings["checkpoint"]).state_dict()
     changed = {name for name, t in start.items() if not torch.equal(t, state["model"][f"codec.{name}"])}
     assert changed == {name for name in start if name.startswith(("input_proj.", "encoder_blocks."))}
+
+
+def test_time_between_the_steps_is_logged(whole):
+    rows = read_metrics(whole / "metrics.jsonl")
+    for name in ("validate", "plot", "save"):
+        assert {row["step"] for row in rows if row.get(f"time/{name}_sec", 0) > 0} == {3, 6}
+
+
+def test_plots_of_a_long_run_cost_what_those_of_a_short_one_cost(command, tmp_path, monkeypatch):
+    """Of ten times as many rows, the plots are given as many, and metrics.jsonl is not read again."""
+    shown = []
+    monkeypatch.setattr(history, "MAX_ROWS", 4)
+    monkeypatch.setattr(history, "metric_rows", None)
+    monkeypatch.setattr(train_encoder, "plot_run", lambda rows, folder: shown.append([row["step"] for row in rows if "loss/total" in row]))
+    train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, "train.max_steps=40", "train.validate_every_steps=20"))
+    assert [len(steps) for steps in shown] == [4, 4] and shown[-1][0] == 1 and shown[-1][-1] == 40
 
 
 # ---------------------------------------------------------------- interrupted runs

@@ -22,7 +22,7 @@ from voxtral.data import load_segment
 from voxtral.layout import withheld_layout
 from voxtral.params import load_params, parse_params
 from voxtral.quantizer import QuantizationDraws, Quantizer
-from voxtral.run import read_metrics
+from voxtral.history import read_metrics
 from voxtral.sources import DataConfig, SourceConfig, ValidationConfig, find_clips, split_validation
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 

@@ -40,6 +40,7 @@ def curves_figure(runs: dict[str, list[dict]], names: list[str], title: str) -> 
         axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
+        axis.locator_params(nbins=4)  # most of the time of a figure goes into its ticks
     for axis in axes[len(names):]:
         axis.axis("off")
     if len(runs) > 1:

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from voxtral.checkpoint import flush, write_text
+from voxtral.checkpoint import atomic_path, flush, write_text
 from voxtral.config import ConfigError, dump_config, load_config
 from voxtral.errors import one_sentence
+from voxtral.history import History, metric_rows
 
 STATE = "run_state.pt"  # in the folder of a checkpoint
 
@@ -219,11 +220,16 @@ class RunFolder:
         state = load_state(self.latest() / STATE, parts, self.process.device)
         return state["step"], state["best"]
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after `step`, which the run will write again."""
-        path = self.path / "metrics.jsonl"
+    def truncate_metrics(self, step: int) -> History:
+        """Drops the lines of metrics.jsonl after `step`, which the run will write again; returns what is left."""
+        path, history = self.path / "metrics.jsonl", History()
         if path.is_file():
-            write_text(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step))
+            with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+                for row in metric_rows(path):
+                    if row["step"] <= step:
+                        file.write(json.dumps(row) + "\n")
+                        history.add(row)
+        return history
 
 
 def step_folders(output_dir) -> list[Path]:
@@ -255,15 +261,6 @@ def load_state(path, parts: dict, device) -> dict:
     return state
 
 
-def read_metrics(path) -> list[dict]:
-    """The rows of a metrics.jsonl; a line cut short by a kill is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        if line.startswith("{") and line.endswith("}"):
-            rows.append(json.loads(line))
-    return rows
-
-
 def environment(process: Process) -> dict:
     """What a reader needs to repeat a run."""
     device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.processor() or platform.machine()
@@ -289,6 +286,7 @@ class Logger:
         interactive = self.is_main and sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", disable=not interactive, dynamic_ncols=True)
         if self.is_main:
+            self.history = run.truncate_metrics(start_step)
             self.file = (run.path / "metrics.jsonl").open("a", encoding="utf-8")
             self.board = SummaryWriter(run.path / "tensorboard", purge_step=start_step + 1)
         self.max_steps = max_steps
@@ -340,6 +338,7 @@ class Logger:
         if self.is_main:
             self.file.write(json.dumps({"step": step, **row}) + "\n")
             self.file.flush()
+            self.history.add({"step": step, **row})
             for name, value in row.items():
                 if isinstance(value, float):
                     self.board.add_scalar(name, value, step)
@@ -348,6 +347,13 @@ class Logger:
         if self.is_main:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
+
+    @contextmanager
+    def timed(self, name: str, step: int):
+        """Around work between two steps: its seconds become time/NAME_sec."""
+        began = time.monotonic()
+        yield
+        self.write(step, {f"time/{name}_sec": time.monotonic() - began})
 
     def restart_clock(self) -> None:
         """Leaves validation and saving out of the step times."""
