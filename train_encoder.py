@@ -95,7 +95,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     other_names = [name for name in codec.state_dict() if name not in own_names]
 
     # ---- 3. data ---------------------------------------------------------------------------------------------------
-    sources, absent = find_clips(config.data)
+    sources, left_out = find_clips(config.data)
     train_clips, validation_clips = split_validation(sources, config.data.validation)
     train_clips = [clip for source in train_clips for clip in source]
     fixed = validation_batches(validation_clips, config.data)
@@ -164,8 +164,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     start_step, best = run.restore(stateful) if config.resume and run.latest() else (0, math.inf)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
     bad_clips = BadClipLog(run.path)
-    for line in absent:
-        log.say(f"absent: {line}")
+    for line in left_out:
+        log.say(line)
     log.say(f"{len(train_clips)} training clips, {len(validation_clips)} validation clips, {per_epoch:.1f} steps per epoch; "
             f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {process.device}; "
             f"steps {start_step} to {max_steps} in {run.path}")

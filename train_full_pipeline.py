@@ -87,7 +87,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     params = models.codec.params
 
     # ---- 2. data ---------------------------------------------------------------------------------------------------
-    sources, absent = find_clips(config.data)
+    sources, left_out = find_clips(config.data)
     train_clips, validation_clips = split_validation(sources, config.data.validation)
     tokenizer = load_tokenizer(Path(checkpoint_folder(config)))
     held_out = PairDataset(validation_clips, tokenizer, params, config.data.max_sec, 0, True, config.reference_sec)
@@ -115,8 +115,8 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     start_step, best = run.restore(stateful) if config.resume and run.latest() else (0, math.inf)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
     bad_clips = BadClipLog(run.path)
-    for line in absent:
-        log.say(f"absent: {line}")
+    for line in left_out:
+        log.say(line)
     log.say(f"{len(dataset)} training clips, {len(held_out)} validation clips of other voices and texts, "
             f"{per_epoch:.1f} steps per epoch; {sum(p.numel() for p in trained.values()):,} trainable parameters "
             f"({', '.join(settings.trainable)}) on {process.device}; steps {start_step} to {max_steps} in {run.path}")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_encoder  # noqa: E402
 from voxtral.checkpoint import atomic_path, write_text  # noqa: E402
 from voxtral.config import EncoderConfig, dump_config, load_config  # noqa: E402
-from voxtral.data import SAMPLE_RATE, load_segment, read_header  # noqa: E402
+from voxtral.audio import SAMPLE_RATE, BadClip, load_segment, read_header  # noqa: E402
 from voxtral.degrade import band_limit  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.quantizer import QuantizationDraws  # noqa: E402
@@ -168,11 +168,18 @@ def band_limited(data: DataConfig, folder: Path) -> DataConfig:
     def copied(clips: list[Clip], name: str) -> list[Clip]:
         paths = [Path(clip.path) for clip in clips]
         copies = {i: folder / name / f"{i:06d}_{path.stem}.flac" for i, path in enumerate(paths)
-                  if clips[i].speaker not in data.validation.speakers and not read_header(str(path))[2]}
+                  if clips[i].speaker not in data.validation.speakers and can_be_read(str(path))}
         with ThreadPool(os.cpu_count()) as pool:
             pool.starmap(copy_band_limited, [(paths[i], copy) for i, copy in copies.items() if not copy.exists()])
         return [replace(clip, path=str(copies.get(i, clip.path))) for i, clip in enumerate(clips)]
     return rewritten(data, folder, copied)
+
+
+def can_be_read(path: str) -> bool:
+    try:
+        return bool(read_header(path))
+    except BadClip:
+        return False
 
 
 def thinned(data: DataConfig, folder: Path, keep_every: int) -> DataConfig:
@@ -213,7 +220,7 @@ def with_layers(checkpoint: str, layers: str, output: Path) -> str:
 
 def copy_band_limited(source: Path, target: Path) -> None:
     """The whole clip through 16 kHz, as FLAC of 24 kHz and 24 bits."""
-    seconds, _, _ = read_header(str(source))
+    seconds = read_header(str(source)).seconds
     limited = band_limit(torch.from_numpy(load_segment(str(source), 0.0, seconds)[0]))
     with atomic_path(target) as temporary:
         soundfile.write(temporary, (limited / limited.abs().max().clamp(min=1)).numpy(), SAMPLE_RATE, format="FLAC",

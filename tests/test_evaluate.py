@@ -370,7 +370,7 @@ def test_a_whole_evaluation(released, encoders, folder, tmp_path, capsys):
     run("--checkpoint", released, "--encoder", encoders[1], "--reference-encoder", encoders[0], "--data", folder,
         "--output", tmp_path, "--samples", 1)
     report = report_of(tmp_path)
-    assert (report["clips"], report["speakers"]) == (3, 2) and "broken.wav: unreadable" in report["bad_clips"][0]
+    assert (report["clips"], report["speakers"]) == (3, 2) and "broken.wav: is text, not audio" in report["bad_clips"][0]
     assert list(report["systems"]) == ["reference", "encoder", "untrained"]
     names = ["mel", "stft", "sisdr", *CODES, *AGREEMENT]
     for system in report["systems"].values():

@@ -19,7 +19,8 @@ from torch import Tensor
 from voxtral.asr import AsrConfig, AsrTargets, WhisperTeacher
 from voxtral.checkpoint import write_text
 from voxtral.codec import valid_mask
-from voxtral.data import BadClip, Batch, SpeechDataset, collate, load_segment, read_header
+from voxtral.audio import load_segment, read_header
+from voxtral.data import Batch, SpeechDataset, collate
 from voxtral.errors import UserError
 from voxtral.sources import Clip
 
@@ -57,14 +58,12 @@ class AsrCache:
     def segment(self, path: str, draw: float) -> tuple[float, Path]:
         """The segment of a clip that `draw` in [0, 1) falls on: its position for load_segment(), the file of its targets.
         Raises BadClip."""
-        seconds, rate, bad = read_header(path)
-        if bad:
-            raise BadClip(path, bad)
-        frames, wanted = round(seconds * rate), math.ceil(self.max_sec * rate)
+        frames, rate, _ = read_header(path)
+        wanted = math.ceil(self.max_sec * rate)
         number = int(draw * max(1, math.ceil(frames / wanted)))
         n_places = max(frames - wanted + 1, 1)  # as load_segment() counts them
         first = min(number * wanted, n_places - 1)
-        key = hashlib.sha256(f"{Path(path).absolute()}\n{os.stat(path).st_size}\n{number}".encode()).hexdigest()
+        key = hashlib.sha256(os.fsencode(f"{Path(path).absolute()}\n{os.stat(path).st_size}\n{number}")).hexdigest()
         return (first + 0.5) / n_places, self.folder / key[:2] / f"{key[2:34]}.npz"
 
     @staticmethod

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from voxtral.checkpoint import atomic_path, write_text
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.data import BadClip, load_segment, read_config
+from voxtral.audio import BadClip, load_segment
+from voxtral.data import read_config
 from voxtral.errors import UserError, one_sentence
 from voxtral.sources import Clip, find_clips
 from voxtral.tts import Take

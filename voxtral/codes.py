@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxtral.data import BadClip
+from voxtral.audio import BadClip
 from voxtral.params import CodecParams
 from voxtral.sources import DataError
 

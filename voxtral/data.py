@@ -1,14 +1,13 @@
-"""From clips to batches: cropping while reading, an endless sample stream that resumes anywhere, batches.
+"""From clips to batches: an endless sample stream that resumes anywhere, batches.
 
 Sample number n of a run is the same crop of the same clip whatever the number of processes and workers,
 so a run resumes by starting the stream at its step.
 `python -m voxtral.data --check CONFIG.yaml` describes the data.
 """
 import argparse
-import contextlib
 import dataclasses
 import itertools
-import math
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,83 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from voxtral.errors import one_sentence
-from voxtral.sources import Clip, DataConfig, DataError, find_clips, source_name, split_validation
+from voxtral.audio import SAMPLE_RATE, BadClip, Header, complaints, load_segment, read_header
+from voxtral.errors import one_sentence, reason_of, shown
+from voxtral.remarks import Remarks
+from voxtral.sources import Clip, DataConfig, DataError, find_sources, split_validation
+from voxtral.tables import read_lines
 
-SAMPLE_RATE = 24000
-MIN_SEC = 0.1
-EDGE_SEC = 0.03        # this far from the ends of its input, soxr HQ no longer notices them (< 1e-6)
 MAX_BAD_IN_A_ROW = 20
 ORDER, CROP = 0, 1     # the two random streams of a seed
-
-
-class BadClip(ValueError):
-    """A file that cannot be trained on: unreadable, empty, not finite or shorter than MIN_SEC."""
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.reason = reason
-
-
-# ---------------------------------------------------------------- reading
-
-def load_segment(path: str, position: float, max_sec: float, speed: float = 1.0) -> tuple[np.ndarray, int]:
-    """-> float32 [n] mono at 24 kHz with n <= max_sec * 24000 and peaks of at most 1, native rate in Hz.
-
-    `position` in [0, 1) places the crop among all that fit. No more of a long file is decoded than needed.
-    The crop is what cutting the resampled file would give, within 1e-6. `speed`: the tape runs so many times as fast,
-    pitch and formants too (to within 50 Hz of the rate). Raises BadClip.
-    """
-    try:
-        audio, rate, played, skip = _read_crop(path, position, max_sec, speed)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise BadClip(path, f"unreadable ({getattr(error, 'error_string', error)})") from error
-    audio = audio.mean(axis=1)
-    if not np.isfinite(audio).all():
-        raise BadClip(path, "holds values that are not finite")
-    audio = soxr.resample(audio, played, SAMPLE_RATE, quality="HQ")[skip:skip + round(max_sec * SAMPLE_RATE)]
-    if len(audio) < round(min(MIN_SEC, max_sec) * SAMPLE_RATE):
-        raise BadClip(path, f"shorter than {MIN_SEC} s" if len(audio) else "empty")
-    return audio / max(1.0, np.abs(audio).max()), rate
-
-
-def _read_crop(path: str, position: float, max_sec: float, speed: float) -> tuple[np.ndarray, int, int, int]:
-    """-> native frames [n, channels] with margins for the resampler, their rate, the rate to play them at, 24 kHz
-    samples before the crop."""
-    def played_at(rate: int) -> int:
-        return rate if speed == 1 else round(rate * speed / 100) * 100  # has a large common divisor with 24 kHz
-
-    # Truncated files and some MP3 report frames that are not there: then what can be decoded is the file.
-    with contextlib.suppress(soundfile.SoundFileError), soundfile.SoundFile(path) as file:
-        rate = file.samplerate
-        start, stop, skip = _window(file.frames, played_at(rate), position, max_sec)
-        file.seek(start)
-        audio = file.read(stop - start, dtype="float32", always_2d=True)
-        if len(audio) == stop - start:
-            return audio, rate, played_at(rate), skip
-    # At once if possible: soundfile seeks after each read, and MP3 decoders do so inexactly. A read that
-    # fails gives nothing at all, so small ones come closer to where the file breaks off.
-    for block_frames in (2 ** 25, 4096):
-        blocks = []
-        with soundfile.SoundFile(path) as file, contextlib.suppress(soundfile.SoundFileError):
-            while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
-                blocks.append(block)
-        if blocks:
-            break
-    audio = np.concatenate(blocks or [np.zeros((0, 1), np.float32)])
-    rate = file.samplerate
-    start, stop, skip = _window(len(audio), played_at(rate), position, max_sec)
-    return audio[start:stop], rate, played_at(rate), skip
-
-
-def _window(frames: int, rate: int, position: float, max_sec: float) -> tuple[int, int, int]:
-    """-> first and last (exclusive) native frame to read, 24 kHz samples of them before the crop."""
-    grid = rate // math.gcd(rate, SAMPLE_RATE)  # every so many frames, one coincides with a 24 kHz sample
-    margin = math.ceil(EDGE_SEC * rate / grid) * grid
-    wanted = math.ceil(max_sec * rate)
-    first = int(position * max(frames - wanted + 1, 1)) // grid * grid
-    start = max(first - margin, 0)
-    return start, min(first + wanted + margin, frames), (first - start) * SAMPLE_RATE // rate
 
 
 # ---------------------------------------------------------------- samples and batches
@@ -290,74 +218,110 @@ def validation_batches(clips: list[Clip], config: DataConfig) -> list[Batch]:
 class BadClipLog:
     """Lists each bad clip once in RUN_FOLDER/bad_files.txt, over resumed runs too.
 
-    `count`: replacements in this run; `seen`: the (path, reason) listed so far.
+    `count`: replacements in this run; `seen`: the lines so far, of a path and the reason, as shown() gives them.
     """
 
     def __init__(self, run_folder: str | Path):
         self.path = Path(run_folder) / "bad_files.txt"
         self.count = 0
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.seen = {tuple(line.split("\t", 1)) for line in lines}
+        self.seen = set(read_lines(self.path)) if self.path.exists() else set()
 
     def add(self, bad: list[tuple[str, str]]) -> None:
         """Takes Batch.bad."""
         self.count += len(bad)
-        for entry in bad:
-            if entry not in self.seen:
-                self.seen.add(entry)
-                with self.path.open("a") as file:
-                    file.write("\t".join(entry) + "\n")
+        for path, reason in bad:
+            line = f"{shown(path)}\t{shown(reason)}"
+            if line not in self.seen:
+                self.seen.add(line)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
 
 
 # ---------------------------------------------------------------- python -m voxtral.data --check
 
-def read_header(path: str) -> tuple[float, int, str]:
-    """-> seconds, native rate in Hz, why the file is bad (empty: it is not); nothing is decoded."""
+ROW = "{:<40} {:>8} {:>5} {:>11} {:>8} {:>8} {:>12}  {}".format
+
+
+def try_header(path: str) -> Header | BadClip:
     try:
-        info = soundfile.info(path)
-    except (soundfile.SoundFileError, OSError) as error:
-        return 0.0, 0, f"unreadable ({getattr(error, 'error_string', error)})"
-    return info.duration, info.samplerate, "" if info.duration >= MIN_SEC else f"shorter than {MIN_SEC} s"
+        return read_header(path)
+    except BadClip as error:
+        return error
 
 
-def report(config: DataConfig, audio_sec_per_sec: float | None) -> None:
-    """Prints what `data:` holds. Raises DataError."""
-    present, absent = find_clips(config)
-    train, validation = split_validation(present, config.validation)
-    paths = [clip.path for clips in present for clip in clips]
+def report(config: DataConfig, audio_sec_per_sec: float | None) -> bool:
+    """Opens every clip and prints what `data:` holds, and what of it cannot be used; returns whether anything can.
+    Raises DataError."""
+    sources = find_sources(config)
+    paths = [clip.path for source in sources for clip in source.clips]
     with ThreadPool(16) as pool:
-        headers = pool.imap(read_header, paths, chunksize=16)
+        headers = pool.imap(try_header, paths, chunksize=16)
         header_of = dict(zip(paths, tqdm(headers, total=len(paths), unit="clip", disable=None)))
+    opened = {path: header for path, header in header_of.items() if isinstance(header, Header)}
 
-    row = "{:<40} {:>8} {:>5} {:>8} {:>8} {:>12}  {}".format
-    print(row("source", "clips", "bad", "speakers", "hours", "below 24 kHz", "clips by kHz"))
-    everything = [clip for clips in present for clip in clips]
-    names = [source_name(config.sources[clips[0].source]) for clips in present]
-    for name, clips in zip(names + ["total"], present + [everything]):
-        good = [header_of[clip.path][:2] for clip in clips if not header_of[clip.path][2]]
-        rates = Counter(rate for _, rate in good)
-        low = sum(count for rate, count in rates.items() if rate < SAMPLE_RATE) / max(len(good), 1)
-        speakers = {(clip.source, clip.speaker) for clip in clips}
-        print(row(name, len(clips), len(clips) - len(good), len(speakers),
-                  f"{sum(seconds for seconds, _ in good) / 3600:.2f}", f"{low:.1%}",
-                  ", ".join(f"{rate / 1000:g}: {count}" for rate, count in sorted(rates.items()))))
+    print(ROW("source", "clips", "bad", "passed over", "speakers", "hours", "below 24 kHz", "clips by kHz"))
+    for source in sources:
+        print_row(source.name, source.clips, len(source.remarks), opened)
+    everything = [clip for source in sources for clip in source.clips]
+    print_row("total", everything, sum(len(source.remarks) for source in sources), opened)
+    for source in sources:
+        bad = Remarks()
+        for clip in source.clips:
+            if isinstance(error := header_of[clip.path], BadClip):
+                bad.pass_over(error.reason, clip.path)
+        for reason, (count, first) in bad.passed_over.items():
+            print(shown(f"{source.name}: {count} bad: {reason} (first: {first})"))
+        for line in source.remarks.lines():
+            print(f"{shown(source.name)}: {line}")
+    for path, header in header_of.items():
+        if isinstance(header, BadClip):
+            print(shown(f"bad: {path}: {header.reason}"))
+    for source in sources:
+        for part in source.absent:
+            print(shown(f"absent: {part}"))
+    print_advice(opened)
+    if not opened:
+        print("Nothing here can be used.")
+        return False
+    train, validation = split_validation([source.clips for source in sources if source.clips], config.validation)
+    print_epoch(train, sum(clip.path in opened for clip in validation), opened, config, audio_sec_per_sec)
+    return True
+
+
+def print_row(name: str, clips: list[Clip], n_passed_over: int, opened: dict[str, Header]) -> None:
+    good = [opened[clip.path] for clip in clips if clip.path in opened]
+    rates = Counter(header.rate for header in good)
+    low = sum(count for rate, count in rates.items() if rate < SAMPLE_RATE) / max(len(good), 1)
+    speakers = {(clip.source, clip.speaker) for clip in clips if clip.path in opened}
+    print(ROW(shown(name), len(good), len(clips) - len(good), n_passed_over, len(speakers),
+              f"{sum(header.seconds for header in good) / 3600:.2f}", f"{low:.1%}",
+              ", ".join(f"{rate / 1000:g}: {count}" for rate, count in sorted(rates.items()))))
+
+
+def print_advice(opened: dict[str, Header]) -> None:
+    low = sum(header.rate < SAMPLE_RATE for header in opened.values())
     if low:
-        print(f"Warning: {low:.1%} of the clips are stored below 24 kHz. Speech at 16 kHz holds nothing "
+        print(f"Warning: {low / len(opened):.1%} of the clips are stored below 24 kHz. Speech at 16 kHz holds nothing "
               "above 8 kHz, where timbre lives: prefer sources at 24 kHz and more, such as LibriTTS-R.")
-    for path, (_, _, reason) in header_of.items():
-        if reason:
-            print(f"bad: {path}: {reason}")
-    for line in absent:
-        print(f"absent: {line}")
+    several = sum(header.channels > 1 for header in opened.values())
+    if several:
+        print(f"{several} clips have several channels: of each crop the channel with most speech is taken.")
+    if complaints():
+        print(f"The decoder complained {complaints()} times of damaged frames.")
 
+
+def print_epoch(train: list[list[Clip]], n_validation: int, opened: dict[str, Header], config: DataConfig,
+                audio_sec_per_sec: float | None) -> None:
+    """train: all clips by source; a bad one has its place in an epoch, which another clip takes."""
+    n_train = sum(clip.path in opened for clips in train for clip in clips)
     stream = SampleStream([clip for clips in train for clip in clips], config, seed=0)
-    print(f"{sum(map(len, train))} clips to train on, {len(validation)} to validate on; an epoch is "
+    print(f"{n_train} clips to train on, {n_validation} to validate on; an epoch is "
           f"{stream.epoch_size} crops of at most {config.max_sec:g} s, or "
           f"{stream.epoch_size / config.batch_size:.1f} steps of {config.batch_size} on one process.")
     if audio_sec_per_sec:
         seconds = 0.0
         for clips in filter(None, train):
-            good = [header_of[clip.path][0] for clip in clips if not header_of[clip.path][2]]
+            good = [opened[clip.path].seconds for clip in clips if clip.path in opened]
             if good:
                 seconds += stream.entries[clips[0].source] * float(np.minimum(good, config.max_sec).mean())
         print(f"An epoch is {seconds / 3600:.2f} h of audio: {seconds / audio_sec_per_sec / 60:.1f} min at "
@@ -374,7 +338,7 @@ def read_config(path: str, overrides: list[str]) -> DataConfig:
         config.merge_with_dotlist(overrides)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.get("data", {})))
     except (OmegaConfBaseException, OSError) as error:
-        raise DataError(f"{path}, data: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path}, data: {' '.join(str(error).split()) or reason_of(error)}") from error
 
 
 def main() -> None:
@@ -385,7 +349,8 @@ def main() -> None:
                         help="training speed as train_encoder.py logs it, to estimate the time of an epoch")
     args = parser.parse_intermixed_args()
     with one_sentence():
-        report(read_config(args.check, args.overrides), args.audio_sec_per_sec)
+        if not report(read_config(args.check, args.overrides), args.audio_sec_per_sec):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

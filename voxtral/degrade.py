@@ -9,7 +9,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from voxtral.data import SAMPLE_RATE
+from voxtral.audio import SAMPLE_RATE
 
 BAND_LIMIT_RATE = 16000        # Hz: nothing above 8 kHz is left
 OPUS_KBPS = (24, 12, 6)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.data import BadClip, load_segment
+from voxtral.audio import BadClip, load_segment
 from voxtral.losses import codebook_scale
 from voxtral.metrics import code_agreement, code_statistics
 from voxtral.score_table import SCORES, Metric

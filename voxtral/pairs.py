@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.codes import read_codes
-from voxtral.data import BadClip, SpeechDataset, TensorBatch, load_segment
+from voxtral.audio import BadClip, load_segment
+from voxtral.data import SpeechDataset, TensorBatch
 from voxtral.params import CodecParams
 from voxtral.sources import Clip, DataConfig, DataError
 from voxtral.tts import prompt_tokens

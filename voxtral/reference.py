@@ -2,16 +2,16 @@
 
 Serving takes any mono clip as it is; it wants 3 to 25 s of one clean speaker that end on a pause (spec section 7).
 """
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import soundfile
+import numpy as np
 import soxr
 import torch
 import torchaudio.functional as AF
 from torch import Tensor
 
-from voxtral.data import SAMPLE_RATE
+from voxtral.audio import SAMPLE_RATE, BadClip, read_audio
 from voxtral.errors import UserError
 
 MIN_SPEECH_SEC = 1.0        # less is refused
@@ -22,7 +22,9 @@ LOUDNESS_LUFS = -23.0       # EBU R 128
 MAX_PEAK = 0.95             # full scale is 1; a louder gain would clip
 FRAME, HOP = 480, 240       # samples: levels of 20 ms, every 10 ms
 QUIET_BELOW_PEAK_DB = 40.0  # frames so far below the loudest are silence
-SILENT_DB = -60.0           # dBFS; a recording without any louder frame holds no speech
+SILENT_DB = -60.0           # dBFS; a recording without any louder frame may hold no speech
+STANDS_OUT_DB = 20.0        # its loudest frame above its quiet ones: then it does
+HEADROOM_BITS = 1           # filters see the recording with a peak of 0.25 to 0.5
 LEAD_SEC, PAUSE_SEC = 0.1, 0.3  # silence kept before and after the speech
 CUT_PAUSE_SEC = 0.25        # shortest gap between words that a long recording is cut in
 MAX_CLIPPED_SHARE = 1e-4
@@ -47,29 +49,25 @@ class Reference:
 
 
 def prepare_reference(path) -> Reference:
-    """Any audio file that libsndfile reads -> mono, 24 kHz, high-passed, trimmed to at most 25 s that end on a pause,
-    -23 LUFS.
+    """Any audio file that libsndfile reads -> one channel, 24 kHz, high-passed, trimmed to at most 25 s that end on a
+    pause, -23 LUFS: the same at any gain of the recording.
 
     Raises BadReference for a file that is missing, unreadable or silent, or holds less than 1 s of speech.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise BadReference(f"reference {path} does not exist.")
     try:
-        rate = soundfile.info(path).samplerate
-        native, _ = soundfile.read(path, frames=int(MAX_READ_SEC * rate), dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise BadReference(f"reference {path} cannot be read ({error}): convert it to wav or flac.") from error
-    audio = torch.from_numpy(native)  # [samples, channels]
-    if not audio.isfinite().all():
-        raise BadReference(f"reference {path} holds values that are no finite numbers.")
-    result = Reference(audio)
-    clipped = (audio.abs() >= 0.999).float().mean().item() if len(audio) else 0.0
+        native, rate, notes = read_audio(path, MAX_READ_SEC)
+    except BadClip as error:
+        raise BadReference(f"reference {path} {error.reason}.") from error
+    result = Reference(torch.zeros(1, 1, 0), notes)
+    peak = np.abs(native).max(initial=0.0)
+    if peak == 0 and len(native):
+        raise BadReference(f"reference {path} is silent.")
+    clipped = np.mean(np.abs(native) >= 0.999 * max(1.0, peak)) if len(native) else 0.0
     if clipped > MAX_CLIPPED_SHARE:
         result.warnings.append(f"{clipped:.2%} of the samples are clipped: record at a lower level")
-    if audio.shape[1] > 1:
-        result.notes.append(f"{audio.shape[1]} channels mixed to mono")
-    mono = audio.mean(dim=1)
+    # By a power of two, which rounds nothing, to a level at which no filter clips: torchaudio's cut at 1.
+    exponent = int(np.frexp(peak)[1]) + HEADROOM_BITS
+    mono = torch.from_numpy(np.ldexp(native, -exponent).astype(np.float32))
     if rate != SAMPLE_RATE:
         mono = torch.from_numpy(soxr.resample(mono.numpy(), rate, SAMPLE_RATE, quality="HQ"))
         result.notes.append(f"resampled from {rate} to {SAMPLE_RATE} Hz")
@@ -79,7 +77,7 @@ def prepare_reference(path) -> Reference:
     result.notes.append(f"offset removed, high-pass at {HIGH_PASS_HZ:.0f} Hz")
 
     level = levels(mono)
-    if level.max() < SILENT_DB:
+    if is_silence(level, 20 * math.log10(2) * exponent):
         raise BadReference(f"reference {path} is silent.")
     active = speech_frames(level)
     check_noise(level, active, result)
@@ -93,8 +91,15 @@ def prepare_reference(path) -> Reference:
         # For some whole numbers of frames mistral-common's ceil(seconds * 12.5) comes out one too high, as a float:
         # the prompt would then have a position more than the voice embedding has rows.
         mono = mono[:-1]
-    result.waveform = normalize(mono, result)[None, None].contiguous()
+    result.waveform = normalize(mono, exponent, result)[None, None].contiguous()
     return result
+
+
+def is_silence(level: Tensor, offset_db: float) -> bool:
+    """Levels of frames, and what to add to them for dBFS as recorded: is none of them loud, nor one that stands out? Faint
+    speech does, faint noise does not."""
+    loudest = level.max().item()
+    return loudest + offset_db < SILENT_DB and loudest < level.quantile(0.1).item() + STANDS_OUT_DB
 
 
 def levels(mono: Tensor) -> Tensor:
@@ -159,9 +164,11 @@ def trim(mono: Tensor, result: Reference) -> Tensor:
     return mono
 
 
-def normalize(mono: Tensor, result: Reference) -> Tensor:
-    """One gain for the whole clip: to LOUDNESS_LUFS, or less where the peak would pass MAX_PEAK."""
+def normalize(mono: Tensor, exponent: int, result: Reference) -> Tensor:
+    """One gain for the whole clip: to LOUDNESS_LUFS, or less where the peak would pass MAX_PEAK. `exponent`: `mono` is so
+    many powers of two below the recording."""
     loudness = AF.loudness(mono[None], SAMPLE_RATE).item()
     gain = min(10 ** ((LOUDNESS_LUFS - loudness) / 20), MAX_PEAK / mono.abs().max().item())
-    result.notes.append(f"level {loudness:.1f} LUFS, changed by {20 * torch.tensor(gain).log10().item():+.1f} dB")
+    offset_db = 20 * math.log10(2) * exponent
+    result.notes.append(f"level {loudness + offset_db:.1f} LUFS, changed by {20 * math.log10(gain) - offset_db:+.1f} dB")
     return mono * gain

@@ -1,35 +1,26 @@
 """Which clips there are: the `data:` block of a config, and finding the clips of each kind of source.
 
-Only names and manifests are read here, no audio: `voxtral.data` opens the clips.
+Only names and manifests are read here, no audio.
 """
-import csv
 import difflib
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass, field
-from glob import iglob
-from itertools import islice
 from pathlib import Path
 from typing import Iterator, List
 
-from filelock import FileLock
 from omegaconf import MISSING
 
-from voxtral.errors import UserError
+from voxtral.audio import AUDIO_SUFFIXES, CONVERT, OTHER_MEDIA
+from voxtral.errors import DataError
+from voxtral.huggingface import local_copy
+from voxtral.paths import find_files
+from voxtral.remarks import Remarks
+from voxtral.tables import read_table
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff"}
 LIBRISPEECH_FOLDERS = ("", "LibriSpeech", "LibriTTS_R", "LibriTTS")  # as their archives unpack
 CODEC_FRAME_SEC = 0.08  # 1920 samples at 24 kHz
-
-
-class DataError(UserError):
-    """The `data:` block cannot be served as it stands; the message says what to change."""
-
-    def __init__(self, message: str):
-        # From a loader process torch hands over the traceback as the message: the sentence is its end.
-        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
 
 
 @dataclass
@@ -82,32 +73,56 @@ class Absent(Exception):
     """A source, or a part of it, is not there; the message is the path that was looked for."""
 
 
-def find_clips(config: DataConfig) -> tuple[list[list[Clip]], list[str]]:
-    """-> clips of each source that is present (order of the config, sorted by path), and what is absent.
+@dataclass
+class Found:
+    """What one source has: `clips`, sorted by path; the parts that are `absent` ("name: path that was looked for");
+    `remarks`: what was passed over."""
+    name: str
+    clips: list[Clip] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    remarks: Remarks = field(default_factory=Remarks)
 
-    Absent sources come as "name: path that was looked for", for the caller to print. With several processes,
-    the first to come copies Hugging Face sources, the others wait for it. Raises DataError when the config is
-    invalid, a manifest cannot be read, or no clip is found.
+    def lines(self) -> list[str]:
+        """What was not found, for people."""
+        return [f"absent: {part}" for part in self.absent] + [f"{self.name}: {line}" for line in self.remarks.lines()]
+
+
+def find_clips(config: DataConfig) -> tuple[list[list[Clip]], list[str]]:
+    """-> clips of each source that is present (order of the config), and what is absent or was passed over, a line each.
+
+    Raises DataError as find_sources(), and when no clip is found.
     """
-    check_config(config)
-    present, absent = [], []
-    for index, source in enumerate(config.sources):
-        clips = []
-        # Each part (a subset, for most kinds the whole) may be there without the others.
-        for part in source.subsets if source.kind == "librispeech" else [""]:
-            try:
-                found = list(FINDERS[source.kind](source, index, Path(config.data_root), part))
-                if not found:
-                    raise Absent(f"no audio in {Path(config.data_root) / source.path / part}")
-                clips += found
-            except Absent as reason:
-                absent.append(f"{source_name(source)}: {reason}")
-        if clips:
-            present.append(sorted(clips, key=lambda clip: clip.path))
+    sources = find_sources(config)
+    present = [source.clips for source in sources if source.clips]
+    lines = [line for source in sources for line in source.lines()]
     if not present:
-        looked_for = "; ".join(absent) or "data.sources is empty"
-        raise DataError(f"No clip was found for data.sources, get one or change its path ({looked_for}).")
-    return present, absent
+        raise DataError("No clip was found for data.sources, get one or change its path "
+                        f"({'; '.join(lines)}).")
+    return present, lines
+
+
+def find_sources(config: DataConfig) -> list[Found]:
+    """What every source of the config has. With several processes, the first to come copies Hugging Face sources, the
+    others wait for it. Raises DataError when the config is invalid, TableError when a manifest cannot be read."""
+    check_config(config)
+    if not config.sources:
+        raise DataError("data.sources is empty: name at least one.")
+    return [find_source(source, index, Path(config.data_root)) for index, source in enumerate(config.sources)]
+
+
+def find_source(source: SourceConfig, index: int, root: Path) -> Found:
+    found = Found(source_name(source))
+    # Each part (a subset, for most kinds the whole) may be there without the others.
+    for part in source.subsets if source.kind == "librispeech" else [""]:
+        try:
+            before = len(found.clips)
+            found.clips += FINDERS[source.kind](source, index, root, part, found.remarks)
+            if len(found.clips) == before:
+                raise Absent(f"no audio in {root / source.path / part}")
+        except Absent as reason:
+            found.absent.append(f"{found.name}: {reason}")
+    found.clips.sort(key=lambda clip: clip.path)
+    return found
 
 
 def check_config(config: DataConfig) -> None:
@@ -166,135 +181,77 @@ def split_validation(clips_per_source: list[list[Clip]],
 
 
 def _path_hash(path: str) -> str:
-    return hashlib.sha256("/".join(Path(path).parts[-2:]).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("/".join(Path(path).parts[-2:]))).hexdigest()
 
 
-def _audio_files(folder: Path, pattern: str) -> list[str]:
-    """Sorted paths relative to `folder`; iglob, as Path.glob does not enter linked folders."""
+def _audio_files(folder: Path, pattern: str, remarks: Remarks) -> Iterator[str]:
+    """Paths relative to `folder`; other files are counted by their suffix."""
     if not folder.is_dir():
         raise Absent(str(folder))
-    files = iglob(pattern, root_dir=folder, recursive=True)
-    return sorted(name for name in files if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES)
+    for name in find_files(folder, pattern, remarks):
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in AUDIO_SUFFIXES:
+            yield name
+        else:
+            remarks.pass_over(f"{suffix}: {CONVERT}" if suffix in OTHER_MEDIA else f"{suffix or 'no suffix'}: no audio", name)
 
 
-def _folder(source: SourceConfig, index: int, root: Path, _) -> Iterator[Clip]:
-    for name in _audio_files(root / source.path, source.pattern):
-        path = root / source.path / name
-        yield Clip(str(path), path.parent.name, index)
+def _folder(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
+    folder = root / source.path
+    for name in _audio_files(folder, source.pattern, remarks):
+        yield Clip(os.path.join(folder, name), os.path.basename(os.path.dirname(os.path.join(folder, name))), index)
 
 
-def _librispeech(source: SourceConfig, index: int, root: Path, subset: str) -> Iterator[Clip]:
+def _librispeech(source: SourceConfig, index: int, root: Path, subset: str, remarks: Remarks) -> Iterator[Clip]:
     """SUBSET/SPEAKER/CHAPTER/*; LibriTTS and LibriTTS-R are laid out alike."""
     candidates = [root / source.path / folder / subset for folder in LIBRISPEECH_FOLDERS]
     folder = next((path for path in candidates if path.is_dir()), candidates[0])
-    for name in _audio_files(folder, "*/*/*"):
-        yield Clip(str(folder / name), Path(name).parts[0], index)
+    for name in _audio_files(folder, "*/*/*", remarks):
+        yield Clip(os.path.join(folder, name), name.partition("/")[0], index)
 
 
-def _common_voice(source: SourceConfig, index: int, root: Path, _) -> Iterator[Clip]:
-    """[cv-corpus-*/]LANGUAGE/TSV.tsv beside clips/; of several releases the newest."""
+def _common_voice(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
+    """[cv-corpus-*/]LANGUAGE/TSV.tsv beside clips/; of several releases the newest that is whole."""
     base = root / source.path
     releases = sorted(base.glob("cv-corpus-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
-    candidates = [folder / source.language / f"{source.tsv}.tsv" for folder in (base, *reversed(releases))]
+    whole = [folder for folder in releases if not re.search("-(delta|singleword)", folder.name)]
+    candidates = [folder / source.language / f"{source.tsv}.tsv" for folder in (base, *reversed(whole))]
     table = next((path for path in candidates if path.is_file()), candidates[0])
-    return _read_manifest(table, index, table.parent / "clips")
+    for folder in releases:
+        if folder not in whole:
+            remarks.note(f"{folder.name} is skipped: it holds only a part, such as what is new since the release before")
+    if table != candidates[0]:
+        remarks.note(f"the release used is {table.parent.parent.name}")
+    return _read_manifest(table, index, table.parent / "clips", remarks)
 
 
-def _generated(source: SourceConfig, index: int, root: Path, _) -> Iterator[Clip]:
+def _generated(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
     folder = root / source.path
-    return _read_manifest(folder / "manifest.jsonl", index, folder)
+    return _read_manifest(folder / "manifest.jsonl", index, folder, remarks)
 
 
-def _manifest(source: SourceConfig, index: int, root: Path, _) -> Iterator[Clip]:
+def _manifest(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
     manifest = root / source.path
-    return _read_manifest(manifest, index, manifest.parent)
+    return _read_manifest(manifest, index, manifest.parent, remarks)
 
 
-def _read_manifest(manifest: Path, index: int, folder: Path) -> Iterator[Clip]:
-    """CSV, TSV or JSON lines: path (or audio) relative to `folder`, optionally speaker, text and codes."""
+def _read_manifest(manifest: Path, index: int, folder: Path, remarks: Remarks) -> Iterator[Clip]:
+    """The rows of a table; paths are relative to `folder`, and a row without a speaker has that of its folder."""
     if not manifest.is_file():
         raise Absent(str(manifest))
-    with manifest.open(encoding="utf-8-sig", newline="") as file:
-        number = 0
-        try:
-            for number, row in enumerate(_rows(manifest, file), 1):
-                path, codes = _first(row, "path", "audio"), _first(row, "codes")
-                if not path:
-                    raise DataError(f"{manifest}: row {number} names no file; fill its 'path'.")
-                # The client_id of Common Voice has 128 digits.
-                speaker = _first(row, "speaker", "voice") or _first(row, "client_id")[:16]
-                yield Clip(str(folder / path), speaker or (folder / path).parent.name, index,
-                           _first(row, "text", "sentence"), str(folder / codes) if codes else "")
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, csv.Error) as error:
-            raise DataError(f"{manifest}: cannot be read after row {number} ({error}); mend it.") from error
+    for row in read_table(manifest, remarks):
+        path = os.path.join(folder, row.path)
+        if "\\" in row.path and not os.path.exists(path):
+            path = os.path.join(folder, row.path.replace("\\", "/"))  # written on Windows
+        yield Clip(path, row.speaker or os.path.basename(os.path.dirname(path)), index, row.text,
+                   os.path.join(folder, row.codes) if row.codes else "")
 
 
-def _rows(manifest: Path, file) -> Iterator[dict]:
-    if manifest.suffix == ".csv":
-        return csv.DictReader(file)
-    if manifest.suffix == ".tsv":
-        return csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return (json.loads(line) for line in file if line.strip())
-
-
-def _first(row: dict, *names: str) -> str:
-    """The first of these columns that is there and not empty."""
-    return next((str(row[name]) for name in names if row.get(name) not in (None, "")), "")
-
-
-def _huggingface(source: SourceConfig, index: int, root: Path, _) -> Iterator[Clip]:
+def _huggingface(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
     """Read from a local copy, so that sampling is repeatable and needs no network."""
-    words = (source.path.strip("/").replace("/", "--"), source.config, source.split, str(source.max_clips))
-    folder = root / "huggingface" / "_".join(word for word in words if word)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        if not (folder / "manifest.jsonl").exists():
-            _stream_huggingface(source, f"data.sources[{index}]", folder)
-    return _read_manifest(folder / "manifest.jsonl", index, folder)
-
-
-def _stream_huggingface(source: SourceConfig, key: str, folder: Path) -> None:
-    """Copies the encoded files as they are; manifest.jsonl appears, by renaming, when all are there.
-
-    Each is listed once it is whole, so an interrupted copy goes on from there.
-    """
-    try:
-        import fsspec
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError(f"{key}: kind huggingface needs a package that is not installed: "
-                        "pip install datasets.") from error
-    part = folder / "manifest.jsonl.part"
-    listed = part.read_bytes() if part.exists() else b""
-    listed = listed[:listed.rfind(b"\n") + 1]  # without a line that was cut short
-    done = listed.count(b"\n")
-    stream = load_dataset(source.path, source.config or None, split=source.split, streaming=True)
-    if source.audio_column not in (stream.column_names or [source.audio_column]):
-        raise DataError(f"{key}.audio_column: {source.path} has no column '{source.audio_column}' "
-                        f"(it has {', '.join(stream.column_names)}).")
-    # As Arrow rows the audio stays encoded; the `datasets` way, Audio(decode=False), still needs torchcodec.
-    stream = stream.with_format("arrow").skip(done)
-    with part.open("ab") as listing:
-        listing.truncate(len(listed))
-        for number, table in enumerate(islice(stream, source.max_clips - done), done):
-            (row,) = table.to_pylist()
-            audio = row[source.audio_column]
-            if not audio["bytes"]:  # the data set names files, here or on a server
-                with fsspec.open(audio["path"], "rb") as file:
-                    audio["bytes"] = file.read()
-            path = folder / f"{number:07d}{Path(audio['path'] or '').suffix}"
-            partial = path.with_name(path.name + ".part")
-            with partial.open("wb") as file:
-                file.write(audio["bytes"])
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            line = {"path": path.name, "client_id": _first(row, "client_id"),
-                    "speaker": _first(row, "speaker", "speaker_id"),
-                    "text": _first(row, "text", "sentence", "transcription")}
-            listing.write(json.dumps(line).encode() + b"\n")
-            listing.flush()
-    os.replace(part, folder / "manifest.jsonl")
+    folder = local_copy(root, f"data.sources[{index}]", source.path, source.config, source.split, source.audio_column,
+                        source.max_clips)
+    return _read_manifest(folder / "manifest.jsonl", index, folder, remarks)
 
 
 FINDERS = {"folder": _folder, "librispeech": _librispeech, "common_voice": _common_voice,

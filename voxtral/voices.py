@@ -22,7 +22,7 @@ from voxtral.errors import UserError
 from voxtral.layout import meta_codec
 from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams
 from voxtral.reference import MAX_SEC, MIN_SPEECH_SEC, Reference, prepare_reference
-from voxtral.sources import AUDIO_SUFFIXES
+from voxtral.audio import AUDIO_SUFFIXES
 
 IN_PARAMS = ["multimodal", "audio_tokenizer_args", "voice"]
 IN_TEKKEN = ["audio", "voice_num_audio_tokens"]
