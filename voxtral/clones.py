@@ -24,9 +24,10 @@ from voxtral.errors import UserError
 from voxtral.evaluation import Averages, fresh_encoder
 from voxtral.inject import lora_changes, original_files
 from voxtral.reference import BadReference, prepare_reference
+from voxtral.remarks import Remarks
 from voxtral.score_table import Metric
 from voxtral.scores import SCORE_RATE, normaliser, word_error_rate
-from voxtral.sources import FINDERS, Absent, Clip, SourceConfig
+from voxtral.sources import Absent, Clip, read_manifest
 from voxtral.speaker import SpeakerConfig, SpeakerEncoder
 from voxtral.streaming import decode_batch
 from voxtral.text import read_text
@@ -65,7 +66,7 @@ def read_list(path, root=None) -> list[Item]:
     Raises UserError for a line of another shape, an empty list, and prompt files that are missing.
     """
     folder, items = Path(root or Path(path).parent), []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         tabs, bars = line.split("\t"), line.split("|")
         if len(tabs) == 6 and tabs[0].count("-") == 2:
             speaker, chapter, _ = tabs[0].split("-")
@@ -90,11 +91,13 @@ def read_list(path, root=None) -> list[Item]:
 def items_of_manifest(path, sentences: list[str] | None = None, speakers: list[str] | None = None, prompts: int = 1,
                       per_voice: int = 2, seed: int = 0) -> tuple[list[Item], list[str]]:
     """items_of_clips() of a CSV, TSV or JSON-lines manifest (columns path, speaker, text) in its order."""
+    remarks = Remarks()
     try:
-        clips = list(FINDERS["manifest"](SourceConfig(kind="manifest", path=str(path)), 0, Path(), ""))
+        clips = list(read_manifest(Path(path), 0, Path(path).parent, remarks))
     except Absent as error:
         raise UserError(f"manifest {path} does not exist.") from error
-    return items_of_clips(clips, sentences, speakers, prompts, per_voice, seed)
+    items, bad = items_of_clips(clips, sentences, speakers, prompts, per_voice, seed)
+    return items, remarks.lines() + bad
 
 
 def items_of_clips(clips: list[Clip], sentences: list[str] | None = None, speakers: list[str] | None = None,

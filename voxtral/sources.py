@@ -222,20 +222,20 @@ def _common_voice(source: SourceConfig, index: int, root: Path, _, remarks: Rema
             remarks.note(f"{folder.name} is skipped: it holds only a part, such as what is new since the release before")
     if table != candidates[0]:
         remarks.note(f"the release used is {table.parent.parent.name}")
-    return _read_manifest(table, index, table.parent / "clips", remarks)
+    return read_manifest(table, index, table.parent / "clips", remarks)
 
 
 def _generated(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
     folder = root / source.path
-    return _read_manifest(folder / "manifest.jsonl", index, folder, remarks)
+    return read_manifest(folder / "manifest.jsonl", index, folder, remarks)
 
 
 def _manifest(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
     manifest = root / source.path
-    return _read_manifest(manifest, index, manifest.parent, remarks)
+    return read_manifest(manifest, index, manifest.parent, remarks)
 
 
-def _read_manifest(manifest: Path, index: int, folder: Path, remarks: Remarks) -> Iterator[Clip]:
+def read_manifest(manifest: Path, index: int, folder: Path, remarks: Remarks) -> Iterator[Clip]:
     """The rows of a table; paths are relative to `folder`, and a row without a speaker has that of its folder."""
     if not manifest.is_file():
         raise Absent(str(manifest))
@@ -251,7 +251,7 @@ def _huggingface(source: SourceConfig, index: int, root: Path, _, remarks: Remar
     """Read from a local copy, so that sampling is repeatable and needs no network."""
     folder = local_copy(root, f"data.sources[{index}]", source.path, source.config, source.split, source.audio_column,
                         source.max_clips)
-    return _read_manifest(folder / "manifest.jsonl", index, folder, remarks)
+    return read_manifest(folder / "manifest.jsonl", index, folder, remarks)
 
 
 FINDERS = {"folder": _folder, "librispeech": _librispeech, "common_voice": _common_voice,
