@@ -57,7 +57,7 @@ from torch import Tensor
 from voxtral.checkpoint import atomic_path
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError, one_sentence
-from voxtral.run import start_process
+from voxtral.processes import start_process
 from voxtral.streaming import StreamingDecoder
 from voxtral.text import read_text, split_text
 from voxtral.tts import TTS, Request, named_voice

@@ -74,7 +74,7 @@ from voxtral.evaluation import (METRICS, Agreement, Averages, Encoded, Sample, a
                                 finite, fresh_encoder, gap_closed, load_samples, measure_clips, voice_statistics)
 from voxtral.evaluation_report import gap_figure, scores_figure, table, voices_figure, write_clips, write_listening
 from voxtral.plots import levels_figure, save_figure
-from voxtral.run import start_process
+from voxtral.processes import start_process
 from voxtral.scores import Scorer, check_scores, not_measured
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation
 from voxtral.voices import list_voices, load_pt

@@ -70,7 +70,7 @@ from voxtral.evaluation_report import arrow, cell, clones_figure, markdown, numb
 from voxtral.listening import Voice, record, write_page
 from voxtral.plots import save_figure
 from voxtral.reference import prepare_reference
-from voxtral.run import start_process
+from voxtral.processes import start_process
 from voxtral.text import read_sentences
 from voxtral.tts import TTS
 

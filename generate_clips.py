@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from voxtral.clips import ClipFolder, PlannedClip, defect, plan
 from voxtral.errors import UserError, one_sentence
-from voxtral.run import Process, start_process
+from voxtral.processes import Process, stoppable_process
 from voxtral.streaming import decode_batch
 from voxtral.text import read_sentences
 from voxtral.tts import TTS, Request, named_voice
@@ -100,23 +100,28 @@ def generate(options, process: Process) -> None:
     folder = ClipFolder(options.output, process.rank)
     clips = plan(names, sentences, options.per_voice, options.seed)
     mine = folder.missing(clips[process.rank::process.world_size])
+    n_made = 0
     if mine:
         tts = TTS.from_checkpoint(options.checkpoint, process.device)
         max_frames = max(1, round(options.max_sec * tts.codec.params.frame_rate_hz))
         started, seconds, said = time.perf_counter(), 0.0, 0.0
         with tqdm(total=len(mine), unit="clip", disable=None if process.is_main else True) as bar:
-            for done, batch in enumerate(batches_of(mine, options.batch_size), start=1):
+            for batch in batches_of(mine, options.batch_size):
                 seconds += make_batch(tts, folder, batch, voices, max_frames)
                 elapsed = time.perf_counter() - started
+                n_made += len(batch)
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{seconds / elapsed:.1f} s of audio per second")
                 if bar.disable and elapsed - said > LINE_SEC:
                     said = elapsed
-                    print(f"process {process.rank}: {min(done * options.batch_size, len(mine))} of {len(mine)} clips, "
+                    print(f"process {process.rank}: {n_made} of {len(mine)} clips, "
                           f"{seconds / elapsed:.1f} s of audio per second", flush=True)
+                if process.stopping():
+                    print(f"process {process.rank}: stopped; the same command goes on", flush=True)
+                    break
     dropped = folder.write_manifest()
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items())) or "none"
-    print(f"process {process.rank}: {len(mine)} clips made now; {folder.path} has {len(folder.records)} of them, "
+    print(f"process {process.rank}: {n_made} clips made now; {folder.path} has {len(folder.records)} of them, "
           f"{len(folder.records) - dropped.total()} kept; dropped: {reasons}")
 
 
@@ -132,11 +137,8 @@ def main(arguments=None) -> None:
                 raise UserError(f"{name} is {value}; it must be {least} or more.")
         if not options.max_sec > 0:
             raise UserError(f"--max-sec is {options.max_sec:g}; it must be above 0.")
-        process = start_process(options.device)
-        try:
+        with stoppable_process(options.device) as process:
             generate(options, process)
-        finally:
-            process.close()
 
 
 if __name__ == "__main__":

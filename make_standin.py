@@ -52,7 +52,8 @@ from voxtral.codec import VoxtralCodec
 from voxtral.config import ConfigError, StandinConfig, check_encoder_config, check_full_pipeline_config, load_config
 from voxtral.errors import UserError, one_sentence
 from voxtral.params import CodecParams, TransformerParams, load_params, parse_params
-from voxtral.run import Process, last_step, training_process
+from voxtral.processes import Process, training_process
+from voxtral.run import last_step
 from voxtral.sources import Clip, SourceConfig, find_clips, split_validation
 from voxtral.standin import N_SPECIAL_TOKENS, full_params, random_tensor, small_params, write_random_checkpoint
 from voxtral.voices import encode_reference
@@ -120,10 +121,11 @@ def make_codec(config: StandinConfig, raw_params: dict, process: Process) -> dic
 
 
 def finish(train: Callable, config, process: Process) -> bool:
-    """Trains, or goes on, unless it is done already. Whether the run is at its end."""
+    """Trains, or goes on, unless it is done already. Whether the run is at its end, and nobody wants to stop here."""
     if not (config.resume and last_step(config.output_dir) == config.train.max_steps):
         train(config, process)
-    return last_step(config.output_dir) == config.train.max_steps
+    stopping, = process.any(process.stopping())
+    return last_step(config.output_dir) == config.train.max_steps and not stopping
 
 
 def make_language_model(config: StandinConfig, folder: Path, process: Process) -> dict[str, Tensor] | None:

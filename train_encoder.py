@@ -42,8 +42,9 @@ from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebo
 from voxtral.matching import CodeMatching
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run, save_figure, spectrogram_figure
+from voxtral.processes import Process
 from voxtral.quantizer import QuantizationDraws
-from voxtral.run import (Logger, Process, RunFolder, SideStream, StopSignal, cosine_with_warmup, save_state,
+from voxtral.run import (Logger, RunFolder, SideStream, cosine_with_warmup, save_state,
                          set_learning_rate, training_main)
 from voxtral.sources import find_clips, split_validation
 from voxtral.speaker import SpeakerEncoder, speaker_loss
@@ -282,7 +283,6 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size, settings.accumulation,
                                said_before.collate if said_before else collate))
     audio_sec_per_step = global_batch * settings.accumulation * config.data.max_sec
-    stop = StopSignal()
     codebook_generator = torch.Generator(device=process.device)
     for step in range(start_step, max_steps):
         factor = cosine_with_warmup(step, config.optimizer.warmup_steps, max_steps)
@@ -309,7 +309,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         averaged.update_parameters(codec)
         log.add(step + 1, scalars)
 
-        stopping = (logging or process.world_size == 1) and stop.agreed(process)
+        stopping, = process.any(process.stopping())
         ending = stopping or step + 1 == max_steps
         validating = (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps
         saving = (step + 1) % settings.save_every_steps == 0 or ending

@@ -38,7 +38,8 @@ from voxtral.frames import Models
 from voxtral.history import metric_rows
 from voxtral.pairs import PairDataset, collate_pairs, fixed_batches, hold_out_texts
 from voxtral.plots import layers_figure, plot_run, save_figure
-from voxtral.run import (Logger, Process, RunFolder, StopSignal, cosine_with_warmup, save_state,
+from voxtral.processes import Process
+from voxtral.run import (Logger, RunFolder, cosine_with_warmup, save_state,
                          set_learning_rate, training_main)
 from voxtral.sources import find_clips, split_validation
 from voxtral.tts import load_tokenizer
@@ -172,7 +173,6 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     process.wait()
     batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size,
                                settings.accumulation, collate_pairs))
-    stop = StopSignal()
     log.restart_clock()
     n_tokens = 0
     for step in range(start_step, max_steps):
@@ -196,7 +196,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         log.add(step + 1, scalars)
 
         logging = (step + 1) % settings.log_every_steps == 0 or step + 1 == max_steps
-        stopping = (logging or process.world_size == 1) and stop.agreed(process)
+        stopping, = process.any(process.stopping())
         ending = stopping or step + 1 == max_steps
         validating = (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps
         saving = (step + 1) % settings.save_every_steps == 0 or ending

@@ -28,7 +28,7 @@ from voxtral.metrics import code_agreement  # noqa: E402
 from voxtral.params import CodecParams  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
 from voxtral.reference import prepare_reference  # noqa: E402
-from voxtral.run import start_process  # noqa: E402
+from voxtral.processes import start_process  # noqa: E402
 from voxtral.tts import TTS  # noqa: E402
 
 MEASURES = {"levels_within_1": "levels within one of the true ones",

@@ -24,7 +24,7 @@ from voxtral.codec import VoxtralCodec  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.frames import FrameLoop, Models, graphed  # noqa: E402
 from voxtral.params import N_SPECIAL_IDS, parse_params  # noqa: E402
-from voxtral.run import start_process  # noqa: E402
+from voxtral.processes import start_process  # noqa: E402
 from voxtral.standin import full_params  # noqa: E402
 from voxtral.streaming import CHUNK_FRAMES, StreamingDecoder, left_context  # noqa: E402
 from voxtral.tts import BLOCK, FIRST_BLOCK  # noqa: E402

@@ -48,7 +48,8 @@ from voxtral.data import SAMPLE_RATE, SpeechDataset, make_loader  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.evaluation_report import markdown  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
-from voxtral.run import Process, environment, training_process  # noqa: E402
+from voxtral.processes import Process, training_process  # noqa: E402
+from voxtral.run import environment  # noqa: E402
 from voxtral.sources import find_clips, split_validation  # noqa: E402
 
 EXAMPLES = """examples:

@@ -29,7 +29,7 @@ from voxtral.discriminator import DiscriminatorLoss
 from voxtral.losses import Balancer, MelDistance
 from voxtral.matching import CodeMatching
 from voxtral.quantizer import Quantizer
-from voxtral.run import Process
+from voxtral.processes import Process
 from voxtral.speaker import SpeakerEncoder
 
 N_BLOCKS = 5    # in which --compare takes turns

@@ -26,7 +26,7 @@ from voxtral.degrade import band_limit  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.quantizer import QuantizationDraws  # noqa: E402
 from voxtral.history import read_metrics  # noqa: E402
-from voxtral.run import StopSignal, training_process  # noqa: E402
+from voxtral.processes import StopSignal, training_process  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips  # noqa: E402
 from withheld_losses import KNOWN  # noqa: E402
 
@@ -155,7 +155,7 @@ def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
         time.sleep(0.2)
         if not told and (stop.received or time.monotonic() > deadline):
             told = True
-            child.terminate()  # once: a second SIGTERM would end it before it has saved
+            child.terminate()
     return child.returncode
 
 

@@ -2,6 +2,11 @@
 import base64
 import gzip
 import importlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +15,8 @@ import pytest
 import torch
 import whisper
 from torch import nn
+
+from voxtral.run import Logger
 
 LAST_LAYER_FIRST_HEAD = np.array([[False, False], [True, False]])
 
@@ -64,3 +71,57 @@ def refused(capsys):
         assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
         return message
     return refused
+
+
+def signal_group(number):
+    """Sends this process and its loader processes a signal, from elsewhere, as a terminal and a scheduler do."""
+    group = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    subprocess.run(["kill", f"-{int(number)}", *map(str, group)], check=True)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(step, signal number): when that step is logged, this process and its loader processes get the signal."""
+    def stop_at(at, number=signal.SIGTERM):
+        add = Logger.add
+
+        def add_and_ask_to_stop(self, step, scalars):
+            add(self, step, scalars)
+            if step == at:
+                signal_group(number)
+        monkeypatch.setattr(Logger, "add", add_and_ask_to_stop)
+    return stop_at
+
+
+def stopped(main, arguments):
+    """Runs a script that is told to stop: it ends as a whole, with exit code 0."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+
+
+# Tells torchrun, which tells all, to stop after a step.
+STOPPED_BY_TORCHRUN = """
+import os, runpy, signal, sys
+from voxtral.run import Logger
+add, number = Logger.add, signal.Signals[sys.argv.pop(1)]
+def add_and_ask_to_stop(self, step, scalars):
+    add(self, step, scalars)
+    if step == 2 and self.is_main:
+        os.kill(os.getppid(), number)
+Logger.add = add_and_ask_to_stop
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def stopped_by_torchrun(tmp_path, script, number, arguments):
+    """Runs a training script in two processes, and sends torchrun a signal after two steps; returns what it printed."""
+    root = Path(__file__).parents[1]
+    (tmp_path / "program.py").write_text(STOPPED_BY_TORCHRUN)
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                          str(tmp_path / "program.py"), number, script, *arguments], cwd=root, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    assert "SignalException" in ran.stderr, ran.stderr  # torchrun's own
+    assert "DataLoader" not in ran.stderr, ran.stderr
+    return ran.stdout

@@ -24,7 +24,7 @@ import train_step_timing as timing  # noqa: E402
 from voxtral.config import EncoderConfig, load_config  # noqa: E402
 from voxtral.losses import LOSS_NAMES  # noqa: E402
 from voxtral.history import read_metrics  # noqa: E402
-from voxtral.run import Process  # noqa: E402
+from voxtral.processes import Process  # noqa: E402
 from voxtral.standin import small_params, write_random_checkpoint  # noqa: E402
 
 CPU = Process(0, 1, torch.device("cpu"))

@@ -2,8 +2,11 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import time
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +15,11 @@ import soxr
 import torch
 from omegaconf import OmegaConf
 
-from voxtral import data, sources
-from voxtral.data import (BadClip, BadClipLog, BatchSampler, SampleStream, SpeechDataset, load_segment,
+from conftest import signal_group
+from voxtral import data
+from voxtral.data import (BadClip, BadClipLog, BatchSampler, SampleStream, SpeechDataset, collate, load_segment,
                           make_loader, steps_per_epoch, validation_batches)
+from voxtral.processes import StopSignal, training_process
 from voxtral.sources import (Clip, DataConfig, DataError, SourceConfig, ValidationConfig, find_clips,
                              split_validation)
 
@@ -311,7 +316,8 @@ def test_bad_clips_are_replaced_and_reported(clips, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_only_bad_clips_is_an_error(tmp_path, workers):
+def test_only_bad_clips_is_an_error(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr("voxtral.loader.SHARED_MEMORY", tmp_path / "unknown")  # or the trainer reads the first batch itself
     bad = [Clip(str(tmp_path / name), "x", 0) for name in bad_files(tmp_path)]
     batches = iter(make_loader(SpeechDataset(bad, 0.5, seed=0), config_for(num_workers=workers), seed=0))
     with pytest.raises(DataError, match="^20 clips in a row [^\n]*$") as error:
@@ -320,6 +326,63 @@ def test_only_bad_clips_is_an_error(tmp_path, workers):
     del error
     with pytest.raises(DataError, match="None of the 7 clips"):
         validation_batches(bad, config_for())
+
+
+def test_small_shared_memory_is_found_before_the_first_batch(clips, monkeypatch):
+    """Two processes with four batches each on their way, two more in use: ten batches of 2 x 0.5 s (float32)."""
+    n_bytes = 2 * 12000 * 4 + 2 * 2 * 8  # waveforms, lengths, rates
+    free = {"bytes": 10 * n_bytes}
+    monkeypatch.setattr("voxtral.loader.shutil.disk_usage", lambda path: SimpleNamespace(free=free["bytes"]))
+    next(iter(make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=2), 0)))
+    for n_bytes_free, fits in ((10 * n_bytes - 1, 1), (1, 0)):
+        free["bytes"] = n_bytes_free
+        with pytest.raises(DataError, match=f"--shm-size=1g, or set data.num_workers={fits}"):
+            iter(make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=2), 0))
+    iter(make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=0), 0))  # has no need of it
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    free["bytes"] = 10 * n_bytes
+    with pytest.raises(DataError, match="needs"):  # the other trainer of this machine needs as much
+        iter(make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=2), 0))
+
+
+def lost(items):
+    """A batch that no queue can carry: the worker goes on without it, as it does when shared memory is full."""
+    if any(item["index"] == 3 for item in items):
+        return lambda: None
+    return collate(items)
+
+
+def killed(items):
+    if multiprocessing.parent_process():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return collate(items)
+
+
+@pytest.mark.parametrize("collate, reason", [(lost, "timed out after 2 seconds"), (killed, "exited unexpectedly")])
+def test_a_lost_batch_ends_the_run_with_a_sentence(clips, monkeypatch, collate, reason):
+    monkeypatch.setattr("voxtral.loader.LOST_AFTER_SEC", 2)
+    began = time.monotonic()
+    with pytest.raises(SystemExit, match=f"^training stopped: a batch was lost .DataLoader.*{reason}[^\\n]*resume=true.$"):
+        with training_process("cpu"):
+            for _ in zip(range(40), make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=1), 0, collate=collate)):
+                pass
+    assert time.monotonic() - began < 20
+
+
+def test_loader_processes_outlive_the_signals_of_a_group_but_not_their_trainer(clips, monkeypatch):
+    batches = iter(make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=2), 0))
+    next(batches)
+    stop = StopSignal()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal_group(number)
+    for _ in range(20):
+        next(batches)
+    assert stop.received
+    stop.close()
+    for worker in multiprocessing.active_children():  # as at the end of a trainer that has failed
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
 
 
 def test_validation_batches_are_fixed_and_repeatable(clips, tmp_path):

@@ -1,6 +1,7 @@
 """Phase 2 on a small random checkpoint: pairs, teacher and student, gradients, runs that survive, and bad input."""
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_full_pipeline
+from conftest import stopped, stopped_by_torchrun
 from voxtral import distillation
 from voxtral.backbone import Backbone
 from voxtral.checkpoint import Checkpoint, save_tensors
@@ -387,6 +389,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole_run, command, tmp_path):
     assert all(torch.equal(one["trained"][name], two["trained"][name]) for name in one["trained"])
     losses = [[row["loss/total"] for row in rows_of(f) if "loss/total" in row] for f in (whole_run, folder)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_stop_request_to_all_processes_saves(command, tmp_path, stop_at, capsys):
+    stop_at(2)
+    stopped(train_full_pipeline.main, command(tmp_path / "run", "data.num_workers=2", "train.accumulation=2"))
+    assert "stopped after step 2; go on with resume=true" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()
+
+
+def test_a_stop_request_to_torchrun_saves(command, tmp_path):
+    out = stopped_by_torchrun(tmp_path, "train_full_pipeline.py", "SIGINT", command(
+        tmp_path / "run", "data.num_workers=1", "train.max_steps=100000", "train.log_every_steps=100000"))
+    step = int(re.search(r"stopped after step (\d+)", out)[1])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
 
 
 def test_accumulation_is_a_larger_batch(command, tmp_path):

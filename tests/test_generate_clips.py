@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import soundfile
 import torch
 
 import generate_clips
+from conftest import stopped
 from voxtral.clips import ClipFolder, defect, longest_run, plan
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError
-from voxtral.run import Process
+from voxtral.processes import Process
 from voxtral.sources import DataConfig, SourceConfig, find_clips
 from voxtral.standin import small_params, write_random_checkpoint
 from voxtral.tts import TTS, Request, Take, named_voice
@@ -207,6 +209,20 @@ def test_a_killed_run_goes_on_to_the_same_folder(checkpoint, texts, whole, tmp_p
     assert len(names) == len(set(names)) == 2 * PER_VOICE
 
 
+def test_a_stop_request_ends_after_the_batch_with_a_manifest(checkpoint, texts, whole, tmp_path, monkeypatch, capsys):
+    output, make_batch = tmp_path / "clips", generate_clips.make_batch
+
+    def make_and_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make_batch(*arguments)
+    monkeypatch.setattr(generate_clips, "make_batch", make_and_stop)
+    stopped(generate_clips.main, arguments(checkpoint, texts, output))
+    monkeypatch.undo()
+    assert "process 0: 4 clips made now" in capsys.readouterr().out and (output / "manifest.jsonl").exists()
+    generate_clips.main(arguments(checkpoint, texts, output))
+    assert_same(output, whole)
+
+
 def test_a_clip_that_cannot_be_written_is_not_recorded(checkpoint, texts, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -222,18 +238,11 @@ def test_a_clip_that_cannot_be_written_is_not_recorded(checkpoint, texts, tmp_pa
 def test_processes_share_the_clips_and_the_folder(checkpoint, texts, whole, tmp_path, monkeypatch):
     output = tmp_path / "clips"
     for rank in (1, 0):
-        monkeypatch.setattr(generate_clips, "start_process", lambda device: Share(rank, 2, torch.device("cpu")))
+        monkeypatch.setattr(generate_clips, "stoppable_process", lambda device: nullcontext(Process(rank, 2, torch.device("cpu"))))
         generate_clips.main(arguments(checkpoint, texts, output))
     first, second = ({row["name"] for row in rows(output / f"records-{rank}.jsonl")} for rank in (0, 1))
     assert len(first) == len(second) == PER_VOICE and not first & second
     assert_same(output, whole)
-
-
-class Share(Process):
-    """One of several processes, without the others."""
-
-    def close(self):
-        pass
 
 
 def test_more_clips_come_on_top(checkpoint, texts, whole, tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import inject_encoder
 import make_standin
+from conftest import stopped
 from voxtral.checkpoint import ENCODER_PREFIXES, Checkpoint
 from voxtral.codec import VoxtralCodec
 from voxtral.data import load_segment
@@ -222,6 +223,13 @@ def test_a_kill_between_stages_goes_on_to_the_same_release(talking, talked, tmp_
     for name in ("released/consolidated.safetensors", "withheld_encoder.safetensors"):
         first, second = load_file(talked / name), load_file(run / name)
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_stop_request_at_the_end_of_a_stage_begins_no_other(talking, tmp_path, stop_at, monkeypatch):
+    stop_at(2)  # the last step of the codec
+    stopped(make_standin.main, ["--config", str(talking), f"output_dir={tmp_path / 'run'}", "data.num_workers=1"])
+    assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()
+    assert not (tmp_path / "run" / "whole").exists() and not (tmp_path / "run" / "released").exists()
 
 
 @pytest.mark.parametrize("overrides, message", [

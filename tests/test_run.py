@@ -12,8 +12,8 @@ import torch
 
 from voxtral.config import ConfigError, EncoderConfig, load_config
 from voxtral.history import read_metrics
-from voxtral.run import (Logger, Process, RunFolder, TrainingDiverged, cosine_with_warmup, duration, set_learning_rate,
-                         start_process)
+from voxtral.processes import Process, TrainingDiverged, start_process
+from voxtral.run import Logger, RunFolder, cosine_with_warmup, duration, set_learning_rate
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -150,7 +150,8 @@ def test_a_kill_while_the_best_is_replaced_loses_nothing(run, monkeypatch, kille
 KILLED_SAVE = """
 import os, signal, sys, torch
 from voxtral.config import EncoderConfig
-from voxtral.run import Process, RunFolder
+from voxtral.processes import Process
+from voxtral.run import RunFolder
 run = RunFolder(sys.argv[1], EncoderConfig(), Process(0, 1, torch.device("cpu")), resume=True)
 def write(folder):
     (folder / "a").write_text("half")

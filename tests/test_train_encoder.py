@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import train_encoder
+from conftest import stopped, stopped_by_torchrun
 from voxtral import history
 from voxtral.codec import CodecOutput, VoxtralCodec
 from voxtral.codes import known_codes
@@ -92,15 +93,6 @@ def command(settings, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return lambda output, *overrides: ["--config", str(path), f"output_dir={output}", *overrides]
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    """A training run takes SIGINT and SIGTERM over; pytest wants them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -280,20 +272,25 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, command, tm
     assert [step for step, row in metrics(folder)] == [1, 1]
 
 
-def test_sigterm_saves_and_resuming_loses_nothing(whole, command, tmp_path, monkeypatch, capsys):
-    folder, add = tmp_path / "run", Logger.add
-
-    def add_and_ask_to_stop(self, step, scalars):
-        add(self, step, scalars)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(Logger, "add", add_and_ask_to_stop)
-    train_encoder.main(command(folder))
+def test_ctrl_c_saves_and_resuming_loses_nothing(whole, command, tmp_path, monkeypatch, capsys, stop_at):
+    """Which a terminal sends to the loader processes, too."""
+    folder = tmp_path / "run"
+    stop_at(4, signal.SIGINT)
+    stopped(train_encoder.main, command(folder, "data.num_workers=2"))
     monkeypatch.undo()
     assert "stopped after step 4; go on with resume=true" in capsys.readouterr().out
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000004"]
     train_encoder.main(command(folder, "resume=true"))
     assert_same_run(folder, whole)
+
+
+def test_a_stop_request_to_torchrun_saves(command, tmp_path):
+    folder = tmp_path / "run"
+    out = stopped_by_torchrun(tmp_path, "train_encoder.py", "SIGTERM", command(
+        folder, *ONLY_CHEAP, "data.num_workers=1", "data.batch_size=1", "train.accumulation=2", "train.max_steps=100000",
+        "train.validate_every_steps=100000", "train.save_every_steps=100000", "train.log_every_steps=100000"))
+    step = int(re.search(r"stopped after step (\d+)", out)[1])
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{step:08d}"]
 
 
 # ---------------------------------------------------------------- processes

@@ -21,7 +21,7 @@ from whisper.model import disable_sdpa
 from whisper.tokenizer import LANGUAGES, get_tokenizer
 
 from voxtral.codec import ceil_div, mask_samples, valid_mask
-from voxtral.data import TensorBatch
+from voxtral.loader import TensorBatch
 from voxtral.errors import UserError
 
 POSITIONS_PER_SEC = whisper.audio.TOKENS_PER_SECOND  # 50: the encoder makes one position of two mel frames

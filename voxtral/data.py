@@ -5,7 +5,6 @@ so a run resumes by starting the stream at its step.
 `python -m voxtral.data --check CONFIG.yaml` describes the data.
 """
 import argparse
-import dataclasses
 import itertools
 import sys
 from collections import Counter
@@ -19,11 +18,12 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from voxtral.audio import SAMPLE_RATE, BadClip, Header, complaints, load_segment, read_header
 from voxtral.errors import one_sentence, reason_of, shown
+from voxtral.loader import Loader, TensorBatch
 from voxtral.remarks import Remarks
 from voxtral.sources import Clip, DataConfig, DataError, find_sources, split_validation
 from voxtral.tables import read_lines
@@ -90,23 +90,6 @@ class SpeechDataset(Dataset):
             except BadClip as error:
                 self.bad.append((clip.path, error.reason))
         self.clips = usable
-
-
-class TensorBatch:
-    """A dataclass whose tensors (and those of others in it) move together; what else it holds stays as it is."""
-
-    def _map(self, function) -> "TensorBatch":
-        moved = {field.name: function(value) for field in dataclasses.fields(self)
-                 if isinstance(value := getattr(self, field.name), (Tensor, TensorBatch))}
-        return dataclasses.replace(self, **moved)
-
-    def pin_memory(self) -> "TensorBatch":
-        """Called by the DataLoader."""
-        return self._map(lambda one: one.pin_memory())
-
-    def to(self, device, non_blocking: bool = False) -> "TensorBatch":
-        """The same batch with its tensors on `device`."""
-        return self._map(lambda one: one.to(device, non_blocking=non_blocking))
 
 
 @dataclass
@@ -189,18 +172,14 @@ def steps_per_epoch(clips: list[Clip], config: DataConfig, world_size: int = 1,
 
 
 def make_loader(dataset: SpeechDataset, config: DataConfig, seed: int, start_step: int = 0, rank: int = 0,
-                world_size: int = 1, accumulation: int = 1, collate: Callable[[list[dict]], Any] = collate) -> DataLoader:
+                world_size: int = 1, accumulation: int = 1, collate: Callable[[list[dict]], Any] = collate) -> Loader:
     """Endless loader of batches, `accumulation` of them a step, beginning with those of start_step.
 
     Iterate it once: each iter() begins at start_step again.
     """
     sampler = BatchSampler(SampleStream(dataset.clips, config, seed), config.batch_size, start_step, rank,
                            world_size, accumulation)
-    # Each worker runs on one thread (the DataLoader's own rule), so num_workers is the number of cores taken.
-    # Forked, whatever started this process: a worker that imports everything anew needs many seconds.
-    workers = {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork"} if config.num_workers else {}
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers,
-                      pin_memory=torch.cuda.is_available(), **workers)
+    return Loader(dataset, config, batch_sampler=sampler, collate_fn=collate)
 
 
 def validation_batches(clips: list[Clip], config: DataConfig) -> list[Batch]:

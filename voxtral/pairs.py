@@ -12,13 +12,14 @@ import torch
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.codes import read_codes
 from voxtral.audio import BadClip, load_segment
-from voxtral.data import SpeechDataset, TensorBatch
+from voxtral.data import SpeechDataset
+from voxtral.loader import Loader, TensorBatch
 from voxtral.params import CodecParams
 from voxtral.sources import Clip, DataConfig, DataError
 from voxtral.tts import prompt_tokens
@@ -118,7 +119,7 @@ class PairDataset(SpeechDataset):
     def encode(self, codec: VoxtralCodec, device, config: DataConfig) -> None:
         """Once for the whole run, what a frozen encoder makes of every clip. Clips that cannot be used are left out,
         and listed in `bad`. Raises DataError when none is left."""
-        loader = DataLoader(_Waveforms(self), config.batch_size, collate_fn=list, num_workers=config.num_workers)
+        loader = Loader(_Waveforms(self), config, batch_size=config.batch_size, collate_fn=list)
         usable, encoded = [], []
         for items in tqdm(loader, desc="encoding", unit="batch", disable=None):
             self.bad += [(clip.path, found) for clip, found in items if isinstance(found, str)]

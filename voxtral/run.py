@@ -1,16 +1,14 @@
-"""What every training script shares: command line, processes, the run folder, checkpoints, schedules, logging."""
+"""What every training script shares: command line, schedules, the run folder, checkpoints, logging."""
 import argparse
 import json
 import math
 import os
 import platform
 import shutil
-import signal
 import statistics
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Callable
@@ -25,63 +23,9 @@ from voxtral.checkpoint import atomic_path, flush, write_text
 from voxtral.config import ConfigError, dump_config, load_config
 from voxtral.errors import one_sentence
 from voxtral.history import History, metric_rows
+from voxtral.processes import Process, TrainingDiverged, training_process
 
 STATE = "run_state.pt"  # in the folder of a checkpoint
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss became NaN, infinite or too large; the last good checkpoint is kept."""
-
-
-# ---------------------------------------------------------------- processes
-
-@dataclass
-class Process:
-    """This process among those that train together (`torchrun` starts several, plain `python` one)."""
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.world_size > 1:
-            dist.barrier()
-
-    def close(self) -> None:
-        if self.world_size > 1:
-            dist.destroy_process_group()
-
-
-def start_process(device: str) -> Process:
-    """Reads torchrun's variables, picks the device (auto, cpu, cuda), opens the process group if there are several."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device is {device}: it must be auto, cpu or cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but PyTorch sees no GPU: use device=cpu or device=auto.")
-    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(chosen)
-    if world_size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-    return Process(rank, world_size, chosen)
-
-
-@contextmanager
-def training_process(device: str):
-    """Around a training: yields the Process, closes it, and ends a run that diverged with one line and exit code 1."""
-    process = start_process(device)
-    try:
-        yield process
-    except TrainingDiverged as error:
-        sys.exit(f"training stopped: {error}")
-    finally:
-        process.close()
 
 
 def training_main(train: Callable, schema: type, options: argparse.Namespace) -> None:
@@ -90,27 +34,6 @@ def training_main(train: Callable, schema: type, options: argparse.Namespace) ->
         config = load_config(schema, options.config, options.overrides)
         with training_process(config.device) as process:
             train(config, process)
-
-
-class StopSignal:
-    """Set by SIGTERM or Ctrl-C: the loop ends after the current step, with a checkpoint. A second one ends at once."""
-
-    def __init__(self):
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, _frame):
-        self.received = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def agreed(self, process: Process) -> bool:
-        """Whether any process received it. All processes must ask at the same step."""
-        if process.world_size == 1:
-            return self.received
-        received = torch.tensor(float(self.received), device=process.device)
-        dist.all_reduce(received, dist.ReduceOp.MAX)
-        return bool(received)
 
 
 class SideStream:
