@@ -33,7 +33,6 @@ from voxtral.asr import WhisperTeacher, asr_distillation_loss
 from voxtral.asr_cache import AsrCache, SegmentDataset
 from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
-from voxtral.codes import known_codes
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
 from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, collate, make_loader, steps_per_epoch, validation_batches
 from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
@@ -42,6 +41,7 @@ from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebo
 from voxtral.matching import CodeMatching
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run, save_figure, spectrogram_figure
+from voxtral.presets import codes_to_match
 from voxtral.processes import Process
 from voxtral.quantizer import QuantizationDraws
 from voxtral.run import (Logger, RunFolder, SideStream, cosine_with_warmup, save_state,
@@ -118,7 +118,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     discriminators = Discriminators(config.discriminator).to(process.device) if weights["feature"] else None
     mel_distance = MelDistance(params.sampling_rate).to(process.device)
     balancer = Balancer(config.balancer.decay) if config.balancer.enabled else None
-    known, bad_codes = known_codes(config.match.codes, params) if weights["match"] else (None, [])
+    known, bad_codes = (codes_to_match(config.match.codes, codec, checkpoint_folder(config), process.device) if weights["match"]
+                        else (None, []))
     matching = CodeMatching(known, codec, process.device) if known else None
     model = TrainingModel(codec, teacher.width if teacher else None).to(process.device).train()
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
@@ -170,6 +171,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     log.say(f"{len(train_clips)} training clips, {len(validation_clips)} validation clips, {per_epoch:.1f} steps per epoch; "
             f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {process.device}; "
             f"steps {start_step} to {max_steps} in {run.path}")
+    if known:
+        log.say(f"loss.match holds codes to the statistics of {sum(codes.shape[1] for codes in known):,} frames ({config.match.codes})")
     bad_clips.add([*fixed[0].bad, *bad_codes])
 
     # ---- 7. the pieces of a step -----------------------------------------------------------------------------------

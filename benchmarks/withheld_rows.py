@@ -88,7 +88,7 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
         config.checkpoint = with_layers(options.standin, layers, options.output)
     config.output_dir, config.resume = str(folder), True
     config.seed, config.train.max_steps = seed, steps
-    config.match.codes = str(options.output / KNOWN_CODES) if config.loss.match else None
+    config.match.codes = str(options.output / KNOWN_CODES)
     check_encoder_config(config)
     if not config.data.validation.speakers:
         raise UserError(f"{options.data}: data.validation.speakers is empty; name the speakers that neither the "

@@ -445,13 +445,21 @@ def test_mistakes_end_in_one_sentence_and_leave_nothing(command, settings, tmp_p
         "asr.model=/nowhere.pt": "asr.model is '/nowhere.pt'",
         "asr.context_sec=1.0": "asr.context_sec is 1.0",
         "speaker.model=/nowhere.pt": "speaker.model: /nowhere.pt",
-        "match.codes=null": "loss.match needs match.codes",
+        "match.codes=presets": "match.codes: no preset of",  # of 64 numbers a row: too few to tell 37 codes from
         "match.codes=/nowhere": "match.codes: /nowhere holds no codes",
     }
     for override, expected in mistakes.items():
         message = refused(command(tmp_path / "run", override), capsys)
         assert expected.lower() in message.lower(), message
         assert not (tmp_path / "run").exists()
+
+
+def test_match_needs_nothing_but_the_release(command, tmp_path, capsys):
+    write_random_checkpoint(tmp_path / "bare", small_params(backbone={"dim": 320}), {"alpha": 9})
+    train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, f"checkpoint={tmp_path / 'bare'}", "match.codes=presets", "loss.match=1e-3",
+                               "train.max_steps=1"))
+    assert "loss.match holds codes to the statistics of 8 frames (presets)" in capsys.readouterr().out
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss/match"] > 0
 
 
 def test_damaged_codes_are_skipped_and_listed(command, settings, tmp_path):

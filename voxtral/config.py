@@ -318,8 +318,6 @@ def check_encoder_config(config: EncoderConfig) -> None:
         raise ConfigError(f"train.reconstruction_decay is {train.reconstruction_decay}: it must be at most 1.")
     if config.asr.teacher_cache and list(config.data.speed) != [1, 1]:
         raise ConfigError("asr.teacher_cache: what Whisper said holds for a clip's own speed; set data.speed to [1, 1].")
-    if config.loss.match and not config.match.codes:
-        raise ConfigError("loss.match needs match.codes: a folder of clips with codes, as generate_clips.py writes.")
     max_sec, discriminator = config.data.max_sec, config.discriminator
     for key, sizes, sec in (("train.stft_fft_sizes", train.stft_fft_sizes, max_sec),
                             ("discriminator.fft_sizes", discriminator.fft_sizes, min(discriminator.crop_sec, max_sec))):

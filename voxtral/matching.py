@@ -1,12 +1,12 @@
 """Statistics of known codes, and the loss that holds what an encoder makes of speech to them (not in the paper).
 
 Many latents make the frozen decoder say the same; sound alone does not tell which of them the true encoder would have
-chosen. But clips that the model has spoken come with their codes (generate_clips.py), and those show how the true
-encoder's codes are distributed: level by level, with each other, and from frame to frame. No clip is compared with its
-own codes, so the encoder cannot learn to read traces of the decoder in place of speech.
+chosen. But the checkpoint's presets can be turned back into its codes (presets.py), and clips that the model has spoken come
+with theirs (generate_clips.py). Those show how the true encoder's codes are distributed: level by level, with each other, and
+from frame to frame. No clip is compared with its own codes, so the encoder cannot learn to read traces of the decoder in place
+of speech.
 """
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -17,11 +17,12 @@ from voxtral.codec import CodecOutput, VoxtralCodec, valid_mask
 
 DECAY = 0.9              # of the running statistics, per micro-batch
 COVARIANCE_WEIGHT = 3.0  # against the means
+PRESETS = "presets"      # as match.codes: those of the checkpoint's presets
 
 
 @dataclass
 class MatchConfig:
-    codes: Optional[str] = None  # folder of codes (.npy), as generate_clips.py and python -m voxtral.clips write them
+    codes: str = PRESETS  # or a folder of codes (.npy), as generate_clips.py and python -m voxtral.clips write them
 
 
 def pair_sums(frames: Tensor, valid: Tensor) -> list[Tensor]:
