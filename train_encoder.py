@@ -118,8 +118,9 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     discriminators = Discriminators(config.discriminator).to(process.device) if weights["feature"] else None
     mel_distance = MelDistance(params.sampling_rate).to(process.device)
     balancer = Balancer(config.balancer.decay) if config.balancer.enabled else None
-    known, bad_codes = (codes_to_match(config.match.codes, codec, checkpoint_folder(config), process.device) if weights["match"]
-                        else (None, []))
+    known, bad_codes = None, []
+    if weights["match"]:
+        known, bad_codes = codes_to_match(config.match.codes, codec, checkpoint_folder(config), process.device)
     matching = CodeMatching(known, codec, process.device) if known else None
     model = TrainingModel(codec, teacher.width if teacher else None).to(process.device).train()
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
@@ -172,7 +173,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {process.device}; "
             f"steps {start_step} to {max_steps} in {run.path}")
     if known:
-        log.say(f"loss.match holds codes to the statistics of {sum(codes.shape[1] for codes in known):,} frames ({config.match.codes})")
+        log.say(f"loss.match holds codes to the statistics of {sum(codes.shape[1] for codes in known):,} frames "
+                f"({config.match.codes})")
     bad_clips.add([*fixed[0].bad, *bad_codes])
 
     # ---- 7. the pieces of a step -----------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
     python benchmarks/preset_codes.py                          # 2,900 frames, as many as the release's 20 presets have
     python benchmarks/preset_codes.py --frames 500 --device cpu --structure smooth=0.02
 
-Rows are scaled so that a preset's rows have the norm of the release's (4.4), and their mean that of its voices' (3.8). `independent`:
-every row of the table is drawn alone. `smooth=X`: the rows of an acoustic codebook lie on a parabola, and a share X of their
-deviation is their own, so that neighbouring levels are hard to tell apart.
+Rows are scaled so that a preset's rows have the norm of the release's (4.4), and their mean that of its voices' (3.8).
+`independent`: every row of the table is drawn alone. `smooth=X`: the rows of an acoustic codebook lie on a parabola,
+and a share X of their deviation is their own, so that neighbouring levels are hard to tell apart.
 """
 import argparse
 import sys
@@ -34,7 +34,8 @@ def made_up_codes(params: ModelParams, n_frames: int, generator) -> Tensor:
     sizes = params.codec
     often = 1 / torch.arange(1.0, sizes.semantic_codebook_size + 1)
     semantic = torch.multinomial(often, n_frames, replacement=True, generator=generator)
-    latent = 0.5 * torch.randn(sizes.acoustic_dim, n_frames, generator=generator) + 0.3 * torch.randn(sizes.acoustic_dim, 1, generator=generator)
+    latent = 0.5 * torch.randn(sizes.acoustic_dim, n_frames, generator=generator)
+    latent += 0.3 * torch.randn(sizes.acoustic_dim, 1, generator=generator)
     levels = ((latent.tanh() + 1) / 2 * (sizes.acoustic_codebook_size - 1)).round().long()
     return torch.cat([semantic[None], levels])
 
@@ -50,7 +51,8 @@ def made_up_table(params: ModelParams, structure: str, codes: Tensor, generator)
     position = torch.linspace(-1, 1, n_levels)
     curve = torch.stack([position, position.square()], dim=1)
     curve = (curve - curve.mean(dim=0)) / curve.std(dim=0) / 2 ** 0.5  # [levels, 2]
-    levels = torch.einsum("ld,kdn->kln", curve, draw(sizes.acoustic_dim, 2)) * (1 - own ** 2) ** 0.5 + own * draw(sizes.acoustic_dim, n_levels)
+    levels = torch.einsum("ld,kdn->kln", curve, draw(sizes.acoustic_dim, 2)) * (1 - own ** 2) ** 0.5
+    levels += own * draw(sizes.acoustic_dim, n_levels)
     semantic = draw(sizes.semantic_codebook_size) * (SEMANTIC_SHARE / (1 - SEMANTIC_SHARE) * sizes.acoustic_dim) ** 0.5
     table = torch.zeros(params.audio_embedding_size, dim)
     semantic_start, *starts = (codebook_offsets(sizes) + N_SPECIAL_IDS).tolist()
@@ -73,7 +75,8 @@ def summed(params: ModelParams, codes: Tensor, table: Tensor) -> Tensor:
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=2900, help="(default: 2900)")
-    parser.add_argument("--structure", action="append", default=[], help=f"repeatable (default: {', '.join(STRUCTURES)})")
+    parser.add_argument("--structure", action="append", default=[],
+                        help=f"repeatable (default: {', '.join(STRUCTURES)})")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options = parser.parse_args(arguments)
     with one_sentence():

@@ -1,10 +1,10 @@
 """Statistics of known codes, and the loss that holds what an encoder makes of speech to them (not in the paper).
 
 Many latents make the frozen decoder say the same; sound alone does not tell which of them the true encoder would have
-chosen. But the checkpoint's presets can be turned back into its codes (presets.py), and clips that the model has spoken come
-with theirs (generate_clips.py). Those show how the true encoder's codes are distributed: level by level, with each other, and
-from frame to frame. No clip is compared with its own codes, so the encoder cannot learn to read traces of the decoder in place
-of speech.
+chosen. But the checkpoint's presets can be turned back into its codes (presets.py), and clips that the model has spoken
+come with theirs (generate_clips.py). Those show how the true encoder's codes are distributed: level by level, with each
+other, and from frame to frame. No clip is compared with its own codes, so the encoder cannot learn to read traces of the
+decoder in place of speech.
 """
 from dataclasses import dataclass
 

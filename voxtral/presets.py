@@ -1,7 +1,7 @@
 """The presets back to codes: the only outputs of the true encoder that the release holds.
 
-A row of a preset is the sum of one table row per codebook, rounded to bfloat16 once (spec section 4), and the table is in
-the checkpoint. `python -m voxtral.presets` shows which frames come back, and writes their codes.
+A row of a preset is the sum of one table row per codebook, rounded to bfloat16 once (spec section 4), and the table is
+in the checkpoint. `python -m voxtral.presets` shows which frames come back, and writes their codes.
 """
 import argparse
 import os
@@ -30,8 +30,8 @@ MAX_ERROR = 0.01            # relative, of a frame that is found: a wrong level 
 
 @dataclass
 class Preset:
-    """`codes` [1 + acoustic_dim, L] int64; `exact` [L] bool: their rows sum up to the preset's to the last bit; `errors`
-    [L] float32: distance of the sum from the preset's row, relative."""
+    """`codes` [1 + acoustic_dim, L] int64; `exact` [L] bool: their rows sum up to the preset's to the last bit;
+    `errors` [L] float32: distance of the sum from the preset's row, relative."""
     codes: Tensor
     exact: Tensor
     errors: Tensor
@@ -44,11 +44,12 @@ class Preset:
 
 
 class CodeSearch:
-    """Finds the codes of rows [F, dim], best first: semantic codes by what no choice of levels can explain, then codebook after
-    codebook, `width` paths at a time. What is undecided counts as Gaussian, with the spread of its table rows.
+    """Finds the codes of rows: semantic codes by what no choice of levels can explain, then the levels of one codebook
+    after the other, `width` paths at a time. What is undecided counts as Gaussian, with the spread of its table rows.
 
-    The levels are a least-squares problem with one 1 per codebook. With the Cholesky factor of its normal equations, ridge
-    included, a path's cost grows by one block of a triangle for each codebook, and at the end is the squared error.
+    The levels are a least-squares problem whose unknowns are one 1 per codebook. With the Cholesky factor of its normal
+    equations, ridge included, a path's cost grows by one block of a triangle for each codebook, and at the end is the
+    squared error but for a constant.
     """
 
     def __init__(self, table: Tensor, params: CodecParams):
@@ -56,17 +57,17 @@ class CodeSearch:
         semantic_start, *starts = (codebook_offsets(params) + N_SPECIAL_IDS).tolist()
         self.n_levels = params.acoustic_codebook_size
         self.semantic = table[semantic_start:semantic_start + params.semantic_codebook_size].double()
-        levels = torch.stack([table[start:start + self.n_levels] for start in starts]).double()  # [codebooks, levels, dim]
+        levels = torch.stack([table[start:start + self.n_levels] for start in starts]).double()  # [K, n_levels, dim]
         self.mean = levels.mean(dim=1).sum(dim=0)
         self.deviations = (levels - levels.mean(dim=1, keepdim=True)).flatten(0, 1)
         power = self.deviations.square().mean() * len(starts) + self.semantic.square().mean()
         ridge = NOISE ** 2 * power * self.n_levels * torch.eye(len(self.deviations), device=table.device)
-        self.factor = torch.linalg.cholesky(self.deviations @ self.deviations.T + ridge)  # lower triangle
+        self.factor = torch.linalg.cholesky(self.deviations @ self.deviations.T + ridge)  # [K * n_levels] * 2, lower
         self.explained = self.explain(self.semantic)
         self.unexplained = self.semantic.square().sum(dim=1) - self.explained.square().sum(dim=1)
 
     def explain(self, rows: Tensor) -> Tensor:
-        """[F, dim] -> [F, codebooks * levels]: what levels can explain of the rows; inner products are theirs."""
+        """[F, dim] -> [F, K * n_levels]: what levels can explain of the rows, with the same inner products."""
         return torch.linalg.solve_triangular(self.factor, self.deviations @ rows.T, upper=False).T
 
     def __call__(self, rows: Tensor, width: int) -> Tensor:
@@ -75,7 +76,7 @@ class CodeSearch:
         left = self.explain(rows)
         cost = self.unexplained - 2 * (rows @ self.semantic.T - left @ self.explained.T)
         cost, semantic = cost.topk(min(width, cost.shape[1]), largest=False)  # [F, paths]
-        left = left[:, None] - self.explained[semantic]                       # [F, paths, codebooks * levels]
+        left = left[:, None] - self.explained[semantic]                       # [F, paths, K * n_levels]
         codes = semantic[..., None]
         for start in reversed(range(0, len(self.factor), self.n_levels)):
             block = self.factor[start:start + self.n_levels]
@@ -93,7 +94,8 @@ def recover(codec: VoxtralCodec, rows: Tensor, device="cpu") -> Preset:
     table, rows = codec.audio_embedding.to(device), rows.to(device)
     search = CodeSearch(table, codec.params)
     codes = rows.new_zeros(len(rows), codec.params.n_codebooks, dtype=torch.long)
-    errors, exact = rows.new_full((len(rows),), torch.inf, dtype=torch.float32), rows.new_zeros(len(rows), dtype=torch.bool)
+    errors = rows.new_full((len(rows),), torch.inf, dtype=torch.float32)
+    exact = torch.zeros_like(errors, dtype=torch.bool)
     for width in WIDTHS:
         missing = (errors > MAX_ERROR).nonzero().flatten()
         for some in missing.split(PATHS_AT_ONCE // width) if len(missing) else ():
@@ -105,8 +107,8 @@ def recover(codec: VoxtralCodec, rows: Tensor, device="cpu") -> Preset:
 
 
 def preset_codes(codec: VoxtralCodec, folder, device="cpu") -> dict[str, Preset]:
-    """Name -> codes of each preset of the checkpoint `folder`, whose codec this is. Voices that were registered later are left
-    out: they are no outputs of the true encoder. Raises CheckpointError when the folder's voices cannot be read."""
+    """Name -> codes of each preset of the checkpoint `folder`, whose codec this is. Voices that were registered later
+    are left out: they are no outputs of the true encoder. Raises CheckpointError when the voices cannot be read."""
     names = [voice.name for voice in list_voices(folder) if voice.is_preset and not voice.problem]
     if not names:
         return {}
@@ -116,9 +118,10 @@ def preset_codes(codec: VoxtralCodec, folder, device="cpu") -> dict[str, Preset]
     return {name: Preset(*part) for name, *part in zip(names, *(tensor.split(lengths, dim=-1) for tensor in parts))}
 
 
-def codes_to_match(where: str, codec: VoxtralCodec, folder, device="cpu") -> tuple[list[Tensor], list[tuple[str, str]]]:
-    """match.codes -> codes [1 + acoustic_dim, L >= 2] of the presets of the checkpoint `folder`, or of clips; (name, reason) of
-    those that cannot be used. Raises DataError when none can."""
+def codes_to_match(where: str, codec: VoxtralCodec, folder,
+                   device="cpu") -> tuple[list[Tensor], list[tuple[str, str]]]:
+    """match.codes -> codes [1 + acoustic_dim, L >= 2] of the presets of the checkpoint `folder`, or of clips; (name,
+    reason) of those that cannot be used. Raises DataError when none can."""
     if where != PRESETS:
         return known_codes(where, codec.params)
     found = preset_codes(codec, folder, device)
@@ -126,8 +129,8 @@ def codes_to_match(where: str, codec: VoxtralCodec, folder, device="cpu") -> tup
     codes = [preset.codes for preset in found.values() if not preset.problem and preset.codes.shape[1] > 1]
     if not codes:
         reason = ": ".join(bad[0]) if bad else "it has none of two frames or more"
-        raise DataError(f"match.codes: no preset of {folder} comes back to codes ({reason}); make clips with codes by generate_clips.py, "
-                        "and name their folder.")
+        raise DataError(f"match.codes: no preset of {folder} comes back to codes ({reason}); make clips with codes by "
+                        "generate_clips.py, and name their folder.")
     return codes, bad
 
 
@@ -136,8 +139,8 @@ def main(arguments=None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
                         help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="writes NAME.npy, codes int16 [37, L], of every preset whose "
-                        "frames all come back")
+    parser.add_argument("--output", metavar="DIR", type=Path,
+                        help="writes NAME.npy, codes int16 [37, L], of every preset whose frames all come back")
     options = parser.parse_args(arguments)
     with one_sentence():
         if not options.checkpoint:
@@ -147,7 +150,8 @@ def main(arguments=None) -> None:
         row = "{:<24} {:>6} {:>14} {:>14}  {}".format
         print(row("preset", "frames", "exact to a bit", "largest error", "state"))
         for name, preset in found.items():
-            print(row(name, len(preset.errors), int(preset.exact.sum()), f"{preset.errors.max():.4f}", preset.problem or "ok"))
+            print(row(name, len(preset.errors), int(preset.exact.sum()), f"{preset.errors.max():.4f}",
+                      preset.problem or "ok"))
             if options.output and not preset.problem:
                 with atomic_path(options.output / f"{name}.npy") as temporary, temporary.open("wb") as file:
                     np.save(file, preset.codes.numpy().astype(np.int16))
