@@ -21,7 +21,7 @@ from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.layout import meta_codec  # noqa: E402
 from voxtral.params import N_SPECIAL_IDS, ModelParams, parse_params  # noqa: E402
 from voxtral.presets import recover  # noqa: E402
-from voxtral.run import start_process  # noqa: E402
+from voxtral.processes import start_process  # noqa: E402
 from voxtral.standin import full_params  # noqa: E402
 
 ROW_NORM, MEAN_NORM = 4.4, 3.8  # of a frame, and of a voice's mean frame, in the release's presets
