@@ -21,6 +21,7 @@ from voxtral.params import CheckpointError, CodecParams
 from voxtral.standin import small_params, write_random_checkpoint
 
 DATA = Path(__file__).parent / "data"
+ASSETS = Path(__file__).parents[1] / "assets"
 GOLDEN = load_file(DATA / "codec_small.safetensors")
 LAYOUT = json.loads((DATA / "checkpoint_layout.json").read_text())
 CASES = range(5)
@@ -84,9 +85,11 @@ def test_equals_the_serving_engine(codec, case):
     io = {name.removeprefix(f"io.{case}."): t for name, t in GOLDEN.items() if name.startswith(f"io.{case}.")}
     assert codec.has_encoder
     assert relative_error(codec.encode_latent(io["waveform"]), io["latent"]) < 1e-5
-    assert torch.equal(codec.encode(io["waveform"]), io["codes"].long())
-    assert relative_error(codec.decode(io["codes"].long()), io["reconstruction"]) < 1e-5
-    assert relative_error(codec.voice_embedding(io["waveform"]), io["voice_embedding"]) < 1e-5
+    codes = codec.quantizer.encode(codec.encode_latent(io["waveform"]))
+    assert torch.equal(codes, io["codes"].long())
+    assert relative_error(codec.decode(codes), io["reconstruction"]) < 1e-5
+    rows = codec.voice_rows(codes, torch.tensor([codes.shape[-1]]))
+    assert relative_error(rows[0], io["voice_embedding"]) < 1e-5
 
 
 def test_voice_embedding_ends_with_the_end_audio_frame(codec):
@@ -437,3 +440,36 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_safetensors(path, {"x": (3,), "y": (2,)}, lambda name: torch.float32, fail)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- what vLLM-Omni 0.30.0 made of three clips, in bf16
+
+@pytest.fixture(scope="module")
+def standin():
+    """The embedded stand-in with its encoder, and what the engine recorded of it (serving/cpu_worker.py)."""
+    codec = VoxtralCodec.from_checkpoint(ASSETS / "standin")
+    codec.load_encoder(load_file(ASSETS / "standin_withheld_encoder.safetensors"))
+    return codec, load_file(DATA / "served_standin.safetensors")
+
+
+@pytest.mark.parametrize("clip", range(3))
+def test_the_quantizer_gives_the_codes_that_serving_gave(standin, clip):
+    codec, served = standin
+    latent, codes = served[f"{clip}.latent"], served[f"{clip}.codes"].long()
+    with torch.autocast("cpu", torch.bfloat16):  # which would make the distances fp32
+        assert torch.equal(codec.quantizer.encode(latent), codes)
+    in_fp32 = codec.quantizer.encode(latent.float())
+    assert (in_fp32 != codes)[:, 1:].float().mean() > 0.02  # so this is what the dtype decides
+
+
+def test_codes_and_rows_of_a_waveform_are_what_serving_makes_of_it(standin):
+    """Attention kernels round differently, so not every code is equal; fp32 is five times as far away."""
+    codec, served = standin
+    waveform, theirs = served["1.waveform"].float(), served["1.codes"].long()
+    ours, exact = codec.encode(waveform), codec.quantizer.encode(codec.encode_latent(waveform))
+    assert (ours - theirs)[:, 1:].abs().max() <= 1
+    assert (ours != theirs)[:, 1:].float().mean() < 0.012 and (exact != theirs)[:, 1:].float().mean() > 0.04
+    assert (ours != theirs)[:, 0].float().mean() < 0.03 and (exact != theirs)[:, 0].float().mean() > 0.05
+    rows = codec.voice_rows(theirs, torch.tensor([theirs.shape[-1]]))[0]
+    assert torch.equal(rows.bfloat16(), served["1.rows"])
+    assert torch.equal(codec.voice_embedding(waveform)[-1].bfloat16(), served["1.rows"][-1])  # END_AUDIO

@@ -17,12 +17,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import inject_encoder
+from inject_encoder import changed_shares
 from voxtral.backbone import Backbone
 from voxtral.checkpoint import Checkpoint, SafetensorsFile, remove_json, save_tensors, set_json
 from voxtral.codec import VoxtralCodec
 from voxtral.inject import BACKUP, INDEX, MARKER, RECORD, eject, inject
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import CheckpointError, load_params
+from voxtral.reference import prepare_reference
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -577,6 +579,12 @@ def test_script_takes_the_newest_best_encoder_and_verifies(folder, tmp_path, mon
     code, out, _ = run_script(capsys, "--in-place", "--verify", CLIP)
     assert code == 0 and "encoder: runs/new/best/encoder.safetensors" in out
     assert "114 encoder tensors" in out and out.count("of the acoustic levels") == 2
+    codec, waveform = VoxtralCodec.from_checkpoint(folder), prepare_reference(CLIP).waveform
+    served = codec.encode(waveform)
+    codec.load_encoder(SafetensorsFile(tmp_path / "runs/new/best/encoder.safetensors").read())
+    with torch.no_grad():
+        exact = codec.quantizer.encode(codec.encode_latent(waveform))
+    assert f"serving, which computes in bf16 from the waveform to the levels, changes {changed_shares(served, exact)}" in out
     name = next(iter(withheld_layout(load_params(folder))))
     wanted = SafetensorsFile(tmp_path / "runs/new/best/encoder.safetensors").read([name])[name].bfloat16()
     assert torch.equal(Checkpoint(folder).read([name])[name], wanted)
@@ -592,7 +600,7 @@ def test_verify_notices_another_encoder_and_counts_changes(folder, encoder, tmp_
     codes = torch.zeros(1, 37, 4)
     changed = codes.clone()
     changed[0, 0, 0] = changed[0, 5, :3] = 1
-    assert inject_encoder.changed_shares(changed, codes) == ("25.00% of the semantic codes, "
+    assert changed_shares(changed, codes) == ("25.00% of the semantic codes, "
                                                              "2.08% of the acoustic levels")  # 3 of 144
 
 

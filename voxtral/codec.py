@@ -126,9 +126,19 @@ class VoxtralCodec(nn.Module):
             x = block(x)
         return x
 
+    @torch.no_grad()
+    def served_latent(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """encode_latent() as serving computes it -> [B, latent_dim, L] bfloat16. The waveform is rounded to bf16 too.
+
+        Without autocast's cache: the weights that it keeps here have no gradient for a training step around this.
+        """
+        with torch.autocast(waveform.device.type, torch.bfloat16, cache_enabled=False):
+            return self.encode_latent(waveform.bfloat16(), lengths).bfloat16()
+
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """[B, 1, T] -> codes [B, 1 + acoustic_dim, L] int64, semantic first. `lengths`: see encode_latent."""
-        return self.quantizer.encode(self.encode_latent(waveform, lengths))
+        """[B, 1, T] -> codes [B, 1 + acoustic_dim, L] int64, semantic first, as serving makes them: in bf16 from the
+        waveform to the levels, whatever dtype the weights have. `lengths`: see encode_latent."""
+        return self.quantizer.encode(self.served_latent(waveform, lengths))
 
     # ------------------------------------------------------------ decoder
 

@@ -103,8 +103,8 @@ class FullPipeline(nn.Module):
         """-> the encoder's codes [B, 37, L_r] of the references, and its latent, unless the codes were known."""
         if batch.encoded is not None:
             return batch.encoded, None
-        latent = self.codec.encode_latent(batch.waveform, batch.n_reference * self.codec.params.frame_size).float()
-        return self.codec.quantizer.encode(latent.detach()), latent
+        lengths = batch.n_reference * self.codec.params.frame_size
+        return self.codec.encode(batch.waveform, lengths), self.codec.encode_latent(batch.waveform, lengths).float()
 
     def run(self, batch: PairBatch, of_encoder: bool, adapted: bool) -> Pass:
         """One pass, with the encoder's reference or the true one, through the adapted model or the base model."""

@@ -83,7 +83,8 @@ def load_samples(clips: list[Clip], max_sec: float) -> tuple[list[Sample], list[
 
 @torch.no_grad()
 def encode_all(codec: VoxtralCodec, samples: list[Sample]) -> Iterator[tuple[Encoded, Tensor]]:
-    """Each clip encoded and decoded alone, in the codec's dtype and without TF32; decoded [T] is cut to the source.
+    """Each clip encoded alone as serving does, and decoded in the codec's dtype without TF32; decoded [T] is cut to the
+    source.
 
     Clips are padded to whole seconds, which changes nothing that counts: a GPU plans its convolutions anew for every
     length that it meets.
@@ -93,11 +94,11 @@ def encode_all(codec: VoxtralCodec, samples: list[Sample]) -> Iterator[tuple[Enc
         length = torch.tensor([len(sample.waveform)], device=device)
         padding = -len(sample.waveform) % codec.params.sampling_rate
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            latent = codec.encode_latent(F.pad(sample.waveform, (0, padding))[None, None].to(device), length).float()
+            latent = codec.served_latent(F.pad(sample.waveform, (0, padding))[None, None].to(device), length)
             codes = codec.quantizer.encode(latent)
             decoded = codec.decode(codes)[0, 0, :len(sample.waveform)].float()
         n_frames = ceil_div(len(sample.waveform), codec.params.frame_size)
-        yield Encoded(latent[0, :, :n_frames].cpu(), codes[0, :, :n_frames].cpu()), decoded.cpu()
+        yield Encoded(latent[0, :, :n_frames].float().cpu(), codes[0, :, :n_frames].cpu()), decoded.cpu()
 
 
 def fresh_encoder(codec: VoxtralCodec, seed: int) -> dict[str, Tensor]:

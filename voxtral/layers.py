@@ -2,12 +2,17 @@
 
 Attribute names give the checkpoint's tensor names. All of it follows serving (spec section 3).
 """
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from voxtral.params import CodecParams
+
+# Said once by every process that runs fp32 weights under bf16 autocast; the norms are a small part of the time.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
 
 
 class CausalConv1d(nn.Module):

@@ -22,8 +22,9 @@ class SemanticCodebook(nn.Module):
         return self.embedding_sum.float() / self.cluster_usage.float().clamp(min=1e-5)[:, None]
 
     def encode(self, x: Tensor) -> Tensor:
-        """[..., dim] -> nearest entry by Euclidean distance [...] int64"""
-        return torch.cdist(x.float().reshape(1, -1, x.shape[-1]), self.embedding[None])[0].argmin(-1).view(x.shape[:-1])
+        """[..., dim] -> nearest entry by Euclidean distance [...] int64, table and distances in x's dtype"""
+        entries = self.embedding_sum.to(x.dtype) / self.cluster_usage.to(x.dtype).clamp(min=1e-5)[:, None]
+        return torch.cdist(x.reshape(1, -1, x.shape[-1]), entries[None])[0].argmin(-1).view(x.shape[:-1])
 
     def decode(self, codes: Tensor) -> Tensor:
         """[...] -> [..., dim] float32"""
@@ -97,9 +98,12 @@ class Quantizer(nn.Module):
         return ((squashed + 1) / 2 * (self.n_levels - 1)).round()
 
     def encode(self, latent: Tensor) -> Tensor:
-        """[B, semantic_dim + acoustic_dim, L] -> codes [B, 1 + acoustic_dim, L] int64. The only tanh is here."""
-        latent = latent.float()
-        semantic = self.semantic_codebook.encode(latent[:, :self.semantic_dim].transpose(1, 2))
+        """[B, semantic_dim + acoustic_dim, L] -> codes [B, 1 + acoustic_dim, L] int64. The only tanh is here.
+
+        Computed in the latent's dtype, also under autocast: of serving's bf16 latent these are serving's codes.
+        """
+        with torch.autocast(latent.device.type, enabled=False):
+            semantic = self.semantic_codebook.encode(latent[:, :self.semantic_dim].transpose(1, 2))
         # A diverged encoder's NaN has no level: as an index it would end the process before the loss guard speaks.
         acoustic = self.levels(latent[:, self.semantic_dim:].tanh()).nan_to_num().long()
         return torch.cat([semantic[:, None], acoustic], dim=1)
