@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from voxtral.acoustic import AcousticTransformer
+from voxtral.acoustic import CFG_ALPHA, AcousticTransformer
 from voxtral.backbone import Backbone
 from voxtral.cached_backbone import CachedBackbone
 from voxtral.codec import VoxtralCodec, codebook_offsets
@@ -49,6 +49,7 @@ class FrameLoop:
         self.cache = backbone.new_cache(batch_size, n_slots)
         self.max_frames = max_frames
         self.noise = torch.zeros(batch_size, max_frames, codec.params.acoustic_dim, device=device)
+        self.cfg_alpha = torch.zeros(batch_size, 1, device=device)
         self.ids = torch.zeros(batch_size, max_frames, codec.params.n_codebooks, dtype=torch.long, device=device)
         self.hidden = torch.zeros(batch_size, backbone.sizes.dim, dtype=dtype, device=device)
         self.n_padding = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -56,13 +57,14 @@ class FrameLoop:
         self.slot = torch.zeros(1, dtype=torch.long, device=device)   # of the cache, for the next frame's embedding
         self.step: Callable[[], None] = graphed(self._step, self._rewind) if device.type == "cuda" else self._step
 
-    def start(self, prompts: list[Tensor], noise: Tensor) -> None:
+    def start(self, prompts: list[Tensor], noise: Tensor, cfg_alpha: float | Tensor = CFG_ALPHA) -> None:
         """Runs the prompts [S_i, dim], padded on the left to one length. noise [B, n, acoustic_dim] float32: of frames
-        0 ... n - 1, n <= max_frames."""
+        0 ... n - 1, n <= max_frames; cfg_alpha: one, or [B, 1]."""
         length = prompt_slots(prompts)
         padded = torch.stack([F.pad(prompt, (0, 0, length - len(prompt), 0)) for prompt in prompts])
         self.n_padding.copy_(torch.tensor([length - len(prompt) for prompt in prompts]))
         self.noise[:, :noise.shape[1]].copy_(noise)
+        self.cfg_alpha.copy_(torch.as_tensor(cfg_alpha))
         slots = torch.arange(length, device=padded.device)
         hidden = self.backbone(padded.to(self.hidden.dtype), self.cache, slots, self.n_padding, length)
         self.hidden.copy_(hidden[:, -1])
@@ -70,7 +72,7 @@ class FrameLoop:
         self.slot.fill_(length)
 
     def _step(self) -> None:
-        ids = self.acoustic.frame(self.hidden, self.noise.index_select(1, self.frame)[:, 0])
+        ids = self.acoustic.frame(self.hidden, self.noise.index_select(1, self.frame)[:, 0], self.cfg_alpha)
         self.ids.index_copy_(1, self.frame, ids[:, None])
         x = F.embedding(ids + self.offsets, self.table).sum(dim=1, keepdim=True).to(self.hidden.dtype)  # [B, 1, dim]
         self.hidden.copy_(self.backbone(x, self.cache, self.slot, self.n_padding, self.cache.n_slots)[:, 0])

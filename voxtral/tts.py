@@ -14,6 +14,7 @@ from mistral_common.protocol.speech.request import SpeechRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from torch import Tensor
 
+from voxtral.acoustic import CFG_ALPHA
 from voxtral.cached_backbone import CachedBackbone
 from voxtral.errors import UserError
 from voxtral.frames import FrameLoop, Models, prompt_slots
@@ -32,10 +33,11 @@ class TTSError(UserError):
 @dataclass(frozen=True)
 class Request:
     """`voice` [N, dim]: rows of a voice embedding, END_AUDIO row included; `seed`: whole numbers >= 0 that the noise
-    hangs on."""
+    hangs on; `cfg_alpha`: weight of the velocity that sees the prompt, against the one that does not."""
     text: str
     voice: Tensor
     seed: Sequence[int] = (0,)
+    cfg_alpha: float = CFG_ALPHA
 
 
 @dataclass
@@ -88,7 +90,8 @@ class TTS:
         prompts = [self.prompt(request.text, request.voice) for request in requests]
         loop = self._loop_for(prompts, max_frames)
         dim = self.codec.params.acoustic_dim
-        loop.start(prompts, torch.stack([noise(request.seed, max_frames, dim) for request in requests]))
+        loop.start(prompts, torch.stack([noise(request.seed, max_frames, dim) for request in requests]),
+                   torch.tensor([[request.cfg_alpha] for request in requests]))
         takes = [Take(loop.ids.new_empty(loop.ids.shape[-1], 0, device="cpu")) for _ in requests]
         done = 0
         while done < max_frames and not all(take.ended for take in takes):
