@@ -1,9 +1,11 @@
-# make demo: everything on two CPU cores. make test: the test suite. Both set up .venv first.
+# make demo: everything on two CPU cores. make test: the test suite. make serve-test: the stand-in in the real vLLM-Omni, which
+# sets up .venv-serve (2.7 GB). All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+SERVE := .venv-serve
 
-.PHONY: setup demo test
+.PHONY: setup demo test serve-test
 
 setup: $(READY)
 
@@ -19,3 +21,17 @@ demo: $(READY)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -q tests
+
+serve-test: $(READY)
+	-$(MAKE) --no-print-directory $(SERVE)/.ready
+	$(VENV)/bin/python -m pytest -q -s -rs -p no:cacheprovider serving
+
+# PyPI's torchaudio and torchvision are built for CUDA: their libraries do not load beside torch for the CPU.
+$(SERVE)/.ready: serving/requirements.txt serving/pyproject.toml serving/torchvision_extension.py
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet --disable-pip-version-check --no-deps -r serving/requirements.txt
+	rm -f $(SERVE)/lib/python3*/site-packages/torchaudio/lib/*.so
+	grep -q _OPERATORS $(SERVE)/lib/python3*/site-packages/torchvision/extension.py || \
+		cat serving/torchvision_extension.py >> $$(echo $(SERVE)/lib/python3*/site-packages/torchvision/extension.py)
+	$(SERVE)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e serving
+	touch $@
