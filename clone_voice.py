@@ -4,6 +4,7 @@ No server is needed. The reference is cleaned and cut to at most 25 s, and encod
 inject_encoder.py put into the checkpoint.
 """
 import argparse
+import math
 import os
 import sys
 import time
@@ -43,6 +44,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--max-sec", type=float, default=60.0, help="longest audio of a piece of about 300 characters, "
                         "for speech that finds no end (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another reading (default: 0)")
+    parser.add_argument("--cfg-alpha", metavar="WEIGHT", type=float, default=1.2,
+                        help="above 1: how much the speech is pushed towards voice and text (default: 1.2, as in serving)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser
 
@@ -54,6 +57,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from voxtral.acoustic import CFG_ALPHA
 from voxtral.checkpoint import atomic_path
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError, one_sentence
@@ -92,12 +96,13 @@ def reference_voice(checkpoint: str, path: str, device: torch.device) -> Tensor:
     return embedding.bfloat16()
 
 
-def speak(tts: TTS, pieces: list[Piece], voice: Tensor, seed: int, max_frames: int) -> Iterator[tuple[int, Tensor]]:
+def speak(tts: TTS, pieces: list[Piece], voice: Tensor, seed: int, max_frames: int,
+          cfg_alpha: float) -> Iterator[tuple[int, Tensor]]:
     """Yields (index of the piece, samples [n] float32) in order, at least once per piece; the audio of the first piece
     of every batch while it is still being generated."""
     for start in range(0, len(pieces), BATCH_SIZE):
         batch = pieces[start:start + BATCH_SIZE]
-        requests = [Request(piece.text, voice, (seed, start + i)) for i, piece in enumerate(batch)]
+        requests = [Request(piece.text, voice, (seed, start + i), cfg_alpha) for i, piece in enumerate(batch)]
         decoder = StreamingDecoder(tts.codec)
         for takes in tts.takes(requests, max_frames):
             for samples in decoder.extend(takes[0].codes[None]):
@@ -109,16 +114,17 @@ def speak(tts: TTS, pieces: list[Piece], voice: Tensor, seed: int, max_frames: i
                     yield start + i, samples[0]
             if not take.ended:
                 limit_sec = max_frames / tts.codec.params.frame_rate_hz
-                print(f"warning: no END_AUDIO within {limit_sec:.0f} s, cut off there: {batch[i].text[:60]}",
+                print(f"warning: no END_AUDIO within {limit_sec:g} s, cut off there: {batch[i].text[:60]}",
                       file=sys.stderr)
             elif not take.codes.shape[1]:
                 print(f"warning: END_AUDIO came at once, there is no audio: {batch[i].text[:60]}", file=sys.stderr)
 
 
-def write_all(tts: TTS, paths: list[Path], pieces: list[Piece], voice: Tensor, seed: int, max_frames: int) -> None:
+def write_all(tts: TTS, paths: list[Path], pieces: list[Piece], voice: Tensor, seed: int, max_frames: int,
+              cfg_alpha: float = CFG_ALPHA) -> None:
     """Speaks all pieces and writes one file after the other; prints the speed."""
     rate, started, first_audio_sec, total = tts.codec.params.sampling_rate, time.perf_counter(), None, 0
-    spoken = speak(tts, pieces, voice, seed, max_frames)
+    spoken = speak(tts, pieces, voice, seed, max_frames, cfg_alpha)
     for number, chunks in groupby(spoken, key=lambda chunk: pieces[chunk[0]].file):
         path, n_samples, last = paths[number], 0, None
         container, subtype = FORMATS[path.suffix.lower()]
@@ -152,6 +158,8 @@ def main(arguments=None) -> None:
         paths = output_paths(options.output, len(texts))
         if options.seed < 0:
             raise UserError(f"--seed is {options.seed}; it must be 0 or more.")
+        if not 0 <= options.cfg_alpha < math.inf:
+            raise UserError(f"--cfg-alpha is {options.cfg_alpha}; it must be 0 or more, and finite.")
         if options.save_voice and not options.reference:
             raise UserError("--save-voice needs --reference: a named voice is there already.")
         if options.save_voice:
@@ -173,7 +181,7 @@ def main(arguments=None) -> None:
             raise UserError(f"--max-sec is {options.max_sec:g}; one frame is {frame_sec:.2f} s, the least.")
         if device.type == "cuda":
             tts.warm_up([Request(piece.text, voice) for piece in pieces[:BATCH_SIZE]], max_frames)
-        write_all(tts, paths, pieces, voice, options.seed, max_frames)
+        write_all(tts, paths, pieces, voice, options.seed, max_frames, options.cfg_alpha)
 
 
 if __name__ == "__main__":

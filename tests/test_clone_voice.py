@@ -8,6 +8,7 @@ import soundfile
 import torch
 
 import clone_voice
+from voxtral.acoustic import CFG_ALPHA
 from voxtral.checkpoint import save_tensors
 from voxtral.inject import inject
 from voxtral.layout import withheld_layout
@@ -128,6 +129,7 @@ def test_clones_a_recording_and_keeps_the_voice(checkpoint, tmp_path, capsys):
     (["--reference", SPEECH, "--text", "hi", "--save-voice", "An na"], "'An na' is no voice name"),
     (["--voice", "alpha", "--text", "hi", "--max-sec", "0.01"], "--max-sec is 0.01"),
     (["--voice", "alpha", "--text", "hi", "--seed", "-1"], "--seed is -1"),
+    (["--voice", "alpha", "--text", "hi", "--cfg-alpha", "nan"], "--cfg-alpha is nan"),
     (["--voice", "alpha", "--text", "hi", "--device", "tpu"], "device is tpu"),
 ])
 def test_bad_input_is_one_sentence(released, tmp_path, capsys, more, message):
@@ -143,6 +145,17 @@ def test_a_recording_that_is_no_reference_is_refused(checkpoint, tmp_path, capsy
     with pytest.raises(SystemExit) as exit_info:
         run(checkpoint, tmp_path / "out.wav", "--reference", tmp_path / "short.wav", "--text", "hi")
     assert exit_info.value.code == 2 and "give 3 to 25 s" in capsys.readouterr().err
+
+
+def test_cfg_alpha_is_servings_unless_it_is_given(released, tmp_path):
+    voice = named_voice(released, "alpha")
+    for name, alpha, more in (("a", CFG_ALPHA, ()), ("b", 2.0, ("--cfg-alpha", 2))):
+        run(released, tmp_path / f"{name}.wav", "--voice", "alpha", "--text", "Good morning.", *more)
+        tts = TTS.from_checkpoint(released)
+        take, = tts.generate([Request("Good morning.", voice, (0, 0), alpha)], LIMIT)
+        with torch.no_grad():
+            assert (read(tmp_path / f"{name}.wav") - tts.codec.decode(take.codes[None])[0, 0].clamp(-1, 1)).abs().max() < 1e-4
+    assert not torch.equal(read(tmp_path / "a.wav"), read(tmp_path / "b.wav"))
 
 
 def test_needs_a_checkpoint(tmp_path, capsys, monkeypatch):

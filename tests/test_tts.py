@@ -1,6 +1,7 @@
 """The generating half on a small random checkpoint: cached steps, batches, stopping, prompts, chunked decoding."""
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,14 @@ def test_the_seed_decides_alone(tts, requests):
     assert torch.equal(longer.codes[:, :12], first.codes)
     assert torch.equal(noise((0, 3), 50, 36)[:7], noise((0, 3), 7, 36))
     assert len({noise(seed, 7, 36).sum().item() for seed in ((0, 3), (3, 0), (0, 4), (1, 3))}) == 4
+
+
+def test_cfg_alpha_is_each_requests_own(tts, requests):
+    strong = replace(requests[0], cfg_alpha=2.0)
+    together = tts.generate([strong, requests[0]], 12)
+    alone = [tts.generate([request], 12)[0] for request in (strong, requests[0])]
+    assert all(torch.equal(one.codes, other.codes) for one, other in zip(together, alone))
+    assert not torch.equal(*(take.codes for take in alone))
 
 
 def test_stops_at_the_limit_and_says_so(tts, requests):

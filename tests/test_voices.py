@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,18 @@ from mistral_common.exceptions import InvalidRequestException
 from mistral_common.protocol.speech.request import SpeechRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+import evaluate
 import patch_tokenizer
 from voxtral import voices
-from voxtral.checkpoint import Checkpoint, SafetensorsFile, save_tensors
-from voxtral.codec import VoxtralCodec
+from voxtral.checkpoint import EMBEDDING_NAME, Checkpoint, SafetensorsFile, save_tensors
+from voxtral.codec import VoxtralCodec, codebook_offsets
+from voxtral.evaluation import compare_voices, voice_statistics
 from voxtral.inject import inject
 from voxtral.layout import withheld_layout
-from voxtral.params import CheckpointError, load_params
+from voxtral.params import END_AUDIO, CheckpointError, load_params, parse_params
 from voxtral.reference import prepare_reference
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
+from voxtral.tts import named_voice
 from voxtral.voices import (VoiceError, encode_reference, end_audio_row, list_voices, load_embedding, register, remove,
                             voice_files)
 
@@ -281,6 +285,64 @@ def test_the_presets_of_a_checkpoint_end_on_our_end_row(folder, end_row):
         loaded, notes = load_embedding(folder / "voice_embedding" / f"{name}.pt", load_params(folder), end_row)
         assert notes == [] and len(loaded) == n_rows
         assert torch.equal(loaded, torch.load(folder / "voice_embedding" / f"{name}.pt"))
+
+
+# ---------------------------------------------------------------- presets as the release has them
+
+def save_as_on_a_gpu(tensor, path):
+    """The file that torch.save() writes of this tensor on cuda:0, made without one."""
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    with zipfile.ZipFile(buffer) as saved, zipfile.ZipFile(path, "w") as changed:
+        for name in saved.namelist():
+            data = saved.read(name)
+            if name.endswith("/data.pkl"):
+                assert b"X\x03\0\0\0cpu" in data
+                data = data.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0")
+            changed.writestr(name, data)
+
+
+@pytest.fixture(scope="module")
+def as_released(tmp_path_factory):
+    """3072 wide, presets saved on a GPU, whose rows have the norms of the release's: 4.4, and 14.75 the last one."""
+    raw, generator = small_params(backbone={"dim": 3072, "hidden_dim": 64}), torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 67, 3072, generator=generator)
+    rows *= 4.4 / rows.norm(dim=2, keepdim=True)
+    rows[:, -1] = torch.randn(3072, generator=generator)
+    rows[:, -1] *= 14.75 / rows[:, -1].norm(dim=1, keepdim=True)
+    presets = dict(zip(("ar_male", "de_female", "casual_female"), rows.bfloat16()))
+    params = parse_params(raw)
+    table = random_tensor(EMBEDDING_NAME, (params.audio_embedding_size, 3072)).float()
+    table[END_AUDIO] = rows[0, -1] - table[codebook_offsets(params.codec)[1:]].sum(dim=0)
+    folder = tmp_path_factory.mktemp("as_released")
+    write_random_checkpoint(folder, raw, presets, trained={EMBEDDING_NAME: table.bfloat16()})
+    for name, preset in presets.items():
+        save_as_on_a_gpu(preset, folder / "voice_embedding" / f"{name}.pt")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(folder / "voice_embedding" / "ar_male.pt", weights_only=True)
+    return folder, presets
+
+
+def test_presets_saved_on_a_gpu_are_listed_read_and_compared(as_released, capsys):
+    folder, presets = as_released
+    patch_tokenizer.main(["--checkpoint", str(folder), "--list"])
+    assert capsys.readouterr().out.count("  67      5.3  preset      ok") == 3
+    assert end_audio_row(folder).norm() == pytest.approx(14.75, rel=0.01)
+    for name, preset in presets.items():
+        assert torch.equal(named_voice(folder, name), preset)
+    read = evaluate.read_presets(folder)
+    assert all(torch.equal(rows, preset[:-1].float()) for rows, preset in zip(read, presets.values(), strict=True))
+    own = voice_statistics(read, [0, 1, 2], 4.4 / math.sqrt(3072))
+    compared = compare_voices(own, own)
+    assert compared["norm"] == pytest.approx(4.4, rel=0.01) and compared["mean_cosine_to_presets"] == pytest.approx(1)
+
+
+def test_a_released_preset_is_registered_under_another_name_as_it_is(as_released, tmp_path, capsys):
+    folder, presets = shutil.copytree(as_released[0], tmp_path / "copy"), as_released[1]
+    patch_tokenizer.main(["--checkpoint", str(folder), "--voice", f"mine={folder / 'voice_embedding' / 'ar_male.pt'}"])
+    assert "END_AUDIO" not in capsys.readouterr().out
+    stored = torch.load(folder / "voice_embedding" / "mine.pt", weights_only=True)  # on any machine
+    assert torch.equal(stored, presets["ar_male"]) and stored.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("tensor,message", [
