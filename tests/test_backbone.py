@@ -1,13 +1,16 @@
 """The backbone against numbers that the serving engine's own modules produced, and with a LoRA adapter."""
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from voxtral import backbone
 from voxtral.backbone import Backbone, halves_to_native, native_to_halves, to_native_name, to_transformers_name
 from voxtral.checkpoint import TEXT_EMBEDDING_NAME, save_tensors
 from voxtral.params import CheckpointError
@@ -33,8 +36,8 @@ def golden():
     return load_file(GOLDEN)
 
 
-@pytest.fixture
-def backbone(tmp_path):
+@pytest.fixture(name="backbone")
+def golden_backbone(tmp_path):
     return Backbone.from_checkpoint(write_golden(tmp_path / "golden"), dtype=torch.float32)
 
 
@@ -130,3 +133,24 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
     misshapen = write_golden(tmp_path / "misshapen", lambda tensors: tensors.update({"norm.weight": torch.ones(31)}))
     with pytest.raises(CheckpointError, match=r"norm.weight has shape \[31\]"):
         Backbone.from_checkpoint(misshapen)
+
+
+# ---------------------------------------------------------------- versions
+
+def test_a_transformers_that_ignores_theta_is_found_at_load(tmp_path, monkeypatch):
+    """As 4.56 did: it does not know rope_parameters, and took 10,000."""
+    class Old(backbone.MistralRotaryEmbedding):
+        def __init__(self, config):
+            config.rope_parameters = {**config.rope_parameters, "rope_theta": 10_000.0}
+            super().__init__(config)
+    monkeypatch.setattr(backbone, "MistralRotaryEmbedding", Old)
+    with pytest.raises(CheckpointError, match="rope_theta 1e[+]06 of params.json: pip install -r requirements.txt"):
+        Backbone.from_checkpoint(write_golden(tmp_path / "golden"))
+
+
+def test_versions_have_the_lower_bounds_that_were_tried():
+    lines = [line for line in (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    bounds = {(one := Requirement(line)).name: one.specifier for line in lines}
+    assert not bounds["transformers"].contains("4.57.6") and not bounds["mistral-common"].contains("1.9.1")
+    for name, specifier in bounds.items():
+        assert specifier.contains(version(name)), name

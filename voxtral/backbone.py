@@ -6,12 +6,13 @@ rotates its two halves, so the rows of wq and wk are reordered once at load, and
 import re
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 from voxtral.checkpoint import TEXT_EMBEDDING_NAME, Checkpoint, check_shapes
-from voxtral.params import ModelParams, TransformerParams
+from voxtral.params import CheckpointError, ModelParams, TransformerParams
 
 # Native module name -> transformers' name; inside a layer, both follow `layers.N.`.
 MODULE_NAMES = {TEXT_EMBEDDING_NAME.removesuffix(".weight"): "embed_tokens", "norm": "norm"}
@@ -58,6 +59,16 @@ def rotated_heads(sizes: TransformerParams) -> dict[str, int]:
     return {"wq": sizes.n_heads, "wk": sizes.n_kv_heads}
 
 
+def check_rope(rotary: nn.Module, sizes: TransformerParams) -> None:
+    """Raises CheckpointError unless RoPE turns by the theta of params.json: a transformers that does not know the key
+    rope_parameters would take 10,000 without a word."""
+    frequencies = sizes.rope_theta ** -(torch.arange(0, sizes.head_dim, 2, dtype=torch.float64) / sizes.head_dim)
+    found = rotary.inv_freq.double().cpu()
+    if found.shape != frequencies.shape or not torch.allclose(found, frequencies, rtol=1e-4, atol=0):
+        raise CheckpointError(f"transformers {transformers.__version__} does not turn RoPE by rope_theta "
+                              f"{sizes.rope_theta:g} of params.json: pip install -r requirements.txt.")
+
+
 class Backbone(nn.Module):
     """Embeddings [B, S, dim] -> hidden states [B, S, dim]. `model` is the MistralModel, in which peft finds the usual
     q_proj, k_proj, v_proj and o_proj; its weights are frozen."""
@@ -101,6 +112,7 @@ class Backbone(nn.Module):
         backbone.model.load_state_dict(weights, assign=True)  # the modules take these very tensors
         # Computed at construction, not stored: on the meta device it has no values yet. It stays float32.
         backbone.model.rotary_emb = MistralRotaryEmbedding(backbone.model.config).to(device)
+        check_rope(backbone.model.rotary_emb, checkpoint.params.backbone)
         return backbone.eval()
 
     def native_state_dict(self) -> dict[str, Tensor]:

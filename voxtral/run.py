@@ -24,6 +24,7 @@ from voxtral.config import ConfigError, dump_config, load_config
 from voxtral.errors import one_sentence
 from voxtral.history import History, metric_rows
 from voxtral.processes import Process, TrainingDiverged, training_process
+from voxtral.tracking import open_tracker
 
 STATE = "run_state.pt"  # in the folder of a checkpoint
 
@@ -81,7 +82,7 @@ class RunFolder:
 
     def __init__(self, path, config, process: Process, resume: bool):
         """Raises ConfigError when the folder holds another run (resume=false)."""
-        self.path, self.process = Path(path), process
+        self.path, self.process, self.config = Path(path), process, config
         if self.latest() and not resume:
             raise ConfigError(f"{self.path} already holds a run: continue it with resume=true, "
                               "or choose another output_dir.")
@@ -212,6 +213,7 @@ class Logger:
             self.history = run.truncate_metrics(start_step)
             self.file = (run.path / "metrics.jsonl").open("a", encoding="utf-8")
             self.board = SummaryWriter(run.path / "tensorboard", purge_step=start_step + 1)
+            self.tracker = open_tracker(run.config, run.path)
         self.max_steps = max_steps
 
     def add(self, step: int, scalars: dict[str, Tensor]) -> None:
@@ -262,9 +264,19 @@ class Logger:
             self.file.write(json.dumps({"step": step, **row}) + "\n")
             self.file.flush()
             self.history.add({"step": step, **row})
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(name, value, step)
+            scalars = {name: value for name, value in row.items() if isinstance(value, float)}
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
+            if self.tracker:
+                self.track(scalars, step)
+
+    def track(self, scalars: dict[str, float], step: int) -> None:
+        """A tracker that fails, as its server may, ends no run."""
+        try:
+            self.tracker.log(scalars, step)
+        except Exception as error:
+            self.say(f"tracker {self.run.config.tracker} failed and gets no more of this run: {' '.join(str(error).split())}")
+            self.tracker = None
 
     def say(self, line: str) -> None:
         if self.is_main:
@@ -287,6 +299,8 @@ class Logger:
         if self.is_main:
             self.file.close()
             self.board.close()
+            if self.tracker:
+                self.tracker.close()
 
 
 def to_number(value):
