@@ -1,8 +1,9 @@
 """Measures an encoder on clips: sound, codes, voice embeddings, and how near it is to a reference encoder.
 
 Every clip passes through the codec alone, in fp32. With --reference-encoder (the true encoder of a stand-in checkpoint)
-it also tells which share of the gap between an untrained and the true encoder is closed. With --degrade it scores known
-degradations of the clips instead, which shows what each score is worth.
+it also tells which share of the gap between an untrained and the true encoder is closed. Clips of generate_clips.py come
+with the codes that they were decoded from: how many of these the encoder finds is the one truth that there is about the real
+checkpoint. With --degrade it scores known degradations of the clips instead, which shows what each score is worth.
 
 OUTPUT gets metrics.json, table.md, clips.csv, plots (png), and the first clips as wavs and spectrograms.
 """
@@ -21,6 +22,9 @@ EXAMPLES = f"""scores that need more than requirements.txt:
 examples:
   # an injected checkpoint on a folder of recordings
   python evaluate.py --checkpoint Voxtral-clone --data my_speech --output runs/evaluation
+
+  # how many of the true codes of generated clips it finds
+  python evaluate.py --checkpoint Voxtral-clone --data data/generated --output runs/evaluation
 
   # a trained encoder against the withheld one, on the validation clips of a config
   python evaluate.py --checkpoint assets/standin --encoder runs/demo/best/encoder.safetensors \\
@@ -41,7 +45,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--degrade", action="store_true", help="score known degradations; no checkpoint is read")
     parser.add_argument("--data", metavar="CONFIG|FOLDER", required=True,
                         help="a folder of recordings, whose sub-folders are the speakers, or a YAML with a data: block")
-    parser.add_argument("--all", action="store_true", help="all clips of a config, not its validation clips alone")
+    parser.add_argument("--all", action="store_true", help="all clips of a config, not its held-out ones alone")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
     parser.add_argument("--metrics", metavar="NAME,...", default=",".join(DEFAULT_SCORES),
                         help=f"scores, of {','.join(SCORES)} (default: %(default)s)")
@@ -71,29 +75,31 @@ from voxtral.data import SAMPLE_RATE, read_config
 from voxtral.degrade import DEGRADATIONS, order
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import (METRICS, Agreement, Averages, Encoded, Sample, all_codes, compare_voices,
-                                finite, fresh_encoder, gap_closed, load_samples, measure_clips, voice_statistics)
+                                finite, fresh_encoder, gap_closed, load_samples, measure_clips, read_true_codes, voice_statistics)
 from voxtral.evaluation_report import gap_figure, scores_figure, table, voices_figure, write_clips, write_listening
 from voxtral.plots import levels_figure, save_figure
 from voxtral.processes import start_process
 from voxtral.scores import Scorer, check_scores, not_measured
-from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation
+from voxtral.sources import Clip, DataConfig, SourceConfig, final_clips, find_clips, split_validation
 from voxtral.voices import list_voices, load_pt
 
 
 # ---------------------------------------------------------------- what is measured
 
 def choose_clips(data: str, overrides: list[str], everything: bool) -> tuple[list[Clip], list[str]]:
-    """-> clips of a folder (all) or a config (its validation clips, or all), absent sources. Raises DataError."""
+    """-> clips of a folder (all) or a config (its test clips, if it has none its validation clips, or all), absent sources.
+    A folder that generate_clips.py wrote comes with its codes. Raises DataError."""
     if Path(data).is_dir():
         if overrides:
             raise UserError(f"'{overrides[0]}': --data is a folder, only a config has keys to set.")
-        sources, absent = find_clips(DataConfig(data_root=data, sources=[SourceConfig(kind="folder")]))
+        kind = "generated" if Path(data, "manifest.jsonl").is_file() else "folder"
+        sources, absent = find_clips(DataConfig(data_root=data, sources=[SourceConfig(kind=kind)]))
         everything = True
     else:
         config = read_config(data, overrides)
         sources, absent = find_clips(config)
     if not everything:
-        return split_validation(sources, config.validation)[1], absent
+        return final_clips(sources, config.validation) or split_validation(sources, config.validation)[1], absent
     return list({clip.path: clip for source in sources for clip in source}.values()), absent
 
 
@@ -126,7 +132,7 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
     codec = VoxtralCodec.from_checkpoint(options.checkpoint)
     encoders = read_encoders(codec, options, samples)
     codec.to(device)
-    presets = read_presets(options.checkpoint)
+    presets, bad_codes = read_presets(options.checkpoint), read_true_codes(samples, codec.params)
 
     # ---- 2. every clip through every encoder ----
     agreement = Agreement(codec) if "reference" in encoders else None
@@ -150,7 +156,7 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
         systems[system]["codes"] = all_codes(codec, encoded[system])
     save_figure(levels_figure({name: systems[name]["codes"]["level_histogram"] for name in encoders}),
                 options.output / "levels.png")
-    report = {"systems": systems}
+    report = {"systems": systems, "bad_codes": bad_codes}
     if presets:
         report["presets"] = measure_voices(options, codec, encoded, systems, presets, [s.speaker for s in samples])
 

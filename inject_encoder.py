@@ -32,6 +32,9 @@ def command_line() -> argparse.ArgumentParser:
                         help="encoder.safetensors of a run (default: the newest runs/*/best/encoder.safetensors)")
     parser.add_argument("--lora", metavar="DIR", type=Path,
                         help="peft adapter folder to merge into the attention weights")
+    parser.add_argument("--weights", metavar="FILE", type=Path,
+                        help="weights.safetensors of phase 2 (train.trainable=[embedding]) in the place of the "
+                             "checkpoint's; with --output")
     parser.add_argument("--verify", metavar="CLIP", help="read the result back, compare the codes of this audio file")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", metavar="DIR", type=Path, help="folder to write; one of an earlier run is replaced")
@@ -45,6 +48,7 @@ if __name__ == "__main__":
 
 import torch
 
+from voxtral.adapters import adapter_record
 from voxtral.checkpoint import SafetensorsFile
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError, one_sentence
@@ -109,8 +113,11 @@ def main(arguments=None) -> None:
         if options.encoder is None:
             print(f"encoder: {encoder}")
         lost = lost_voices(options.checkpoint, options.output) if options.output else []
-        folder = inject(options.checkpoint, encoder, options.lora, options.output)
+        if options.lora and not adapter_record(options.lora):
+            print(f"{options.lora} does not say which encoder it was trained with", file=sys.stderr)
+        folder = inject(options.checkpoint, encoder, options.lora, options.output, options.weights)
         print(f"{folder} now holds the encoder{' and the merged LoRA' if options.lora else ''}"
+              f"{' and the other weights of phase 2' if options.weights else ''}"
               f"{'; --eject takes it out again' if options.in_place else ''}")
         if lost:
             print(f"voices of the earlier {folder} to be registered again (patch_tokenizer.py): {', '.join(lost)}",

@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   # the embedded stand-in (assets/standin), from a folder that holds train.csv and its clips
   python make_standin.py --config configs/standin_small.yaml data.data_root=/my/speech
   python make_standin.py --config configs/standin_small.yaml resume=true   # go on after a kill
-  python make_standin.py --config configs/standin_small.yaml checkpoint=DIR   # trains on a stand-in with its encoder
+  python make_standin.py --config configs/standin_small.yaml checkpoint=DIR encoder=checkpoint   # trains on
 
   # 8 GB of random weights in the full layout, for benchmarks and dry runs
   python make_standin.py --random --size full --output /tmp/voxtral_random
@@ -103,6 +103,7 @@ def make_codec(config: StandinConfig, raw_params: dict, process: Process) -> dic
     for run, trainable, max_steps in stages:
         stage = deepcopy(config)
         stage.output_dir, stage.train.trainable, stage.train.max_steps = str(run), trainable, max_steps
+        stage.encoder = "checkpoint" if trainable == ["decoder"] else None if tensors else config.encoder
         if tensors or not config.checkpoint:
             stage.checkpoint = str(run / "initial")
             start = {name: tensor for name, tensor in tensors.items()
@@ -134,6 +135,7 @@ def make_language_model(config: StandinConfig, folder: Path, process: Process) -
     output, language_model = Path(config.output_dir), deepcopy(config.language_model)
     language_model.checkpoint, language_model.output_dir = str(folder), str(output / "language_model")
     language_model.resume, language_model.seed, language_model.device = config.resume, config.seed, config.device
+    language_model.tracker = config.tracker
     language_model.data.data_root = str(output)
     language_model.data.sources = [SourceConfig(kind="generated", path="coded")]
     if process.is_main and not (output / "coded" / "manifest.jsonl").is_file():

@@ -10,8 +10,9 @@ decoder rebuilds the speech, by the recipe of the Voxtral TTS paper (section 2.1
     torchrun --nproc-per-node 4 train_encoder.py --config configs/encoder.yaml
 
 Any key of the YAML can be overridden as key=value. The run folder (output_dir) holds checkpoints/, best/,
-metrics.jsonl, plots/, samples/ and tensorboard/.
+metrics.jsonl, plots/, samples/, tensorboard/, and at the end test.json.
 """
+import json
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -31,8 +32,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from voxtral.asr import WhisperTeacher, asr_distillation_loss
 from voxtral.asr_cache import AsrCache, SegmentDataset
-from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors
+from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors, write_text
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
+from voxtral.codes import codes_of_clips
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
 from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, collate, make_loader, steps_per_epoch, validation_batches
 from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
@@ -46,9 +48,9 @@ from voxtral.processes import Process
 from voxtral.quantizer import QuantizationDraws
 from voxtral.run import (Logger, RunFolder, SideStream, cosine_with_warmup, save_state,
                          set_learning_rate, training_main)
-from voxtral.sources import find_clips, split_validation
+from voxtral.sources import final_clips, find_clips, split_validation
 from voxtral.speaker import SpeakerEncoder, speaker_loss
-from voxtral.validation import embedding_norm, evaluate_codec
+from voxtral.validation import embedding_norm, evaluate_codec, in_words, test_weights
 
 
 class TrainingModel(nn.Module):
@@ -84,7 +86,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     torch.manual_seed(config.seed)
 
     # ---- 2. checkpoint ---------------------------------------------------------------------------------------------
-    codec = VoxtralCodec.from_checkpoint(checkpoint_folder(config))
+    codec, origin = VoxtralCodec.start(checkpoint_folder(config), config.encoder)
     params = codec.params
     parts = {"encoder": codec.encoder_parameters(), "codebook": [],  # the codebook follows an average, no gradient
              "decoder": [*codec.decoder_blocks.parameters(), *codec.output_proj.parameters()]}
@@ -95,11 +97,17 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     own_names = [name for name in codec.state_dict() if (CODEC_PREFIX + name).startswith(ENCODER_PREFIXES)]
     other_names = [name for name in codec.state_dict() if name not in own_names]
 
+    known, bad_known = None, []
+    if weights["match"]:
+        known, bad_known = codes_to_match(config.match.codes, codec, checkpoint_folder(config), process.device)
+
     # ---- 3. data ---------------------------------------------------------------------------------------------------
     sources, left_out = find_clips(config.data)
     train_clips, validation_clips = split_validation(sources, config.data.validation)
+    final = final_clips(sources, config.data.validation)
     train_clips = [clip for source in train_clips for clip in source]
     fixed = validation_batches(validation_clips, config.data)
+    true_codes, bad_codes = codes_of_clips(validation_clips, fixed, params)  # of generated clips among them
     if "codebook" in settings.trainable and not codec.has_encoder:
         # All validation clips, so that the start does not hang on the batch size.
         heard, heard_lengths = torch.cat([b.waveform for b in fixed]), torch.cat([b.lengths for b in fixed])
@@ -118,9 +126,6 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     discriminators = Discriminators(config.discriminator).to(process.device) if weights["feature"] else None
     mel_distance = MelDistance(params.sampling_rate).to(process.device)
     balancer = Balancer(config.balancer.decay) if config.balancer.enabled else None
-    known, bad_codes = None, []
-    if weights["match"]:
-        known, bad_codes = codes_to_match(config.match.codes, codec, checkpoint_folder(config), process.device)
     matching = CodeMatching(known, codec, process.device) if known else None
     model = TrainingModel(codec, teacher.width if teacher else None).to(process.device).train()
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
@@ -167,6 +172,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     start_step, best = run.restore(stateful) if config.resume and run.latest() else (0, math.inf)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
     bad_clips = BadClipLog(run.path)
+    log.say(f"encoder: {origin}" + (f", then what step {start_step} of this run had" if start_step else ""))
     for line in left_out:
         log.say(line)
     log.say(f"{len(train_clips)} training clips, {len(validation_clips)} validation clips, {per_epoch:.1f} steps per epoch; "
@@ -175,7 +181,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     if known:
         log.say(f"loss.match holds codes to the statistics of {sum(codes.shape[1] for codes in known):,} frames "
                 f"({config.match.codes})")
-    bad_clips.add([*fixed[0].bad, *bad_codes])
+    bad_clips.add([*fixed[0].bad, *bad_codes, *bad_known])
 
     # ---- 7. the pieces of a step -----------------------------------------------------------------------------------
     def waveform_losses(names, reconstruction, target, lengths):
@@ -254,7 +260,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         """Fixed clips through the averaged encoder; writes samples; returns the mel distance that decides `best`."""
         codec_to_check = averaged.module.eval()
         with autocast:
-            metrics, encoded = evaluate_codec(codec_to_check, fixed)
+            metrics, encoded = evaluate_codec(codec_to_check, fixed, true_codes=true_codes)
         log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
         folder = run.path / "samples" / f"step_{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +272,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             figure = spectrogram_figure({"source": source, "reconstruction": reconstruction}, params.sampling_rate)
             save_figure(figure, folder / f"clip_{i}.png")
             log.board.add_figure(f"clip_{i}/spectrogram", figure, step)
-        log.say(f"validation at step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
+        log.say(f"validation at step {step}: {in_words(metrics)}")
         return metrics["mel_distance"]
 
     def trained_tensors(names):
@@ -345,6 +351,14 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             log.say(f"stopped after step {step + 1}; go on with resume=true")
             break
         yield step + 1
+    else:
+        if final and process.is_main:
+            with log.timed("test", max_steps), autocast:
+                tested, bad = test_weights(averaged.module.eval(), run.path / "best", final, config.data)
+            bad_clips.add(bad)
+            write_text(run.path / "test.json", json.dumps(tested, indent=2) + "\n")
+            log.say(f"best weights on {len(final)} test clips: {in_words(tested['all'])}")
+        process.wait()
     if bad_clips.count:
         log.say(f"{bad_clips.count} bad files were replaced, listed in {bad_clips.path}")
     log.close()

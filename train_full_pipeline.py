@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from voxtral.adapters import write_adapter_record
 from voxtral.checkpoint import SafetensorsFile, save_tensors, write_text
 from voxtral.config import FullPipelineConfig, check_full_pipeline_config, checkpoint_folder
 from voxtral.data import BadClipLog, make_loader, steps_per_epoch
@@ -144,9 +145,13 @@ def train(config: FullPipelineConfig, process: Process) -> None:
             save_figure(layers_figure([row for row in rows if "validation/loss/total" in row]),
                         run.path / "plots" / "layers.png")
 
+    encoder = ("encoder.safetensors beside it" if "encoder" in settings.trainable else
+               config.encoder or checkpoint_folder(config))
+
     def write_weights(folder):
         if model.adapter:
             model.adapter.save_pretrained(folder / "adapter")
+            write_adapter_record(folder / "adapter", encoder, model.codec.encoder_tensors())
         if "encoder" in settings.trainable:
             save_tensors(folder / "encoder.safetensors", model.codec.encoder_tensors())
         tensors = native_tensors(model)

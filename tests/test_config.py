@@ -54,13 +54,13 @@ def written(content, prefix=""):
 
 
 def test_encoder_yaml_names_every_key_and_states_the_defaults():
-    """Only where the seed's data lies, and how long it is trained on, is not a default of the dataclasses."""
+    """Only where the data lies, how it is read, and that a real run has clips for its end, is not a default of the dataclasses."""
     content = yaml.safe_load((CONFIGS / "encoder.yaml").read_text())
     defaults = dict(leaves(EncoderConfig()))
     shipped = dict(leaves(load_config(EncoderConfig, CONFIGS / "encoder.yaml", [])))
     assert set(written(content)) == set(defaults)
     different = {key for key, value in shipped.items() if value != defaults[key]}
-    assert different == {"data.sources", "data.num_workers"}
+    assert different == {"data.sources", "data.num_workers", "data.validation.test_clips"}
 
 
 def test_full_pipeline_yaml_is_the_seeds_recipe_and_states_the_defaults():

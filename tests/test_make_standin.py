@@ -106,7 +106,8 @@ def test_training_goes_on_from_a_stand_in_with_its_encoder(config, made, tmp_pat
     whole, run = tmp_path / "whole", tmp_path / "run"
     inject_encoder.main(["--checkpoint", str(made / "released"), "--encoder", str(made / "withheld_encoder.safetensors"),
                          "--output", str(whole)])
-    make_standin.main(["--config", str(config), f"checkpoint={whole}", f"output_dir={run}", "optimizer.learning_rate=1e-12"])
+    make_standin.main(["--config", str(config), f"checkpoint={whole}", "encoder=checkpoint", f"output_dir={run}",
+                       "optimizer.learning_rate=1e-12"])
     before, after = (load_file(folder / "withheld_encoder.safetensors") for folder in (made, run))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert not (run / "initial").exists()

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from voxtral.checkpoint import CODEC_PREFIX, EMBEDDING_NAME, ENCODER_PREFIXES, Checkpoint, check_shapes
+from voxtral.checkpoint import CODEC_PREFIX, EMBEDDING_NAME, ENCODER_PREFIXES, Checkpoint, SafetensorsFile, check_shapes
 from voxtral.layers import CausalConv1d, CausalConvTranspose1d, Transformer
-from voxtral.params import END_AUDIO, EMPTY_AUDIO, N_SPECIAL_IDS, CodecParams, integers
+from voxtral.params import END_AUDIO, EMPTY_AUDIO, N_SPECIAL_IDS, CheckpointError, CodecParams, integers
 from voxtral.quantizer import QuantizationDraws, Quantizer
 
 
@@ -59,20 +59,22 @@ class VoxtralCodec(nn.Module):
         self.register_buffer("audio_embedding", None, persistent=False)
 
     @classmethod
-    def from_checkpoint(cls, folder, device="cpu", dtype: torch.dtype = torch.float32) -> "VoxtralCodec":
+    def from_checkpoint(cls, folder, device="cpu", dtype: torch.dtype = torch.float32,
+                        with_encoder: bool = True) -> "VoxtralCodec":
         """Reads the codec and the audio embedding table, and no other tensor, from a checkpoint folder.
 
-        Without encoder tensors there, the encoder is freshly initialised and `has_encoder` is False.
+        Without encoder tensors there, or with_encoder=False, the encoder is freshly initialised and `has_encoder` is False.
         Raises CheckpointError for a file or tensor that is missing, damaged or of a wrong shape.
         """
         checkpoint = Checkpoint(folder)
         codec = cls(checkpoint.params.codec)
         own = {CODEC_PREFIX + name: tuple(t.shape) for name, t in codec.state_dict().items()}
-        codec.has_encoder = bool(checkpoint.encoder_names)
+        codec.has_encoder = with_encoder and bool(checkpoint.encoder_names)
         expected = {name: shape for name, shape in own.items()
                     if codec.has_encoder or not name.startswith(ENCODER_PREFIXES)}
         found = {name: shape for name, shape in checkpoint.shapes.items()
-                 if name.startswith((CODEC_PREFIX, EMBEDDING_NAME))}
+                 if name.startswith((CODEC_PREFIX, EMBEDDING_NAME))
+                 and (with_encoder or not name.startswith(ENCODER_PREFIXES))}
         embedding_shape = (checkpoint.params.audio_embedding_size, checkpoint.params.dim)
         check_shapes(found, {**expected, EMBEDDING_NAME: embedding_shape}, checkpoint.folder)
         tensors = checkpoint.read([*expected, EMBEDDING_NAME])
@@ -80,6 +82,20 @@ class VoxtralCodec(nn.Module):
         own_tensors = {name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}
         codec.load_state_dict(own_tensors, strict=codec.has_encoder)
         return codec.to(device, dtype).eval()
+
+    @classmethod
+    def start(cls, folder, encoder: str | None) -> tuple["VoxtralCodec", str]:
+        """The codec of a checkpoint folder as phase 1 begins with it, and in words which encoder that is. encoder: None:
+        fresh; "checkpoint": the folder's own; or an encoder.safetensors. Raises CheckpointError."""
+        codec = cls.from_checkpoint(folder, with_encoder=encoder == "checkpoint")
+        if encoder is None:
+            return codec, "fresh weights"
+        if encoder != "checkpoint":
+            codec.load_encoder(SafetensorsFile(encoder).read(), encoder)
+            return codec, encoder
+        if not codec.has_encoder:
+            raise CheckpointError(f"encoder is checkpoint, but {folder} holds none: leave encoder at null, or name a file.")
+        return codec, f"the one in {folder}"
 
     def load_encoder(self, tensors: dict[str, Tensor], where="the encoder file") -> None:
         """Takes encoder tensors under their full checkpoint names. Raises CheckpointError unless all are there and

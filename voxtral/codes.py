@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from voxtral.audio import BadClip
+from voxtral.data import Batch
 from voxtral.params import CodecParams
-from voxtral.sources import DataError
+from voxtral.sources import Clip, DataError
 
 MAX_CLIPS = 2000  # spread over a folder; more do not change the statistics
 
@@ -26,12 +27,31 @@ def read_codes(path: str, params: CodecParams) -> Tensor:
     return codes
 
 
+def codes_of_clips(clips: list[Clip], batches: list[Batch], params: CodecParams) -> tuple[list[Tensor | None], list]:
+    """Of validation_batches(): the codes that each clip was decoded from, or None; (path, reason) of those of no use."""
+    found, bad = [], []
+    for batch in batches:
+        for index, length in zip(batch.indices, batch.lengths.tolist()):
+            codes = None
+            if clips[index].codes:
+                try:
+                    codes = read_codes(clips[index].codes, params)
+                    if length not in (codes.shape[1] * params.frame_size, batch.waveform.shape[-1]):
+                        raise BadClip(clips[index].codes, f"{codes.shape[1]} frames are not the length of its clip")
+                except BadClip as error:
+                    codes = bad.append((clips[index].codes, error.reason))
+            found.append(codes)
+    return found, bad
+
+
 def known_codes(folder: str, params: CodecParams) -> tuple[list[Tensor], list[tuple[str, str]]]:
     """Codes [1 + acoustic_dim, L >= 2] from the .npy files below a folder; (path, reason) of those that cannot be used.
     Raises DataError when none can."""
     paths = sorted(Path(folder).rglob("*.npy"))
     if not paths:
-        raise DataError(f"match.codes: {folder} holds no codes (.npy); make clips with codes by generate_clips.py.")
+        raise DataError(f"match.codes: {folder} holds no codes (.npy); let the model make some: python generate_clips.py "
+                        f"--output {folder} --per-voice 100 (a few minutes for 20 voices on a GPU), or set "
+                        "match.codes=presets.")
     codes, bad = [], []
     for path in paths[::-(-len(paths) // MAX_CLIPS)]:
         try:

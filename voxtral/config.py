@@ -23,6 +23,7 @@ from voxtral.matching import MatchConfig
 from voxtral.params import LORA_MODULES
 from voxtral.sources import CODEC_FRAME_SEC, check_config
 from voxtral.speaker import SpeakerConfig
+from voxtral.tracking import TRACKERS, is_installed
 
 PARTS = ("encoder", "codebook", "decoder")
 PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under true references
@@ -73,10 +74,12 @@ class BalancerConfig:
 class EncoderConfig:
     """Everything train_encoder.py can be told."""
     checkpoint: Optional[str] = None      # folder; null: $VOXTRAL_CKPT
+    encoder: Optional[str] = None         # start: null: fresh; an encoder.safetensors; checkpoint: the one in the checkpoint
     output_dir: str = "runs/encoder"
     resume: bool = False                  # continue from the newest checkpoint in output_dir
     seed: int = 0
     device: str = "auto"                  # auto, cpu, cuda
+    tracker: str = "none"                 # beside TensorBoard: none, wandb, mlflow, trackio
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -142,6 +145,7 @@ class FullPipelineConfig:
     resume: bool = False                  # continue from the newest checkpoint in output_dir
     seed: int = 0
     device: str = "auto"                  # auto, cpu, cuda
+    tracker: str = "none"                 # beside TensorBoard: none, wandb, mlflow, trackio
     data: DataConfig = field(default_factory=DataConfig)
     reference_sec: Optional[List[float]] = None  # [shortest, longest]: references are random crops of their own true codes
     train: FullPipelineTrainConfig = field(default_factory=FullPipelineTrainConfig)
@@ -258,6 +262,11 @@ def _check_run(config, parts: tuple[str, ...], positive: list[str], not_negative
     unknown = [part for part in train.trainable if part not in parts]
     if unknown or not train.trainable:
         raise ConfigError(f"train.trainable: {unknown or 'nothing'} is not one of {', '.join(parts)}.")
+    if config.tracker not in ("none", *TRACKERS):
+        raise ConfigError(f"tracker is {config.tracker}: it must be none or one of {', '.join(TRACKERS)}.")
+    if config.tracker != "none" and not is_installed(config.tracker):
+        raise ConfigError(f"tracker is {config.tracker}, which is not installed: pip install {config.tracker}, or set "
+                          "tracker=none.")
     if train.precision not in ("bf16", "fp32"):
         raise ConfigError(f"train.precision is {train.precision}: it must be bf16 or fp32.")
     positive = ["train.epochs", "train.accumulation", "train.log_every_steps", "train.validate_every_steps",
@@ -314,6 +323,9 @@ def check_encoder_config(config: EncoderConfig) -> None:
     _check_run(config, PARTS, ["train.reconstruction_decay", "discriminator.channels", "discriminator.crop_sec",
                                "discriminator.learning_rate"],
                ["train.n_samples", "discriminator.warmup_steps"], ["train.ema_decay", "balancer.decay"])
+    if "encoder" not in train.trainable and not config.encoder:
+        raise ConfigError("train.trainable leaves the encoder as it is, which is a fresh one: set encoder to a file, or to "
+                          "checkpoint.")
     if train.reconstruction_decay > 1:
         raise ConfigError(f"train.reconstruction_decay is {train.reconstruction_decay}: it must be at most 1.")
     if config.asr.teacher_cache and list(config.data.speed) != [1, 1]:

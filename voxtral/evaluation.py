@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.audio import BadClip, load_segment
+from voxtral.codec import VoxtralCodec, ceil_div
+from voxtral.codes import read_codes
 from voxtral.losses import codebook_scale
 from voxtral.metrics import code_agreement, code_statistics
+from voxtral.params import CodecParams
 from voxtral.score_table import SCORES, Metric
 from voxtral.scores import Scorer, Source
 from voxtral.sources import Clip, DataError
+from voxtral.validation import known_agreement
 
 N_RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)            # percentiles
@@ -41,7 +44,12 @@ AGREEMENT = {
                                 weight="frames"),
     "embedding_cosine": Metric("cosine of the voice embeddings' rows, frame by frame", True, weight="frames"),
 }
-METRICS = SCORES | CODES | AGREEMENT
+KNOWN = {  # of clips that come with the codes that they were decoded from (generate_clips.py)
+    "known_semantic_equal": Metric("share of semantic codes equal to those that the clip was decoded from", True, weight="frames"),
+    "known_levels_equal": Metric("share of acoustic levels equal to those that the clip was decoded from", True, weight="frames"),
+    "known_levels_within_1": Metric("share of acoustic levels at most one off those", True, weight="frames"),
+}
+METRICS = SCORES | CODES | KNOWN | AGREEMENT
 
 
 # ---------------------------------------------------------------- clips
@@ -52,6 +60,7 @@ class Sample:
     clip: Clip
     waveform: Tensor
     native_rate: int
+    true_codes: Tensor | None = None  # [1 + acoustic_dim, L] int64, see read_true_codes()
 
     @property
     def speaker(self) -> tuple[int, str]:
@@ -79,6 +88,18 @@ def load_samples(clips: list[Clip], max_sec: float) -> tuple[list[Sample], list[
     if not samples:
         raise DataError(f"None of the {len(clips)} clips can be read; look at --data ({'; '.join(bad[:3])}).")
     return samples, bad
+
+
+def read_true_codes(samples: list[Sample], params: CodecParams) -> list[str]:
+    """Of generated clips; returns "path: reason" of those that cannot be used."""
+    bad = []
+    for sample in samples:
+        if sample.clip.codes:
+            try:
+                sample.true_codes = read_codes(sample.clip.codes, params)
+            except BadClip as error:
+                bad.append(str(error))
+    return bad
 
 
 @torch.no_grad()
@@ -131,6 +152,14 @@ def all_codes(codec: VoxtralCodec, encoded: list[Encoded]) -> dict:
     return {"frames": codes.shape[-1], "semantic_dead_share": 1 - result["semantic_used"] / size} | result
 
 
+def known_codes_agreement(codec: VoxtralCodec, sample: Sample, encoded: Encoded) -> dict[str, float]:
+    """KNOWN of one clip; NaN where its codes are not known."""
+    if sample.true_codes is None:
+        return dict.fromkeys(KNOWN, math.nan)
+    n_whole = torch.tensor([len(sample.waveform) // codec.params.frame_size])
+    return known_agreement(encoded.codes[None], n_whole, [sample.true_codes])
+
+
 class Agreement:
     """Compares clips with what a reference encoder makes of them: AGREEMENT, by name."""
 
@@ -168,6 +197,8 @@ def measure_clips(codec: VoxtralCodec, samples: list[Sample], sources: list[Sour
     """
     for i, (clip, decoded) in enumerate(encode_all(codec, samples)):
         row = clip_codes(codec, clip) | scorer.score(sources[i], decoded)
+        if any(sample.true_codes is not None for sample in samples):
+            row |= known_codes_agreement(codec, samples[i], clip)
         if agreement:
             row |= agreement(clip, expected[i] if expected else clip)
         yield row, clip, decoded

@@ -78,7 +78,7 @@ def table(report: dict) -> str:
         lines = [f"- {name}: {text}" for name, text in report[key].items()]
         if lines:
             parts.append(f"## {title}\n\n" + "\n".join(lines) + "\n")
-    lines = [f"- {line}" for key in ("absent_sources", "bad_clips") for line in report[key]]
+    lines = [f"- {line}" for key in ("absent_sources", "bad_clips", "bad_codes") for line in report.get(key, [])]
     if lines:
         parts.append("## Left out\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)

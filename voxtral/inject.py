@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from voxtral.adapters import check_adapter
 from voxtral.checkpoint import (ENCODER_PREFIXES, TORCH_DTYPES, Checkpoint, Item, SafetensorsFile, Span, atomic_path,
                                 check_shapes, flush, read_json, remove_json, set_json, weight_files, write_items,
                                 write_safetensors, write_text)
@@ -32,9 +33,10 @@ LORA_KEYS = {  # keys of adapter_config.json that are read, checked, or do not c
 
 # ---------------------------------------------------------------- injecting
 
-def inject(checkpoint, encoder, lora=None, output=None) -> Path:
-    """Writes `checkpoint` with the encoder (fp32 .safetensors, full tensor names), and the peft adapter folder `lora`
-    merged into the attention, to the folder `output`; None: in place, from where eject() restores it.
+def inject(checkpoint, encoder, lora=None, output=None, weights=None) -> Path:
+    """Writes `checkpoint` with the encoder (fp32 .safetensors, full tensor names), the peft adapter folder `lora` merged
+    into the attention, and the tensors of the file `weights` (checkpoint names) in the place of its own, to the folder
+    `output`; None: in place, from where eject() restores it.
 
     An earlier injection is replaced, not added to. Returns the folder written. Raises CheckpointError, before anything
     is written, when something does not fit. A kill at any moment leaves the old checkpoint or the new one.
@@ -44,15 +46,21 @@ def inject(checkpoint, encoder, lora=None, output=None) -> Path:
     layout = released_layout(source.params)
     check_shapes({name: shape for name, shape in source.shapes.items() if name in layout}, layout, folder)
     originals = original_files(folder)
-    merged = injection_record(folder).get("lora")
+    record = injection_record(folder)
+    merged = record.get("lora") or record.get("weights")
     if merged and source.encoder_names and not (folder / BACKUP).is_dir():
-        raise CheckpointError(f"{folder} already has the LoRA {merged} merged: inject into the checkpoint that it was "
-                              "made from.")
+        raise CheckpointError(f"{folder} already has {merged} in it: inject into the checkpoint that it was made from.")
     changes = encoder_changes(encoder, source.params)
     if lora is not None:
+        check_adapter(lora, encoder)
         changes |= lora_changes(lora, originals, source.params)
+    if weights is not None:
+        if output is None:
+            raise CheckpointError(f"{weights} replaces more than an injection in place can undo: use --output.")
+        changes |= weight_changes(weights, originals)
     targets = [changed(original, changes, last=original is originals[-1]) for original in originals]
-    record = json.dumps({"encoder": str(encoder), "lora": str(lora) if lora else None}, indent=2) + "\n"
+    record = json.dumps({"encoder": str(encoder), "lora": str(lora) if lora else None,
+                         "weights": str(weights) if weights else None}, indent=2) + "\n"
     if output is None:
         _inject_in_place(source, originals, targets, record)
         return folder
@@ -247,6 +255,22 @@ def encoder_changes(path, params: ModelParams) -> dict[str, Item]:
             raise CheckpointError(f"{path}: {name} is all zero: this is no trained encoder.")
     return {name: Item("BF16", list(shape), lambda name=name: file.read([name])[name].bfloat16())
             for name, shape in layout.items()}
+
+
+def weight_changes(path, originals: list[Weights]) -> dict[str, Item]:
+    """Tensors of phase 2 besides LoRA and encoder, in the stored dtypes. Raises CheckpointError for one that the checkpoint
+    does not have or that holds no finite numbers."""
+    file, stored = SafetensorsFile(path), {name: item for original in originals for name, item in original.items.items()}
+    changes = {}
+    for name, entry in file.entries.items():
+        if name not in stored or list(stored[name].shape) != entry["shape"] or name.startswith(ENCODER_PREFIXES):
+            raise CheckpointError(f"{path}: {name} {entry['shape']} is no tensor that the checkpoint has: is it of this "
+                                  "checkpoint's phase 2?")
+        if not file.read([name])[name].isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds values that are no finite numbers.")
+        dtype = stored[name].dtype
+        changes[name] = Item(dtype, entry["shape"], lambda name=name, dtype=dtype: file.read([name])[name].to(TORCH_DTYPES[dtype]))
+    return changes
 
 
 def lora_changes(folder, originals: list[Weights], params: ModelParams) -> dict[str, Item]:

@@ -7,6 +7,8 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, field
+from heapq import nsmallest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Iterator, List
 
@@ -42,8 +44,9 @@ class SourceConfig:
 
 @dataclass
 class ValidationConfig:
-    """Fixed clips, never trained on."""
-    clips: int = 16             # how many
+    """Fixed clips, never trained on, the same number from every source if it has so many."""
+    clips: int = 16             # heard at every validation; they decide which weights are best
+    test_clips: int = 0         # others, heard once: by the best weights, at the end of a run
     speakers: List[str] = field(default_factory=list)  # held out entirely; the clips then come from them
 
 
@@ -146,7 +149,8 @@ def check_config(config: DataConfig) -> None:
     if len(config.speed) != 2 or not 0.5 <= config.speed[0] <= config.speed[1] <= 2:
         raise DataError(f"data.speed is {list(config.speed)}; it must be two numbers from 0.5 to 2, the lower one first.")
     for key, value, least in (("batch_size", config.batch_size, 1), ("num_workers", config.num_workers, 0),
-                              ("validation.clips", config.validation.clips, 1)):
+                              ("validation.clips", config.validation.clips, 1),
+                              ("validation.test_clips", config.validation.test_clips, 0)):
         if value < least:
             raise DataError(f"data.{key} is {value}; it must be at least {least}.")
 
@@ -158,11 +162,26 @@ def source_name(source: SourceConfig) -> str:
 
 def split_validation(clips_per_source: list[list[Clip]],
                      validation: ValidationConfig) -> tuple[list[list[Clip]], list[Clip]]:
-    """-> (training clips per source, validation clips); what is held out is in no training list.
+    """-> (training clips per source, validation clips); what is held out, test clips too, is in no training list.
 
-    The choice hangs on the names of file and folder alone: the same for every seed, and for data that moved.
-    Raises DataError for unknown speakers, and when no training clip would be left.
+    The choice hangs on the names of file and folder alone: the same for every seed, and for data that moved. Sources
+    take turns. Raises DataError for unknown speakers, and when no training clip would be left.
     """
+    chosen, held_out = _hold_out(clips_per_source, validation)
+    train = [[clip for clip in source if clip.path not in held_out] for source in clips_per_source]
+    if not any(train):
+        raise DataError(f"data.validation holds out all {len(held_out)} clips; lower data.validation.clips or test_clips, "
+                        "name fewer speakers or add to data.sources.")
+    return train, chosen[:validation.clips]
+
+
+def final_clips(clips_per_source: list[list[Clip]], validation: ValidationConfig) -> list[Clip]:
+    """The clips that are held out for the end of a run; split_validation() says which are the others."""
+    return _hold_out(clips_per_source, validation)[0][validation.clips:]
+
+
+def _hold_out(clips_per_source: list[list[Clip]], validation: ValidationConfig) -> tuple[list[Clip], set[str]]:
+    """-> validation clips, then test clips; the paths of all clips that are not trained on."""
     clips = {clip.path: clip for source in clips_per_source for clip in source}
     if validation.speakers:
         known = sorted({clip.speaker for clip in clips.values()})
@@ -171,13 +190,12 @@ def split_validation(clips_per_source: list[list[Clip]],
             raise DataError(f"data.validation.speakers: nobody is called {', '.join(unknown)}; "
                             f"among the {len(known)} speakers are {', '.join(known[:8])}.")
         clips = {path: clip for path, clip in clips.items() if clip.speaker in set(validation.speakers)}
-    chosen = sorted(clips.values(), key=lambda clip: (_path_hash(clip.path), clip.path))[:validation.clips]
-    held_out = set(clips) if validation.speakers else {clip.path for clip in chosen}
-    train = [[clip for clip in source if clip.path not in held_out] for source in clips_per_source]
-    if not any(train):
-        raise DataError(f"data.validation holds out all {len(held_out)} clips; lower data.validation.clips, "
-                        "name fewer speakers or add to data.sources.")
-    return train, chosen
+    wanted = validation.clips + validation.test_clips
+    turns = [nsmallest(wanted, (clip for clip in source if clip.path in clips), lambda clip: (_path_hash(clip.path), clip.path))
+             for source in clips_per_source]
+    in_turn = {clip.path: clip for clip in chain.from_iterable(zip_longest(*turns)) if clip}  # a file may be in two sources
+    chosen = list(in_turn.values())[:wanted]
+    return chosen, set(clips) if validation.speakers else {clip.path for clip in chosen}
 
 
 def _path_hash(path: str) -> str:

@@ -1,13 +1,19 @@
 """Validation on fixed clips, quantized as serving quantizes, by metrics that no switch redefines."""
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from voxtral.checkpoint import SafetensorsFile
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
-from voxtral.data import Batch
+from voxtral.codes import codes_of_clips
+from voxtral.data import Batch, validation_batches
 from voxtral.losses import MelDistance, stft_distance
 from voxtral.metrics import code_agreement, code_statistics
+from voxtral.sources import Clip, DataConfig, source_name
 
 
 @dataclass
@@ -20,13 +26,14 @@ class Encoded:
 
 
 @torch.no_grad()
-def evaluate_codec(codec: VoxtralCodec, batches: list[Batch],
-                   reference: list[Encoded] | None = None) -> tuple[dict, list[Encoded]]:
+def evaluate_codec(codec: VoxtralCodec, batches: list[Batch], reference: list[Encoded] | None = None,
+                   true_codes: list[Tensor | None] | None = None) -> tuple[dict, list[Encoded]]:
     """Encodes every clip as if it were alone, decodes its codes, and measures.
 
     Returns (metrics: mel_distance, stft_distance (audiotools' definitions), semantic_used, semantic_perplexity,
     extremes_share, embedding_norm, level_histogram; with `reference` (another encoder's result on the same batches)
-    also semantic_equal, levels_equal, levels_within_1), all averaged over clips, and the encoded batches.
+    also semantic_equal, levels_equal, levels_within_1; with `true_codes`, of each clip [1 + acoustic_dim, L] or None, the
+    same three as known_semantic_equal, ...), all averaged over clips, and the encoded batches.
     """
     device = next(codec.parameters()).device
     mel_distance = MelDistance(codec.params.sampling_rate).to(device)
@@ -49,7 +56,42 @@ def evaluate_codec(codec: VoxtralCodec, batches: list[Batch],
     if reference is not None:
         expected, _ = stacked(reference, codec.params.frame_size)
         metrics.update({name: value.item() for name, value in code_agreement(codes, expected, n_frames).items()})
+    if any(one is not None for one in true_codes or []):
+        metrics.update(known_agreement(codes, torch.cat([e.lengths for e in encoded]) // codec.params.frame_size, true_codes))
     return metrics, encoded
+
+
+def test_weights(codec: VoxtralCodec, folder: Path, clips: list[Clip], config: DataConfig) -> tuple[dict, list]:
+    """The weights in `folder`, put into `codec`, on clips that nothing was chosen by -> name of a source, or "all" ->
+    what evaluate_codec() measures, and "clips"; (path, reason) of those that cannot be used."""
+    codec.load_encoder(SafetensorsFile(folder / "encoder.safetensors").read())
+    if (folder / "decoder.safetensors").is_file():
+        codec.load_decoder(SafetensorsFile(folder / "decoder.safetensors").read())
+    groups, all_bad = {"all": clips}, []
+    numbers = sorted({clip.source for clip in clips})
+    if len(numbers) > 1:
+        groups |= {source_name(config.sources[number]): [clip for clip in clips if clip.source == number] for number in numbers}
+    metrics = {}
+    for name, group in groups.items():
+        batches = validation_batches(group, config)
+        true_codes, bad = codes_of_clips(group, batches, codec.params)
+        metrics[name] = {"clips": len(true_codes)} | evaluate_codec(codec, batches, true_codes=true_codes)[0]
+        all_bad += [*batches[0].bad, *bad] if name == "all" else []
+    return metrics, all_bad
+
+
+def in_words(metrics: dict) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+
+
+def known_agreement(codes: Tensor, n_whole: Tensor, true_codes: list[Tensor | None]) -> dict[str, float]:
+    """Codes [N, 1 + acoustic_dim, L] of N clips, of which n_whole [N] frames are whole (a cut may leave a part of one)
+    -> shares that equal those that the clips were decoded from, where these are known."""
+    known = [i for i, one in enumerate(true_codes) if one is not None]
+    wanted = pad_sequence([true_codes[i].T for i in known], batch_first=True).transpose(1, 2)
+    wanted = F.pad(wanted, (0, codes.shape[-1] - wanted.shape[-1]))  # or cut
+    n_frames = torch.tensor([min(int(n_whole[i]), true_codes[i].shape[1]) for i in known])
+    return {f"known_{name}": value.item() for name, value in code_agreement(codes[known], wanted, n_frames).items()}
 
 
 def stacked(encoded: list[Encoded], frame_size: int) -> tuple[Tensor, Tensor]:
