@@ -33,6 +33,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from voxtral.asr import WhisperTeacher, asr_distillation_loss
 from voxtral.asr_cache import AsrCache, SegmentDataset
 from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors, write_text
+from voxtral.clip_list import Clips
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
 from voxtral.codes import codes_of_clips
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
@@ -105,7 +106,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     sources, left_out = find_clips(config.data)
     train_clips, validation_clips = split_validation(sources, config.data.validation)
     final = final_clips(sources, config.data.validation)
-    train_clips = [clip for source in train_clips for clip in source]
+    train_clips = Clips.join(train_clips)
     fixed = validation_batches(validation_clips, config.data)
     true_codes, bad_codes = codes_of_clips(validation_clips, fixed, params)  # of generated clips among them
     if "codebook" in settings.trainable and not codec.has_encoder:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train_encoder
+from voxtral.audio import load_segment
 from voxtral.checkpoint import save_tensors
 from voxtral.clips import resynthesize
 from voxtral.codec import VoxtralCodec
@@ -19,7 +20,7 @@ from voxtral.inject import inject
 from voxtral.sources import Clip, DataError, ValidationConfig, final_clips, find_clips, split_validation
 from voxtral.standin import small_params, write_random_checkpoint
 from voxtral.validation import known_agreement
-from test_train_encoder import SPEECH, keep_signal_handlers  # noqa: F401, a fixture
+from test_train_encoder import SPEECH
 
 CHEAP = {"l1": 1.0, "stft": 0, "mel": 0, "feature": 0, "asr": 0, "commit": 0, "match": 0}
 
@@ -99,7 +100,6 @@ def true_agreement(root, encoder, clips, max_sec):
     codec, equal, total = VoxtralCodec.from_checkpoint(root / "checkpoint"), 0, 0
     codec.load_encoder(load_file(encoder))
     for clip in clips:
-        from voxtral.data import load_segment
         audio, _ = load_segment(clip.path, 0.0, max_sec)
         wanted, whole = np.load(clip.codes), len(audio) // 1920
         with torch.no_grad():

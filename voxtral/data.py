@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from voxtral.audio import SAMPLE_RATE, BadClip, Header, complaints, load_segment, read_header
+from voxtral.clip_list import Clips
 from voxtral.errors import one_sentence, reason_of, shown
 from voxtral.loader import Loader, TensorBatch
 from voxtral.remarks import Remarks
@@ -122,7 +123,7 @@ class SampleStream:
 
     def __init__(self, clips: list[Clip], config: DataConfig, seed: int):
         self.seed = seed
-        owner = np.array([clip.source for clip in clips])
+        owner = clips.source if isinstance(clips, Clips) else np.array([clip.source for clip in clips])
         self.members = {int(source): np.flatnonzero(owner == source) for source in np.unique(owner)}
         self.entries = {source: max(1, round(config.sources[source].weight * len(indices)))
                         for source, indices in self.members.items()}

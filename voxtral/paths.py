@@ -64,6 +64,8 @@ def _walk(root: Path, remarks: Remarks) -> Iterator[str]:
             relative, real = links.popleft()
             if reason := _not_followed(relative, real, real_root, entered, linked):
                 remarks.pass_over(reason, relative)
+                if not os.path.exists(real):
+                    remarks.look_at(real)
             elif os.path.isdir(real):
                 entered.add(real)
                 folders.append((relative, real))
@@ -72,6 +74,7 @@ def _walk(root: Path, remarks: Remarks) -> Iterator[str]:
                 yield relative
             continue
         relative, real = folders.popleft()
+        remarks.look_at(real)
         try:
             entries = sorted(os.scandir(real), key=lambda entry: entry.name)
         except OSError as error:

@@ -1,11 +1,25 @@
 """What was passed over on the way: how much of it, why, and the first of it. Nothing that is left out goes unsaid."""
+import os
+from stat import S_ISDIR
+
 from voxtral.errors import shown
 
 
+def stamp(path) -> list[int] | None:
+    """[time of the last change in ns, size] of a file, [time, 0] of a folder: its entries; None: it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_mtime_ns, 0 if S_ISDIR(status.st_mode) else status.st_size]
+
+
 class Remarks:
-    """`passed_over`: reason -> (how many files or rows, the first of them); `notes`: sentences on what was done."""
+    """`passed_over`: reason -> (how many files or rows, the first of them); `notes`: sentences on what was done;
+    `looked_at`: folder or table -> its stamp() before it was read."""
 
     def __init__(self):
+        self.looked_at: dict[str, list[int] | None] = {}
         self.passed_over: dict[str, tuple[int, str]] = {}
         self.notes: list[str] = []
 
@@ -16,6 +30,10 @@ class Remarks:
     def pass_over(self, reason: str, what: str) -> None:
         count, first = self.passed_over.get(reason, (0, what))
         self.passed_over[reason] = count + 1, first
+
+    def look_at(self, path) -> None:
+        """Of every folder and table whose change would change what is found, also of one that is not there."""
+        self.looked_at[os.path.abspath(path)] = stamp(path)
 
     def note(self, sentence: str) -> None:
         if sentence not in self.notes:

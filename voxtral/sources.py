@@ -3,18 +3,20 @@
 Only names and manifests are read here, no audio.
 """
 import difflib
-import hashlib
 import os
 import re
 from dataclasses import dataclass, field
-from heapq import nsmallest
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Optional, Sequence
 
+import numpy as np
 from omegaconf import MISSING
 
+from voxtral import clip_cache
 from voxtral.audio import AUDIO_SUFFIXES, CONVERT, OTHER_MEDIA
+from voxtral.clip_cache import ClipCache
+from voxtral.clip_list import Clip, Clips
 from voxtral.errors import DataError
 from voxtral.huggingface import local_copy
 from voxtral.paths import find_files
@@ -60,16 +62,7 @@ class DataConfig:
     max_sec: float = 4.0        # longest crop of a clip, seconds
     speed: List[float] = field(default_factory=lambda: [1.0, 1.0])  # each crop is played between so fast and so fast
     num_workers: int = 4        # loader processes per training process; 0: none
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """One audio file; `source`: index in `data.sources`, `codes`: path of its codes, of generated clips."""
-    path: str
-    speaker: str
-    source: int
-    text: str = ""
-    codes: str = ""
+    cache: Optional[str] = "~/.cache/voxtral-voice-clone"  # folder that keeps what long searches found; null: none
 
 
 class Absent(Exception):
@@ -81,7 +74,7 @@ class Found:
     """What one source has: `clips`, sorted by path; the parts that are `absent` ("name: path that was looked for");
     `remarks`: what was passed over."""
     name: str
-    clips: list[Clip] = field(default_factory=list)
+    clips: Clips = field(default_factory=lambda: Clips.of_list([]))
     absent: list[str] = field(default_factory=list)
     remarks: Remarks = field(default_factory=Remarks)
 
@@ -90,7 +83,7 @@ class Found:
         return [f"absent: {part}" for part in self.absent] + [f"{self.name}: {line}" for line in self.remarks.lines()]
 
 
-def find_clips(config: DataConfig) -> tuple[list[list[Clip]], list[str]]:
+def find_clips(config: DataConfig) -> tuple[list[Clips], list[str]]:
     """-> clips of each source that is present (order of the config), and what is absent or was passed over, a line each.
 
     Raises DataError as find_sources(), and when no clip is found.
@@ -110,21 +103,34 @@ def find_sources(config: DataConfig) -> list[Found]:
     check_config(config)
     if not config.sources:
         raise DataError("data.sources is empty: name at least one.")
-    return [find_source(source, index, Path(config.data_root)) for index, source in enumerate(config.sources)]
+    return [find_source(source, index, Path(config.data_root), config.cache) for index, source in enumerate(config.sources)]
 
 
-def find_source(source: SourceConfig, index: int, root: Path) -> Found:
-    found = Found(source_name(source))
+def find_source(source: SourceConfig, index: int, root: Path, cache: str | None) -> Found:
+    """As it was kept in the folder `cache`, unless something has changed since."""
+    description = {**vars(source), "weight": 0, "root": str(root), "folder": os.path.abspath(root)}
+    place = ClipCache(cache, description) if cache else None
+    if place and (kept := place.read()):
+        columns, absent, remarks = kept
+        return Found(source_name(source), Clips.of(columns, index), absent, remarks)
+    found = look_for_source(source, index, root)
+    if place and len(found.clips) >= clip_cache.MIN_CLIPS:
+        place.write(found.clips.parts[0], found.absent, found.remarks)
+    return found
+
+
+def look_for_source(source: SourceConfig, index: int, root: Path) -> Found:
+    found, clips = Found(source_name(source)), []
     # Each part (a subset, for most kinds the whole) may be there without the others.
     for part in source.subsets if source.kind == "librispeech" else [""]:
         try:
-            before = len(found.clips)
-            found.clips += FINDERS[source.kind](source, index, root, part, found.remarks)
-            if len(found.clips) == before:
+            before = len(clips)
+            clips += FINDERS[source.kind](source, index, root, part, found.remarks)
+            if len(clips) == before:
                 raise Absent(f"no audio in {root / source.path / part}")
         except Absent as reason:
             found.absent.append(f"{found.name}: {reason}")
-    found.clips.sort(key=lambda clip: clip.path)
+    found.clips = Clips.of_list(sorted(clips, key=lambda clip: clip.path))
     return found
 
 
@@ -160,46 +166,54 @@ def source_name(source: SourceConfig) -> str:
     return source.name or " ".join(filter(None, dict.fromkeys((source.kind, source.path, source.language))))
 
 
-def split_validation(clips_per_source: list[list[Clip]],
-                     validation: ValidationConfig) -> tuple[list[list[Clip]], list[Clip]]:
-    """-> (training clips per source, validation clips); what is held out, test clips too, is in no training list.
+def split_validation(lists: Sequence[Sequence[Clip]], validation: ValidationConfig) -> tuple[list[Clips], list[Clip]]:
+    """Clips of each source -> (training clips of each source, validation clips); what is held out, test clips too, is in no
+    training list.
 
     The choice hangs on the names of file and folder alone: the same for every seed, and for data that moved. Sources
     take turns. Raises DataError for unknown speakers, and when no training clip would be left.
     """
-    chosen, held_out = _hold_out(clips_per_source, validation)
-    train = [[clip for clip in source if clip.path not in held_out] for source in clips_per_source]
+    chosen, held_out = _hold_out(lists, validation)
+    train = [_as_clips(one).where(~held) for one, held in zip(lists, held_out)]
     if not any(train):
-        raise DataError(f"data.validation holds out all {len(held_out)} clips; lower data.validation.clips or test_clips, "
-                        "name fewer speakers or add to data.sources.")
+        raise DataError(f"data.validation holds out all {sum(map(len, lists))} clips; lower data.validation.clips or "
+                        "test_clips, name fewer speakers or add to data.sources.")
     return train, chosen[:validation.clips]
 
 
-def final_clips(clips_per_source: list[list[Clip]], validation: ValidationConfig) -> list[Clip]:
+def final_clips(lists: Sequence[Sequence[Clip]], validation: ValidationConfig) -> list[Clip]:
     """The clips that are held out for the end of a run; split_validation() says which are the others."""
-    return _hold_out(clips_per_source, validation)[0][validation.clips:]
+    return _hold_out(lists, validation)[0][validation.clips:]
 
 
-def _hold_out(clips_per_source: list[list[Clip]], validation: ValidationConfig) -> tuple[list[Clip], set[str]]:
-    """-> validation clips, then test clips; the paths of all clips that are not trained on."""
-    clips = {clip.path: clip for source in clips_per_source for clip in source}
+def _hold_out(lists: Sequence[Sequence[Clip]], validation: ValidationConfig) -> tuple[list[Clip], list[np.ndarray]]:
+    """-> validation clips, then test clips; for each list bool [n]: which clips are not trained on."""
+    lists = [_as_clips(one) for one in lists]
+    may_be = [np.ones(len(one), bool) for one in lists]
     if validation.speakers:
-        known = sorted({clip.speaker for clip in clips.values()})
+        known = sorted(set().union(*(one.speakers() for one in lists)))
         unknown = sorted(set(validation.speakers) - set(known))
         if unknown:
             raise DataError(f"data.validation.speakers: nobody is called {', '.join(unknown)}; "
                             f"among the {len(known)} speakers are {', '.join(known[:8])}.")
-        clips = {path: clip for path, clip in clips.items() if clip.speaker in set(validation.speakers)}
-    wanted = validation.clips + validation.test_clips
-    turns = [nsmallest(wanted, (clip for clip in source if clip.path in clips), lambda clip: (_path_hash(clip.path), clip.path))
-             for source in clips_per_source]
+        may_be = [one.is_by(set(validation.speakers)) for one in lists]
+    wanted, turns = validation.clips + validation.test_clips, []
+    for one, flags in zip(lists, may_be):
+        places = np.flatnonzero(flags)
+        turns.append(one.where(places[np.argsort(one.keys()[places], kind="stable")[:wanted]]))
     in_turn = {clip.path: clip for clip in chain.from_iterable(zip_longest(*turns)) if clip}  # a file may be in two sources
     chosen = list(in_turn.values())[:wanted]
-    return chosen, set(clips) if validation.speakers else {clip.path for clip in chosen}
+    held = Clips.join([one.where(flags) for one, flags in zip(lists, may_be)]) if validation.speakers else Clips.of_list(chosen)
+    paths, keys = {clip.path for clip in held}, held.keys()
+    held_out = [np.isin(one.keys(), keys) for one in lists]
+    for one, flags in zip(lists, held_out):
+        for place in np.flatnonzero(flags):  # folders of two data sets may have a name in common
+            flags[place] = one[place].path in paths
+    return chosen, held_out
 
 
-def _path_hash(path: str) -> str:
-    return hashlib.sha256(os.fsencode("/".join(Path(path).parts[-2:]))).hexdigest()
+def _as_clips(clips: Sequence[Clip]) -> Clips:
+    return clips if isinstance(clips, Clips) else Clips.of_list(clips)
 
 
 def _audio_files(folder: Path, pattern: str, remarks: Remarks) -> Iterator[str]:
@@ -223,6 +237,8 @@ def _folder(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -
 def _librispeech(source: SourceConfig, index: int, root: Path, subset: str, remarks: Remarks) -> Iterator[Clip]:
     """SUBSET/SPEAKER/CHAPTER/*; LibriTTS and LibriTTS-R are laid out alike."""
     candidates = [root / source.path / folder / subset for folder in LIBRISPEECH_FOLDERS]
+    for path in candidates:
+        remarks.look_at(path)
     folder = next((path for path in candidates if path.is_dir()), candidates[0])
     for name in _audio_files(folder, "*/*/*", remarks):
         yield Clip(os.path.join(folder, name), name.partition("/")[0], index)
@@ -231,9 +247,12 @@ def _librispeech(source: SourceConfig, index: int, root: Path, subset: str, rema
 def _common_voice(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
     """[cv-corpus-*/]LANGUAGE/TSV.tsv beside clips/; of several releases the newest that is whole."""
     base = root / source.path
+    remarks.look_at(base)
     releases = sorted(base.glob("cv-corpus-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
     whole = [folder for folder in releases if not re.search("-(delta|singleword)", folder.name)]
     candidates = [folder / source.language / f"{source.tsv}.tsv" for folder in (base, *reversed(whole))]
+    for path in candidates:
+        remarks.look_at(path)
     table = next((path for path in candidates if path.is_file()), candidates[0])
     for folder in releases:
         if folder not in whole:
@@ -255,6 +274,7 @@ def _manifest(source: SourceConfig, index: int, root: Path, _, remarks: Remarks)
 
 def read_manifest(manifest: Path, index: int, folder: Path, remarks: Remarks) -> Iterator[Clip]:
     """The rows of a table; paths are relative to `folder`, and a row without a speaker has that of its folder."""
+    remarks.look_at(manifest)
     if not manifest.is_file():
         raise Absent(str(manifest))
     for row in read_table(manifest, remarks):
