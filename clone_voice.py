@@ -45,7 +45,7 @@ def command_line() -> argparse.ArgumentParser:
                         "for speech that finds no end (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another reading (default: 0)")
     parser.add_argument("--cfg-alpha", metavar="WEIGHT", type=float, default=1.2,
-                        help="above 1: how much the speech is pushed towards voice and text (default: 1.2, as in serving)")
+                        help="more than 1 pushes the speech towards voice and text (default: 1.2, as in serving)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser
 

@@ -53,6 +53,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--samples", metavar="N", type=int, default=6, help="items to write as audio (default: 6)")
     parser.add_argument("--seed", type=int, default=0,
                         help="of noise, sentences, untrained encoder and bootstrap (default: 0)")
+    parser.add_argument("--cfg-alpha", metavar="WEIGHT", type=float, default=1.2,
+                        help="more than 1 pushes the speech towards voice and text (default: 1.2, as in serving)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser
 
@@ -158,7 +160,8 @@ def main(arguments=None) -> None:
         # ---- 1. what is asked for ----
         if not options.checkpoint:
             raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
-        for name, least in (("prompts", 1), ("per_voice", 1), ("samples", 0), ("seed", 0), ("max_sec", 0.08)):
+        for name, least in (("prompts", 1), ("per_voice", 1), ("samples", 0), ("seed", 0), ("max_sec", 0.08),
+                            ("cfg_alpha", 0)):
             value = getattr(options, name)
             if value is not None and not least <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more.")
@@ -174,7 +177,8 @@ def main(arguments=None) -> None:
 
         # ---- 3. speak and score ----
         options.output.mkdir(parents=True, exist_ok=True)
-        rows, audio = speak_and_score(tts, systems, items, judge, options.max_sec, options.seed, options.samples)
+        rows, audio = speak_and_score(tts, systems, items, judge, options.max_sec, options.seed, options.samples,
+                                      options.cfg_alpha)
 
         # ---- 4. report ----
         speakers = {item.speaker for item in items}

@@ -1,4 +1,4 @@
-"""A CPU platform for vLLM-Omni, which ships those of cuda, rocm, npu, xpu and musa only. For tests on small checkpoints.
+"""A CPU platform for vLLM-Omni, which ships those of cuda, rocm, npu, xpu and musa only: for tests on small models.
 
 vLLM-Omni finds it through the entry point in pyproject.toml.
 """

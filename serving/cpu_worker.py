@@ -55,9 +55,10 @@ class CodecWorker(_Worker):
 
 
 def compute_in_fp32() -> None:
-    from vllm_omni.model_executor.models.voxtral_tts.voxtral_tts_audio_generation import (
-        VoxtralTTSAudioGenerationForConditionalGeneration as Generation)
-    from vllm_omni.model_executor.models.voxtral_tts.voxtral_tts_audio_tokenizer import VoxtralTTSAudioTokenizer as Codec
+    from vllm_omni.model_executor.models.voxtral_tts import voxtral_tts_audio_generation, voxtral_tts_audio_tokenizer
+
+    Codec = voxtral_tts_audio_tokenizer.VoxtralTTSAudioTokenizer
+    Generation = voxtral_tts_audio_generation.VoxtralTTSAudioGenerationForConditionalGeneration
     load_weight, encode, decode, mm_logits = (Codec.load_weight, Codec._forward_encoder, Codec.decode,
                                               Generation.compute_mm_logits)
 
@@ -76,9 +77,12 @@ def compute_in_fp32() -> None:
 
 
 def record(folder: Path) -> None:
-    from vllm_omni.model_executor.models.voxtral_tts.voxtral_tts import VoxtralTTSForConditionalGeneration as Model
-    from vllm_omni.model_executor.models.voxtral_tts.voxtral_tts_audio_generation import FlowMatchingAudioTransformer as Flow
-    from vllm_omni.model_executor.models.voxtral_tts.voxtral_tts_audio_tokenizer import VoxtralTTSAudioTokenizer as Codec
+    from vllm_omni.model_executor.models.voxtral_tts import (
+        voxtral_tts, voxtral_tts_audio_generation, voxtral_tts_audio_tokenizer)
+
+    Codec = voxtral_tts_audio_tokenizer.VoxtralTTSAudioTokenizer
+    Flow = voxtral_tts_audio_generation.FlowMatchingAudioTransformer
+    Model = voxtral_tts.VoxtralTTSForConditionalGeneration
     forward_encoder, tokenize, encode, preprocess, flow = (Codec._forward_encoder, Codec._tokenize_audio,
                                                            Codec.encode_waveforms, Model.tts_preprocess, Flow.forward)
     noise = torch.load(folder / "noise.pt") if (folder / "noise.pt").exists() else None

@@ -83,7 +83,8 @@ def ask(name: str, server: Server, request: str, checked: str, text=TEXT, **fiel
 
 def recorded(folder: Path, kind: str) -> list[dict]:
     """What the engine wrote down: of every `encode` or `prompt`, in order"""
-    return [torch.load(path) for path in sorted(folder.glob(f"{kind}_*.pt"), key=lambda path: int(path.stem[len(kind) + 1:]))]
+    paths = sorted(folder.glob(f"{kind}_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
+    return [torch.load(path) for path in paths]
 
 
 def frames(folder: Path, request: int) -> dict[str, Tensor]:
@@ -170,8 +171,8 @@ def test_codes_and_rows_of_the_reference_are_a_bf16_computation_of_ours(deployed
 def test_the_registered_voice_is_what_serving_makes_of_the_recording(deployed, clone):
     server, record, _ = deployed
     before = len(recorded(record, "encode"))
-    ask("bf16", server, "ref_audio, anna's recording", "rows are anna's", ref_audio=data_url(speech(ANNA), subtype="FLOAT"),
-        max_new_tokens=SHORT)
+    reference = data_url(speech(ANNA), subtype="FLOAT")
+    ask("bf16", server, "ref_audio, anna's recording", "rows are anna's", ref_audio=reference, max_new_tokens=SHORT)
     rows, voice = recorded(record, "encode")[before]["rows"], named_voice(clone, "anna")
     assert rows.shape == voice.shape and rows.dtype == voice.dtype and torch.equal(rows[-1], voice[-1])
     # A level that attention's rounding turned moves a row a little, another semantic code much; another table, all.
@@ -213,9 +214,10 @@ def test_references_of_other_formats_and_lengths(deployed, request_name, seconds
     else:
         n_samples = round(seconds * RATE)
         url = data_url(np.resize(samples, n_samples))
-    prompt = prompts_of(deployed, f"ref_audio, {request_name}", f"{math.ceil(n_samples / FRAME) + 1} rows", ref_audio=url)
+    n_rows = math.ceil(n_samples / FRAME) + 1
+    prompt = prompts_of(deployed, f"ref_audio, {request_name}", f"{n_rows} rows", ref_audio=url)
     rows = recorded(deployed[1], "encode")[-1]["rows"]
-    assert len(rows) == math.ceil(n_samples / FRAME) + 1 and torch.equal(prompt[2:2 + len(rows)], rows)
+    assert len(rows) == n_rows and torch.equal(prompt[2:2 + n_rows], rows)
     if request_name == "FLAC":  # of 16 bits, as the WAV
         assert torch.equal(rows, recorded(deployed[1], "encode")[0]["rows"])
 
@@ -252,10 +254,10 @@ def exact(clone_with_lora, tmp_path_factory):
     record = tmp_path_factory.mktemp("exact")
     torch.save(noise((0, 0), MAX_FRAMES, 36), record / "noise.pt")
     with Server(clone_with_lora, record / "server.log", record, fp32=True) as server:
-        checked = "all codes and samples are clone_voice.py's"
-        reference = data_url(speech(BEN), subtype="FLOAT")
-        return record, [ask("fp32, LoRA", server, "registered voice", checked, voice="anna", max_new_tokens=MAX_FRAMES),
-                        ask("fp32, LoRA", server, "ref_audio, WAV", checked, ref_audio=reference, max_new_tokens=MAX_FRAMES)]
+        voices = {"registered voice": {"voice": "anna"},
+                  "ref_audio, WAV": {"ref_audio": data_url(speech(BEN), subtype="FLOAT")}}
+        return record, [ask("fp32, LoRA", server, request, "codes and samples of clone_voice.py", **voice,
+                            max_new_tokens=MAX_FRAMES) for request, voice in voices.items()]
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +266,8 @@ def ours(clone_with_lora) -> tuple[TTS, list[Tensor]]:
     tts = TTS.from_checkpoint(clone_with_lora)
     with torch.no_grad():
         codes = tts.codec.quantizer.encode(tts.codec.encode_latent(torch.from_numpy(speech(BEN))[None, None]))
-        return tts, [named_voice(clone_with_lora, "anna"), tts.codec.voice_rows(codes, torch.tensor([codes.shape[-1]]))[0]]
+        rows = tts.codec.voice_rows(codes, torch.tensor([codes.shape[-1]]))[0]
+    return tts, [named_voice(clone_with_lora, "anna"), rows]
 
 
 def test_fp32_reference_codes_and_rows_are_equal(exact, ours):
@@ -289,7 +292,8 @@ def test_fp32_codes_are_equal_frame_by_frame(exact, ours, request_number):
 def test_fp32_audio_is_within_one_step_of_clone_voice(exact, ours, clone_with_lora, tmp_path, capsys, request_number):
     output = tmp_path / "ours.wav"
     if request_number == 0:
-        clone_voice.main(["--checkpoint", str(clone_with_lora), "--voice", "anna", "--text", TEXT, "--output", str(output)])
+        clone_voice.main(["--checkpoint", str(clone_with_lora), "--voice", "anna", "--text", TEXT,
+                          "--output", str(output)])
     else:  # --reference would encode in bf16, as every server but this one
         clone_voice.write_all(ours[0], [output], [clone_voice.Piece(0, TEXT)], ours[1][1], 0, MAX_FRAMES)
     served, (wav, _) = samples_of(exact[1][request_number]), soundfile.read(output, dtype="int16")

@@ -218,8 +218,9 @@ def test_equal_systems_give_equal_rows_and_the_noise_is_the_items_own(tts, encod
     assert summary["margin_kept"]["b"] == {"value": 1, "interval": [1, 1]}
     assert not tts.codec.has_encoder
     assert all(torch.equal(tensor, before[name]) for name, tensor in tts.codec.state_dict().items())
-    again, _ = speak_and_score(tts, systems[:1], items, judge, 1.0, seed=1)
-    assert [row["own"] for row in again] != [row["own"] for row in first]
+    for change in ({"seed": 1}, {"cfg_alpha": 3.0}):
+        again, _ = speak_and_score(tts, systems[:1], items, judge, 1.0, **change)
+        assert [row["own"] for row in again] != [row["own"] for row in first]
 
 
 def test_codes_of_the_systems_own_encoder_are_what_own_codec_compares_with(tts, encoder, manifest, judge):

@@ -91,9 +91,10 @@ class AcousticTransformer(nn.Module):
     def frame(self, hidden: Tensor, x_0: Tensor | None = None, cfg_alpha: float | Tensor = CFG_ALPHA) -> Tensor:
         """Hidden states [B, dim] -> ids [B, 1 + acoustic_dim] int64 of one frame, semantic first (code + 2).
 
-        x_0 [B, acoustic_dim]: the noise to start from; None draws it. cfg_alpha: one weight, or [B, 1]. A frame whose semantic id is END_AUDIO ends the
-        clip and is no audio; its acoustic ids are then N_SPECIAL_IDS, as in serving. Nothing here waits for the device
-        or depends on values, so a CUDA graph can hold it. The Euler state stays float32, whatever the weights are.
+        x_0 [B, acoustic_dim]: the noise to start from; None draws it. cfg_alpha: one weight, or [B, 1]. A frame whose
+        semantic id is END_AUDIO ends the clip and is no audio; its acoustic ids are then N_SPECIAL_IDS, as in serving.
+        Nothing here waits for the device or depends on values, so a CUDA graph can hold it. The Euler state stays
+        float32, whatever the weights are.
         """
         semantic = self.semantic_ids(hidden)
         shape = (len(hidden), self.params.codec.acoustic_dim)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from whisper.tokenizer import LANGUAGES
 
+from voxtral.acoustic import CFG_ALPHA
 from voxtral.asr import load_whisper
 from voxtral.checkpoint import SafetensorsFile, check_shapes
 from voxtral.codec import VoxtralCodec
@@ -267,7 +268,8 @@ class References:
 
 
 def speak_and_score(tts: TTS, systems: list[System], items: list[Item], judge: Judge, max_sec: float = 20.0,
-                    seed: int = 0, n_samples: int = 0) -> tuple[list[dict], dict[str, list[Tensor]]]:
+                    seed: int = 0, n_samples: int = 0,
+                    cfg_alpha: float = CFG_ALPHA) -> tuple[list[dict], dict[str, list[Tensor]]]:
     """Every item by every system -> rows (system after system, each in the order of the items), and the audio [T] of
     the first n_samples items by system. Item n has the same noise in all systems; a clone lasts at most max_sec.
 
@@ -281,7 +283,8 @@ def speak_and_score(tts: TTS, systems: list[System], items: list[Item], judge: J
         for system in systems:
             tts.codec.load_encoder(system.encoder, system.name)
             voices = {path: _voice(tts.codec, path, judge, system.change) for path in references.speaker_of}
-            spoken = _speak(adapted(tts, system.adapter) if system.adapter else tts, items, voices, max_frames, seed)
+            spoken = _speak(adapted(tts, system.adapter) if system.adapter else tts, items, voices, max_frames, seed,
+                            cfg_alpha)
             audio[system.name] = []
             progress = tqdm(spoken, system.name, len(items), unit="clip", disable=None)
             for (clone, ended, heard), item in zip(progress, items, strict=True):
@@ -299,12 +302,13 @@ def speak_and_score(tts: TTS, systems: list[System], items: list[Item], judge: J
     return rows, audio
 
 
-def _speak(tts: TTS, items: list[Item], voices: dict, max_frames: int,
-           seed: int) -> Iterator[tuple[Tensor, bool, Tensor]]:
+def _speak(tts: TTS, items: list[Item], voices: dict, max_frames: int, seed: int,
+           cfg_alpha: float) -> Iterator[tuple[Tensor, bool, Tensor]]:
     """Yields of every item its audio [T], whether it ended by itself, and what _voice() heard of its reference."""
     for start in range(0, len(items), BATCH_SIZE):
         batch = items[start:start + BATCH_SIZE]
-        requests = [Request(item.text, voices[item.reference][0], (seed, start + i)) for i, item in enumerate(batch)]
+        requests = [Request(item.text, voices[item.reference][0], (seed, start + i), cfg_alpha)
+                    for i, item in enumerate(batch)]
         takes = tts.generate(requests, max_frames)
         for item, take, clone in zip(batch, takes, decode_batch(tts.codec, [take.codes for take in takes])):
             yield clone, take.ended, voices[item.reference][1]
