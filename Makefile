@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+TEST_READY := $(VENV)/.test-ready
 SERVE := .venv-serve
 
 .PHONY: setup demo test serve-test
@@ -19,10 +20,14 @@ $(READY): requirements.txt
 demo: $(READY)
 	$(VENV)/bin/python demo.py
 
-test: $(READY)
+$(TEST_READY): requirements-test.txt $(READY)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+test: $(TEST_READY)
 	$(VENV)/bin/python -m pytest -q tests
 
-serve-test: $(READY)
+serve-test: $(TEST_READY)
 	-$(MAKE) --no-print-directory $(SERVE)/.ready
 	$(VENV)/bin/python -m pytest -q -s -rs -p no:cacheprovider serving
 

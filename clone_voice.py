@@ -60,7 +60,7 @@ from torch import Tensor
 from voxtral.acoustic import CFG_ALPHA
 from voxtral.checkpoint import atomic_path
 from voxtral.codec import VoxtralCodec
-from voxtral.errors import UserError, one_sentence
+from voxtral.errors import UserError, one_sentence, shown
 from voxtral.processes import start_process
 from voxtral.streaming import StreamingDecoder
 from voxtral.text import read_text, split_text
@@ -90,7 +90,7 @@ def output_paths(output: Path, count: int) -> list[Path]:
 def reference_voice(checkpoint: str, path: str, device: torch.device) -> Tensor:
     """Recording -> voice embedding [N, dim] in bfloat16, as registered voices are; prints what was done to it."""
     embedding, reference = encode_reference(VoxtralCodec.from_checkpoint(checkpoint, device), path)
-    print(f"reference: {path}, {reference.seconds:.2f} s, {len(embedding)} rows")
+    print(f"reference: {shown(path)}, {reference.seconds:.2f} s, {len(embedding)} rows")
     for line in [*reference.notes, *(f"warning: {warning}" for warning in reference.warnings)]:
         print(f"  {line}")
     return embedding.bfloat16()

@@ -40,8 +40,9 @@ if __name__ == "__main__":
     command_line().parse_args()  # --help and mistyped options: before imports that take seconds
 
 from voxtral.codec import VoxtralCodec
-from voxtral.errors import one_sentence
+from voxtral.errors import one_sentence, shown
 from voxtral.params import load_params
+from voxtral.remarks import Remarks
 from voxtral.voices import (EMBEDDING_SUFFIXES, VoiceError, check_name, encode_reference, end_audio_row, list_voices,
                             load_embedding, register, remove, voice_files)
 
@@ -72,7 +73,7 @@ def register_all(checkpoint: str, voices: dict[str, Path], force: bool) -> None:
             codec = codec or VoxtralCodec.from_checkpoint(checkpoint)
             embeddings[name], reference = encode_reference(codec, path)
             lines = [f"{reference.seconds:.2f} s", *reference.notes, *(f"warning: {w}" for w in reference.warnings)]
-        print(f"{name}: {path}, {len(embeddings[name])} rows" + "".join(f"\n  {line}" for line in lines))
+        print(f"{name}: {shown(path)}, {len(embeddings[name])} rows" + "".join(f"\n  {line}" for line in lines))
     for name, embedding in embeddings.items():
         changed = register(checkpoint, name, embedding, voices[name].name, force)
         print(f"{name}: {'registered' if changed else 'was registered so already'}")
@@ -99,7 +100,9 @@ def main(arguments=None) -> None:
         folder = options.voice_dir
         if folder is None and not (named or options.remove or options.list):
             folder = os.environ.get("VOXTRAL_VOICE_DIR")
-        voices = {**(voice_files(folder) if folder else {}), **named}
+        remarks = Remarks()
+        voices = {**(voice_files(folder, remarks) if folder else {}), **named}
+        print("".join(f"{line}\n" for line in remarks.lines()), end="")
         if not (voices or options.remove or options.list):
             raise VoiceError("nothing to do: set VOXTRAL_VOICE_DIR, or pass --voice, --remove or --list.")
         for name in options.remove:

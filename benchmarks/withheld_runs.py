@@ -19,14 +19,14 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_encoder  # noqa: E402
+from voxtral.audio import SAMPLE_RATE, BadClip, load_segment, read_header  # noqa: E402
 from voxtral.checkpoint import atomic_path, write_text  # noqa: E402
 from voxtral.config import EncoderConfig, dump_config, load_config  # noqa: E402
-from voxtral.audio import SAMPLE_RATE, BadClip, load_segment, read_header  # noqa: E402
 from voxtral.degrade import band_limit  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.quantizer import QuantizationDraws  # noqa: E402
 from voxtral.history import read_metrics  # noqa: E402
 from voxtral.processes import StopSignal, training_process  # noqa: E402
+from voxtral.quantizer import QuantizationDraws  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips  # noqa: E402
 from withheld_losses import KNOWN  # noqa: E402
 

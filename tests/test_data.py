@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -417,7 +418,7 @@ def test_folder(tmp_path):
     clips, left_out = found(tmp_path, kind="folder", path="mine")
     assert clips == [("mine/a/x/3.opus", "x", ""), ("mine/b/1.flac", "b", ""), ("mine/b/2.WAV", "b", ""),
                      ("mine/c/linked/4.mp3", "linked", "")]
-    assert ["hidden" in left_out[0], ".txt: no audio (first: a/x/notes.txt)" in left_out[1]] == [True, True]
+    assert ["hidden" in left_out[0], ".txt: no audio (a/x/notes.txt)" in left_out[1]] == [True, True]
     assert found(tmp_path, kind="folder", path="mine", pattern="b/*")[0] == clips[1:3]
     assert found(tmp_path, kind="folder", path=str(tmp_path / "mine"))[0] == clips
 
@@ -433,7 +434,7 @@ def test_librispeech(tmp_path, folder, path):
     assert clips == [(f"{folder}/train-clean-360/14/3/14-3-1.wav", "14", ""),
                      (f"{folder}/train-other-500/20/7/20-7-0.flac", "20", "")]
     assert absent[0] == f"absent: books: {tmp_path / path / 'train-clean-100'}"
-    assert "1 passed over: not where */*/* looks (first: stray.flac)" in "\n".join(absent)
+    assert "1 passed over: not where */*/* looks (stray.flac)" in "\n".join(absent)
 
 
 @pytest.mark.parametrize("release", ["", "cv-corpus-17.0-2024-03-15/"])
@@ -613,3 +614,90 @@ def test_check_ends_with_one_sentence(tmp_path, monkeypatch, capsys, arguments, 
         check_command(monkeypatch, tmp_path / "c.yaml", *arguments)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def parquet(folder, rows):
+    """A data set of encoded audio as people upload it: one Parquet file."""
+    import datasets  # takes seconds
+    folder.mkdir(parents=True)
+    features = datasets.Features({"audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+                                  "sentence": datasets.Value("string"), "client_id": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
+
+
+def test_huggingface_rows_without_audio_are_left_out_and_counted(tmp_path):
+    """With the real package: what is there is copied, the rest is said, and the second time nothing is asked for."""
+    sound = Path(write(tmp_path / "a.flac", noise(0.3, 24000), 24000)).read_bytes()
+    text = "one\u2028two\ttabs"
+    parquet(tmp_path / "set", [
+        {"audio": {"bytes": sound, "path": "a.flac"}, "sentence": text, "client_id": "c" * 128},
+        {"audio": None, "sentence": "b", "client_id": "../../x"},
+        {"audio": {"bytes": None, "path": None}, "sentence": "c", "client_id": "x"},
+        {"audio": {"bytes": b"", "path": None}, "sentence": "d", "client_id": None},
+        {"audio": {"bytes": None, "path": str(tmp_path / "gone.flac")}, "sentence": "e", "client_id": "x"},
+        {"audio": {"bytes": None, "path": str(tmp_path / "a.flac")}, "sentence": None, "client_id": "y"},
+        {"audio": {"bytes": sound, "path": "../../../evil.sh"}, "sentence": "f", "client_id": "z"}])
+    source = {"kind": "huggingface", "path": str(tmp_path / "set"), "max_clips": 100}
+    for _ in range(2):
+        clips, left_out = found(tmp_path, **source)
+        assert [(speaker, text) for _, speaker, text in clips] == [("c" * 16, text), ("y", ""), ("z", "f")]
+        assert all(data.read_header(str(tmp_path / path)).frames == 7200 for path, _, _ in clips)
+        assert sum(int(line.split(": ")[1].split()[0]) for line in left_out if "without audio" in line) == 4, left_out
+    (folder,) = (tmp_path / "huggingface").iterdir()
+    assert {path.suffix for path in folder.iterdir()} <= {".flac", ".jsonl", ".lock", ""} and folder.parent == tmp_path / "huggingface"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"path": "nowhere"}, "cannot be loaded"), ({"split": "dev"}, "cannot be loaded"), ({"audio_column": "sound"}, "no column 'sound'")])
+def test_huggingface_sets_that_cannot_be_had_say_why(tmp_path, monkeypatch, change, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    parquet(tmp_path / "set", [{"audio": None, "sentence": "b", "client_id": "x"}])
+    with pytest.raises(DataError, match=message):
+        found(tmp_path, **{"kind": "huggingface", "path": str(tmp_path / "set"), **change})
+
+
+# ---------------------------------------------------------------- what a finder does not yield
+
+def test_common_voice_takes_the_newest_whole_release_and_says_so(tmp_path):
+    table = "client_id\tpath\tsentence\nabc\t1.mp3\tHi\n"
+    for release, rows in (("cv-corpus-9.0-2022-04-27", 1), ("cv-corpus-24.0-2025-12-05", 2), ("cv-corpus-25.0-delta-2026-03-09", 1),
+                          ("cv-corpus-26.0-singleword", 1)):
+        touch(tmp_path / f"cv/{release}/xx/train.tsv", table + "abc\t2.mp3\tHo\n" * (rows - 1))
+    clips, left_out = found(tmp_path, kind="common_voice", path="cv", language="xx")
+    assert len(clips) == 2 and clips[0][0].startswith("cv/cv-corpus-24.0")
+    said = "\n".join(left_out)
+    assert "the release used is cv-corpus-24.0-2025-12-05" in said and said.count("is skipped") == 2
+    with pytest.raises(DataError, match="delta-2026-03-09 is skipped"):  # nothing else is there
+        (tmp_path / "only/cv-corpus-25.0-delta-2026-03-09").mkdir(parents=True)
+        found(tmp_path, kind="common_voice", path="only", language="xx")
+
+
+def test_formats_passed_over_are_counted_by_suffix_with_what_converts_them(tmp_path, monkeypatch, capsys):
+    for name in ("a.m4a", "b.M4A", "c.webm", "d.txt", "e", "._f.wav"):
+        touch(tmp_path / "d/anna" / name, "x")
+    for name in ("g.wave", "h.au", "i.caf", "j.w64"):
+        write(tmp_path / "d/anna" / "x.wav", noise(0.5, 24000), 24000)
+        soundfile.write(tmp_path / "d/anna" / name, noise(0.5, 24000), 24000, format={".wave": "WAV", ".au": "AU", ".caf": "CAF",
+                                                                                      ".w64": "W64"}[Path(name).suffix])
+    touch(tmp_path / "c.yaml", f"data:\n  data_root: {tmp_path}\n  sources: [{{kind: folder, path: d}}]\n  validation: {{clips: 1}}\n")
+    check_command(monkeypatch, tmp_path / "c.yaml")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "folder d 5 0 6 1 0.00" in out and "2 passed over: .m4a: libsndfile does not read it; convert it: ffmpeg" in out
+    assert "1 passed over: hidden" in out and ".txt: no audio (anna/d.txt)" in out and "no suffix: no audio (anna/e)" in out
+
+
+def test_check_never_counts_what_it_has_not_opened_and_exits_1_when_nothing_is_left(tmp_path, monkeypatch, capsys):
+    touch(tmp_path / "m.csv", "path\ngone.wav\nempty.wav\n")
+    touch(tmp_path / "empty.wav")
+    touch(tmp_path / "c.yaml", f"data:\n  data_root: {tmp_path}\n  sources: [{{kind: manifest, path: m.csv}}]\n")
+    with pytest.raises(SystemExit) as stopped:
+        check_command(monkeypatch, tmp_path / "c.yaml")
+    out = capsys.readouterr().out
+    assert stopped.value.code == 1 and "clips to train on" not in out
+    assert "1 bad: does not exist" in out and "1 bad: is empty" in out and "total" in out
+
+
+def test_a_manifest_written_on_windows(tmp_path):
+    write(tmp_path / "sets/wavs/a.wav", noise(0.3, 24000), 24000)
+    touch(tmp_path / "sets/m.csv", "path,text\nwavs\\a.wav,Hi\n")
+    assert found(tmp_path, kind="manifest", path="sets/m.csv")[0] == [("sets/wavs/a.wav", "wavs", "Hi")]

@@ -18,7 +18,8 @@ from voxtral.codec import VoxtralCodec
 from voxtral.data import load_segment
 from voxtral.degrade import CHAINS, DEGRADATIONS, band_limit, opus, order, white_noise
 from voxtral.evaluation import (AGREEMENT, CODES, METRICS, Agreement, Averages, Encoded, Sample, all_codes,
-                                clip_codes, compare_voices, encode_all, fresh_encoder, gap_closed, voice_statistics)
+                                clip_codes, compare_voices, encode_all, fresh_encoder, gap_closed, load_samples,
+                                voice_statistics)
 from voxtral.layout import withheld_layout
 from voxtral.params import load_params
 from voxtral.score_table import SCORES
@@ -365,6 +366,13 @@ def test_gap_closed():
 
 
 # ---------------------------------------------------------------- the script
+
+def test_silent_clips_are_left_out_and_said(folder, tmp_path):
+    soundfile.write(tmp_path / "silent.wav", np.zeros(48_000), 24_000)
+    clips = [Clip(str(tmp_path / "silent.wav"), "anna", 0), Clip(str(folder / "anna" / "0.wav"), "anna", 0)]
+    samples, bad = load_samples(clips, 2.0)
+    assert [sample.clip for sample in samples] == clips[1:] and bad == [f"{tmp_path}/silent.wav: is silent"]
+
 
 def test_a_whole_evaluation(released, encoders, folder, tmp_path, capsys):
     run("--checkpoint", released, "--encoder", encoders[1], "--reference-encoder", encoders[0], "--data", folder,

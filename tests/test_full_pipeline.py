@@ -1,6 +1,7 @@
 """Phase 2 on a small random checkpoint: pairs, teacher and student, gradients, runs that survive, and bad input."""
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from conftest import stopped, stopped_by_torchrun
 from voxtral import distillation
 from voxtral.backbone import Backbone
 from voxtral.checkpoint import Checkpoint, save_tensors
-from voxtral.clips import resynthesize
+from voxtral.clips import encode_speech, resynthesize
 from voxtral.codec import VoxtralCodec
 from voxtral.config import FullPipelineConfig, load_config
 from voxtral.data import SAMPLE_RATE
@@ -28,7 +29,7 @@ from voxtral.inject import inject
 from voxtral.losses import MelDistance
 from voxtral.pairs import AUDIO, GENERATION, PADDING, PairDataset, collate_pairs, hold_out_texts
 from voxtral.params import load_params
-from voxtral.sources import Clip, DataError, find_clips
+from voxtral.sources import Clip, DataConfig, DataError, SourceConfig, find_clips
 from voxtral.standin import small_params, write_random_checkpoint
 from voxtral.tts import TTS, load_tokenizer
 
@@ -446,6 +447,19 @@ def test_native_tensors_are_the_checkpoints_own(make_model, folder):
     tensors, checkpoint = native_tensors(model), Checkpoint(folder)
     assert all(torch.equal(tensors[name], stored.float()) for name, stored in checkpoint.read(tensors).items())
     assert all(name in tensors for name in checkpoint.shapes if not name.startswith("audio_tokenizer."))
+
+
+@pytest.mark.parametrize("speaker", ["../../escaped", "N/A", "/etc", "a\u2028b", os.fsdecode(b"caf\xe9"), "x" * 300])
+def test_no_speaker_leads_out_of_the_folder(folder, tmp_path, speaker):
+    codec, inside = VoxtralCodec.from_checkpoint(folder), tmp_path / "in" / "made"
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(6000), SAMPLE_RATE)
+    clip = Clip(str(tmp_path / "a.wav"), speaker, 0, "one\u2028two")
+    resynthesize(codec, [clip], inside, 1.0)
+    (found,), _ = find_clips(DataConfig(data_root=str(inside), sources=[SourceConfig(kind="generated")]))
+    encode_speech(codec, [clip], set(), inside / "coded", 1.0, [1.0], [0.0])
+    assert len(found) == 1 and found[0].text == clip.text and Path(found[0].codes).is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "in"} and [path.name for path in (tmp_path / "in").iterdir()] == ["made"]
+    assert len(list((inside / "coded").glob("*/*.npy"))) == 1
 
 
 def test_resynthesized_clips_carry_the_codes_that_made_them(folder, tmp_path):

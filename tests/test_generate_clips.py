@@ -258,6 +258,22 @@ def test_more_clips_come_on_top(checkpoint, texts, whole, tmp_path):
 
 # ---------------------------------------------------------------- refusals
 
+def test_a_folder_with_a_torn_record_and_one_that_leads_out_of_it_goes_on(tmp_path):
+    """A text with U+2028 is one record, as a version that split there has left it."""
+    clips = plan(["anna", "../../x"], [("", "one\u2028two"), ("", "three")], 1, seed=0)
+    assert [clip.name.partition("/")[0] for clip in clips][0] == "anna" and ".." not in clips[1].name.split("/")
+    folder = ClipFolder(tmp_path / "clips")
+    folder.record(clips, ["", "silence"], [1.0, 1.0])
+    with folder.own.open("a", encoding="utf-8") as file:
+        escaped = {**folder.records[clips[0].name], "name": "../../escaped/00000"}
+        file.write('{"name": "torn{"name": "x"}\n[]\n' + json.dumps(escaped) + "\n" + json.dumps({"name": "half"}) + "\n")
+    again = ClipFolder(tmp_path / "clips", rank=1)
+    assert set(again.records) == {clip.name for clip in clips} and not again.missing(clips)
+    assert again.records[clips[0].name]["text"] == clips[0].text
+    again.write_manifest()
+    assert [row["path"] for row in rows(tmp_path / "clips" / "manifest.jsonl")] == ["anna/00000.flac"]
+
+
 def test_another_seed_or_other_sentences_are_refused(whole):
     folder = ClipFolder(whole)
     clips = plan(["anna", "de_ben"], SENTENCES, PER_VOICE, 0)

@@ -27,6 +27,7 @@ from voxtral.inject import inject
 from voxtral.layout import withheld_layout
 from voxtral.params import END_AUDIO, CheckpointError, load_params, parse_params
 from voxtral.reference import prepare_reference
+from voxtral.remarks import Remarks
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 from voxtral.tts import named_voice
 from voxtral.voices import (VoiceError, encode_reference, end_audio_row, list_voices, load_embedding, register, remove,
@@ -453,13 +454,13 @@ def test_script_writes_nothing_when_one_voice_is_bad(folder, end_row, tmp_path, 
 
 def test_voice_folders_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(VoiceError, match="does not exist"):
-        voice_files(tmp_path / "none")
+        voice_files(tmp_path / "none", Remarks())
     with pytest.raises(VoiceError, match="holds no"):
-        voice_files(tmp_path)
+        voice_files(tmp_path, Remarks())
     (tmp_path / "anna.wav").touch()
     (tmp_path / "anna.pt").touch()
     with pytest.raises(VoiceError, match="same voice"):
-        voice_files(tmp_path)
+        voice_files(tmp_path, Remarks())
 
 
 def test_presets_stay_what_they_were_after_everything(folder, pristine, end_row):
@@ -468,3 +469,36 @@ def test_presets_stay_what_they_were_after_everything(folder, pristine, end_row)
         path = f"voice_embedding/{name}.pt"
         assert (folder / path).read_bytes() == (pristine / path).read_bytes()
     assert SafetensorsFile(folder / "consolidated.safetensors").path.read_bytes() == Checkpoint(pristine).files[0].path.read_bytes()
+
+
+def test_what_is_no_voice_in_a_folder_is_named(tmp_path):
+    for name in ("anna.wav", "._anna.wav", ".DS_Store", "eve.m4a", "notes.txt", "ben.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "carl.wav").write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe.wav")
+    remarks = Remarks()
+    assert set(voice_files(tmp_path, remarks)) == {"anna", "ben"}
+    said = "\n".join(remarks.lines())
+    assert len(remarks) == 6 and all(name in said for name in ("._anna.wav", ".DS_Store", "eve.m4a", "ffmpeg", "notes.txt", "carl.wav", "pipe.wav"))
+
+
+def test_no_name_leads_out_of_the_checkpoint(folder):
+    (folder.parent / "mine.pt").write_bytes(b"not yours")
+    with pytest.raises(VoiceError, match="lead out of"):
+        remove(folder, "../../mine", force=True)
+    assert (folder.parent / "mine.pt").read_bytes() == b"not yours"
+
+
+@pytest.mark.parametrize("header", [b"[]", b"3", b'"a"', b'{"a": []}', b'{"a": {"dtype": "F32", "shape": [1]}}', b"[" * 10_000, b"\xff",
+                                    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', b'{"__metadata__": []}'])
+def test_safetensors_whose_header_is_something_else_are_refused(tmp_path, header):
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="a.safetensors"):
+        SafetensorsFile(tmp_path / "a.safetensors").read()
+
+
+def test_a_tensor_that_claims_more_than_it_holds_is_refused_before_it_is_made(tmp_path, folder, end_row):
+    torch.save(torch.zeros(1).expand(10 ** 9, 64), tmp_path / "a.pt")
+    with pytest.raises(VoiceError, match="1000000000 rows"):
+        load_embedding(tmp_path / "a.pt", load_params(folder), end_row)

@@ -17,9 +17,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from voxtral.asr import AsrConfig, AsrTargets, WhisperTeacher
+from voxtral.audio import load_segment, read_header
 from voxtral.checkpoint import write_text
 from voxtral.codec import valid_mask
-from voxtral.audio import load_segment, read_header
 from voxtral.data import Batch, SpeechDataset, collate
 from voxtral.errors import UserError
 from voxtral.sources import Clip

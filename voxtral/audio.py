@@ -2,8 +2,10 @@
 
 Headers are not believed: what counts is what can be decoded, for training and for references alike.
 """
+import io
 import math
 import os
+import re
 import stat
 import tempfile
 import threading
@@ -23,6 +25,8 @@ MIN_SEC = 0.1
 EDGE_SEC = 0.03        # this far from the ends of its input, soxr HQ no longer notices them (< 1e-6)
 MIN_RATE, MAX_RATE = 4000, 768_000  # Hz; others are damage, not speech
 MAX_CHANNELS = 64
+DECODER_LINE = re.compile(rb"\[src/libmpg123/|Note: |Warning: |.*libmpg123")
+BLOCK_FRAMES = 4096
 MAX_VALUES = 2 ** 27   # decoded at once, of a file whose length is not known beforehand
 SPEECH_HZ, BLOCK, MAX_BLOCKS = (100, 4000), 1024, 1000  # a channel's speech is weighed there, in so many blocks of frames
 AUDIO_SUFFIXES = {".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp3", ".mp2", ".mpga", ".ogg", ".oga", ".opus", ".aif",
@@ -65,15 +69,22 @@ class Header(NamedTuple):
 
 # ---------------------------------------------------------------- files
 
+class _SoundFile(soundfile.SoundFile):
+    """soundfile seeks after each read of what it calls seekable. MP3 decoders do so inexactly, and FLAC of unknown length
+    not at all; seek() works as before."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 @contextmanager
-def open_audio(path) -> Iterator[soundfile.SoundFile]:
+def open_audio(path) -> Iterator[_SoundFile]:
     """Around all that is done with an audio file. Raises BadClip, also for what goes wrong inside."""
-    problem = _no_file(path)
+    problem = no_file(path)
     if problem:
         raise BadClip(path, problem)
     try:
-        # As bytes: soundfile would encode the name strictly.
-        with quiet_decoders(), soundfile.SoundFile(os.fsencode(path)) as file:
+        with quiet_decoders(), _opened(path) as file:
             if not MIN_RATE <= file.samplerate <= MAX_RATE:
                 raise BadClip(path, f"has a rate of {file.samplerate} Hz: speech has {MIN_RATE} to {MAX_RATE}")
             if file.channels > MAX_CHANNELS:
@@ -84,13 +95,27 @@ def open_audio(path) -> Iterator[soundfile.SoundFile]:
         raise BadClip(path, what_it_is(path) or f"cannot be read as audio ({detail.rstrip('.')})") from error
 
 
+def _opened(path) -> _SoundFile:
+    file = _SoundFile(os.fsencode(path))  # as bytes: soundfile would encode the name strictly
+    if not file.frames and file.format in ("WAV", "WAVEX") and os.path.getsize(path) < MAX_VALUES:
+        # Who was stopped while writing left a length of 0: all that follows is sound.
+        with open(path, "rb") as whole:
+            content = whole.read()
+        size_at = content.find(b"data\0\0\0\0") + 4
+        if 4 <= size_at < len(content) - 4:
+            file.close()
+            rest = len(content) - size_at - 4
+            file = _SoundFile(io.BytesIO(content[:size_at] + rest.to_bytes(4, "little") + content[size_at + 4:]))
+    return file
+
+
 def read_header(path) -> Header:
     """Length as it can be decoded, rate and channels. Only a file whose header does not tell its length is decoded for
     it. Raises BadClip, also for less than MIN_SEC."""
     with open_audio(path) as file:
         header = Header(file.frames if len(_read_at(file, file.frames - 1, file.frames)) else 0, file.samplerate, file.channels)
     if not header.frames:
-        header = header._replace(frames=sum(len(block) for block in _blocks(path, 2 ** 16)))
+        header = header._replace(frames=sum(map(len, _blocks(path))))
     if header.seconds < MIN_SEC:
         raise BadClip(path, _too_short(path, header.frames))
     return header
@@ -141,7 +166,8 @@ def loudest_channel(audio: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
         scaled = np.pad(scaled, ((0, BLOCK - len(scaled)), (0, 0)))
     blocks = scaled[:len(scaled) // BLOCK * BLOCK].reshape(-1, BLOCK, audio.shape[1])
     low, high = (round(hz * BLOCK / rate) for hz in SPEECH_HZ)
-    spectra = np.fft.rfft(blocks[::-(-len(blocks) // MAX_BLOCKS)], axis=1)[:, max(low, 1):high + 1]
+    blocks = blocks[::-(-len(blocks) // MAX_BLOCKS)] * np.hanning(BLOCK)[:, None]  # or rumble leaks into the speech
+    spectra = np.fft.rfft(blocks, axis=1)[:, max(low, 1):high + 1]
     channel = int((np.abs(spectra) ** 2).sum(axis=(0, 1)).argmax())
     return audio[:, channel], channel
 
@@ -151,7 +177,7 @@ def is_silent(audio: np.ndarray) -> bool:
     return not np.abs(audio).max(initial=0.0) > 1e-3
 
 
-def _no_file(path) -> str:
+def no_file(path) -> str:
     """Why a path is no file that can be read; empty: it is one."""
     try:
         status = os.stat(path)
@@ -216,7 +242,7 @@ def _read_crop(path: str, position: float, max_sec: float, speed: float) -> _Cro
         start, stop, skip = _window(file.frames, played, position, max_sec)
         audio = _read_at(file, start, stop)
     if not len(audio) == stop - start > 0:
-        audio = np.concatenate(_decode(path) or [np.zeros((0, 1), np.float32)])
+        audio = np.concatenate(list(_blocks(path)) or [np.zeros((0, 1), np.float32)])
         start, stop, skip = _window(len(audio), played, position, max_sec)
         audio = audio[start:stop]
     if not np.isfinite(audio).all():
@@ -225,25 +251,20 @@ def _read_crop(path: str, position: float, max_sec: float, speed: float) -> _Cro
 
 
 def _read_at(file: soundfile.SoundFile, start: int, stop: int) -> np.ndarray:
-    """[n, channels], nothing where the decoder fails."""
-    try:
-        file.seek(start)
-        return file.read(stop - start, dtype=_dtype(file), always_2d=True)
-    except soundfile.SoundFileError:
-        return np.zeros((0, file.channels), np.float32)
+    """[n, channels], nothing where the decoder fails or the header counts backwards."""
+    with suppress(soundfile.SoundFileError):
+        if 0 <= start < stop:
+            file.seek(start)
+            return file.read(stop - start, dtype=_dtype(file), always_2d=True)
+    return np.zeros((0, file.channels), np.float32)
 
 
-def _decode(path) -> list[np.ndarray]:
-    """All that can be decoded. At once if possible: soundfile seeks after each read, and MP3 decoders do so inexactly. A
-    read that fails gives nothing at all, so small ones come closer to where the file breaks off."""
-    return list(_blocks(path, 2 ** 25)) or list(_blocks(path, 4096))
-
-
-def _blocks(path, block_frames: int) -> Iterator[np.ndarray]:
-    """A file from its start to where it breaks off, or to MAX_VALUES: [n, channels] each."""
+def _blocks(path) -> Iterator[np.ndarray]:
+    """A file from its start to where it breaks off, or to MAX_VALUES: [n, channels] each. A read that fails gives nothing
+    at all, so they are small."""
     with open_audio(path) as file, suppress(soundfile.SoundFileError):
         left = MAX_VALUES // file.channels
-        while left and len(block := file.read(min(block_frames, left), dtype=_dtype(file), always_2d=True)):
+        while left > 0 and len(block := file.read(BLOCK_FRAMES, dtype=_dtype(file), always_2d=True)):
             left -= len(block)
             yield block
 
@@ -265,7 +286,7 @@ def _window(frames: int, rate: int, position: float, max_sec: float) -> tuple[in
 @lru_cache(maxsize=2 ** 14)
 def _peak_of_floats(path: str, *_) -> float:
     """Of the whole file, so that all of its crops have one level."""
-    return float(max((np.abs(block[np.isfinite(block)]).max(initial=0.0) for block in _blocks(path, 2 ** 18)), default=0.0))
+    return float(max((np.abs(block[np.isfinite(block)]).max(initial=0.0) for block in _blocks(path)), default=0.0))
 
 
 # ---------------------------------------------------------------- what decoders print
@@ -304,8 +325,10 @@ class _Chatter:
         written = self.file.read(size).splitlines(keepends=True)
         self.file.seek(0)
         self.file.truncate()
-        others = [line for line in written if b"libmpg123/" not in line]
-        self.lines += len(written) - len(others)
+        others = [line for line in written if not DECODER_LINE.match(line)]
+        if len(others) < len(written):
+            self.lines += len(written) - len(others)
+            others = [line for line in others if line.strip()]  # it puts empty ones between
         os.write(2, b"".join(others))
 
     def forked(self) -> None:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from voxtral.errors import reason_of
 from voxtral.params import CheckpointError, load_params
 
 CODEC_PREFIX = "audio_tokenizer."
@@ -47,15 +48,14 @@ class SafetensorsFile:
                 self.data_start = 8 + header_size
                 if self.data_start > self.path.stat().st_size:
                     raise CheckpointError(f"{self.path} is truncated: download or copy it again.")
-                header = json.loads(file.read(header_size))
+                self.metadata, self.entries = parse_header(file.read(header_size))
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.path} is missing.") from error
-        except (struct.error, ValueError, OSError) as error:
+        except (struct.error, ValueError, OSError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{self.path} is no readable safetensors file ({error}).") from error
-        self.metadata: dict | None = header.pop("__metadata__", None)
-        self.entries: dict[str, dict] = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]))
+            raise CheckpointError(f"{self.path} is no readable safetensors file ({reason_of(error)}): download or copy it "
+                                  "again.") from error
         end = max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
         if self.data_start + end != self.path.stat().st_size:
             raise CheckpointError(f"{self.path} is truncated or damaged: its header asks for {self.data_start + end:,} bytes, "
@@ -66,8 +66,25 @@ class SafetensorsFile:
         try:
             with safe_open(str(self.path), framework="pt") as file:
                 return {name: file.get_tensor(name) for name in (self.entries if names is None else names)}
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path} cannot be read ({error}): download or copy it again.") from error
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:  # an unknown dtype, for one
+            raise CheckpointError(f"{self.path} cannot be read ({reason_of(error)}): download or copy it again.") from error
+
+
+def parse_header(text: bytes) -> tuple[dict | None, dict[str, dict]]:
+    """The JSON of a safetensors file -> its metadata, and name -> dtype, shape, data_offsets in the order of the data.
+
+    Raises ValueError for anything else, which the format's own reader then need not meet.
+    """
+    header = json.loads(text)
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(header, dict) or not isinstance(metadata, (dict, type(None))):
+        raise ValueError("its header is no JSON object of tensors")
+    for name, entry in header.items():
+        values = [entry.get(key) for key in ("shape", "data_offsets")] if isinstance(entry, dict) else [None, None]
+        whole = [isinstance(value, list) and all(type(n) is int and 0 <= n < 2 ** 63 for n in value) for value in values]
+        if not (all(whole) and len(values[1]) == 2 and values[1][0] <= values[1][1] and isinstance(entry.get("dtype"), str)):
+            raise ValueError(f"its header says no dtype, shape and data_offsets of {name}")
+    return metadata, dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]))
 
 
 class Checkpoint:
@@ -157,7 +174,7 @@ def flush(path) -> None:
 
 def write_text(path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
 
 
 def write_safetensors(path, shapes: dict[str, tuple], dtype_of: Callable[[str], torch.dtype],
@@ -316,7 +333,7 @@ def read_json(path) -> tuple[str, dict]:
         content = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: download it again.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no JSON object: download it again.")

@@ -5,7 +5,6 @@ A clip is FOLDER/VOICE/00012.flac with its codes in 00012.npy (int16 [37, L]). I
 records-RANK.jsonl, which comes last. manifest.jsonl lists the clips that were kept.
 """
 import argparse
-import json
 import os
 import random
 import zlib
@@ -22,22 +21,26 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from voxtral.audio import BadClip, load_segment
 from voxtral.checkpoint import atomic_path, write_text
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.audio import BadClip, load_segment
 from voxtral.data import read_config
-from voxtral.errors import UserError, one_sentence
+from voxtral.errors import UserError, one_sentence, shown
+from voxtral.paths import file_name, is_inside
+from voxtral.remarks import Remarks
 from voxtral.sources import Clip, find_clips
+from voxtral.tables import json_line, read_json_lines
 from voxtral.tts import Take
 
 MIN_SEC = 0.4             # less is no sentence
 SILENT_DBFS = -50.0       # level of the whole clip; speech is around -25
+RECORDED = {"name", "voice", "language", "text", "seed", "seconds", "dropped"}
 MAX_SAME_FRAMES = 25      # 2 s of one semantic code: the model is stuck; pauses between words are shorter
 
 
 @dataclass(frozen=True)
 class PlannedClip:
-    """`name`: VOICE/NUMBER, path without suffix; `seed`: what the noise hangs on."""
+    """`name`: VOICE/NUMBER, path without suffix, of the folder that file_name() makes of the voice; `seed`: what the noise hangs on."""
     name: str
     voice: str
     language: str
@@ -63,7 +66,7 @@ def plan(voices: list[str], sentences: list[tuple[str, str]], per_voice: int, se
             turn, place = divmod(number, len(texts))
             order = random.Random(f"{seed}/{voice}/{turn}").sample(range(len(texts)), len(texts))
             language, text = texts[order[place]]
-            clips.append(PlannedClip(f"{voice}/{number:05d}", voice, language, text, (seed, key, number)))
+            clips.append(PlannedClip(f"{file_name(voice)}/{number:05d}", voice, language, text, (seed, key, number)))
     return clips
 
 
@@ -103,9 +106,9 @@ class ClipFolder:
         self.records = self._read()
 
     def _read(self) -> dict[str, dict]:
-        rows = [json.loads(line) for path in sorted(self.path.glob("records-*.jsonl"))
-                for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        return {row["name"]: row for row in rows}
+        """Lines that are no record, such as one that a kill cut short, do not count: those clips are made again."""
+        rows = (row for path in sorted(self.path.glob("records-*.jsonl")) for row in read_json_lines(path, Remarks()))
+        return {row["name"]: row for row in rows if RECORDED <= row.keys() and is_inside(row["name"])}
 
     def missing(self, clips: list[PlannedClip]) -> list[PlannedClip]:
         """Those without a record. Raises UserError when the folder was begun with other sentences or another seed."""
@@ -129,7 +132,7 @@ class ClipFolder:
                  "seed": list(clip.seed), "seconds": round(length, 2), "dropped": reason}
                 for clip, reason, length in zip(clips, defects, seconds)]
         with self.own.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.write("".join(map(json_line, rows)))
             file.flush()
             os.fsync(file.fileno())
         self.records.update((row["name"], row) for row in rows)
@@ -140,9 +143,8 @@ class ClipFolder:
             self.records = self._read()
             kept = [row for _, row in sorted(self.records.items()) if not row["dropped"]]
             write_text(self.path / "manifest.jsonl", "".join(
-                json.dumps({"path": f"{row['name']}.flac", "codes": f"{row['name']}.npy", "voice": row["voice"],
-                            "language": row["language"], "text": row["text"], "seconds": row["seconds"]},
-                           ensure_ascii=False) + "\n" for row in kept))
+                json_line({"path": f"{row['name']}.flac", "codes": f"{row['name']}.npy", "voice": row["voice"],
+                           "language": row["language"], "text": row["text"], "seconds": row["seconds"]}) for row in kept))
         return Counter(row["dropped"] for row in self.records.values() if row["dropped"])
 
 
@@ -157,10 +159,10 @@ def resynthesize(codec: VoxtralCodec, clips: list[Clip], path, max_sec: float) -
         try:
             waveform, _ = load_segment(clip.path, 0.0, max_sec)
         except BadClip as error:
-            print(f"left out: {error}")
+            print(shown(f"left out: {error}"))
             continue
         codes = codec.encode(torch.from_numpy(waveform)[None, None].to(codec.audio_embedding.device))
-        planned = PlannedClip(f"{clip.speaker}/{number:05d}", clip.speaker, "", clip.text, (0,))
+        planned = PlannedClip(f"{file_name(clip.speaker)}/{number:05d}", clip.speaker, "", clip.text, (0,))
         folder.save_audio(planned, codes[0].cpu(), codec.decode(codes)[0, 0].cpu(), codec.params.sampling_rate)
         rows.append((planned, codes.shape[-1] / codec.params.frame_rate_hz))
     folder.record([clip for clip, _ in rows], [""] * len(rows), [seconds for _, seconds in rows])
@@ -192,18 +194,19 @@ def encode_speech(codec: VoxtralCodec, clips: list[Clip], held_out: set[str], pa
         all_played = tqdm(pool.imap(read, clips), "encoding", len(clips), disable=None)
         for number, (clip, played) in enumerate(zip(clips, all_played)):
             if isinstance(played, BadClip):
-                print(f"left out: {played}")
+                print(shown(f"left out: {played}"))
                 continue
             lengths = torch.tensor([len(waveform) for *_, waveform in played], device=device)
             waveforms = pad_sequence([torch.from_numpy(waveform) for *_, waveform in played], batch_first=True)
             codes = codec.encode(waveforms[:, None].to(device), lengths).to("cpu", torch.int16).numpy()
-            (folder / clip.speaker).mkdir(parents=True, exist_ok=True)
+            speaker = file_name(clip.speaker)
+            (folder / speaker).mkdir(parents=True, exist_ok=True)
             for (speed, offset, _), one, n_frames in zip(played, codes, ceil_div(lengths, codec.params.frame_size).tolist()):
-                name = f"{clip.speaker}/{number:05d}_{speed:g}_{offset:g}.npy"
+                name = f"{speaker}/{number:05d}_{speed:g}_{offset:g}.npy"
                 np.save(folder / name, one[:, :n_frames])
                 rows.append({"path": str(Path(clip.path).absolute()), "codes": name, "text": clip.text,
                              "voice": clip.speaker if speed == 1 else f"{clip.speaker}@{speed:g}"})
-    write_text(folder / "manifest.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / "manifest.jsonl", "".join(map(json_line, rows)))
 
 
 def main(arguments=None) -> None:
@@ -218,8 +221,9 @@ def main(arguments=None) -> None:
         codec = VoxtralCodec.from_checkpoint(options.checkpoint)
         if not codec.has_encoder:
             raise UserError(f"{options.checkpoint} has no encoder: put one in with inject_encoder.py.")
-        clips = [clip for source in find_clips(read_config(options.data, options.overrides))[0] for clip in source]
-        resynthesize(codec, clips, options.output, options.max_sec)
+        sources, left_out = find_clips(read_config(options.data, options.overrides))
+        print("".join(f"{line}\n" for line in left_out), end="")
+        resynthesize(codec, [clip for source in sources for clip in source], options.output, options.max_sec)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from voxtral.audio import BadClip
 from voxtral.data import Batch
+from voxtral.errors import reason_of
 from voxtral.params import CodecParams
 from voxtral.sources import Clip, DataError
 
@@ -17,8 +18,8 @@ def read_codes(path: str, params: CodecParams) -> Tensor:
     """-> codes [1 + acoustic_dim, L] int64 of a generated clip. Raises BadClip."""
     try:
         codes = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64))
-    except (OSError, ValueError, EOFError) as error:
-        raise BadClip(path, f"unreadable codes ({' '.join(str(error).split())})") from error
+    except Exception as error:  # numpy reads the header as Python, and can raise what Python can
+        raise BadClip(path, f"unreadable codes ({reason_of(error)})") from error
     if codes.ndim != 2 or len(codes) != params.n_codebooks or not codes.shape[1]:
         raise BadClip(path, f"codes of shape {list(codes.shape)}, not [{params.n_codebooks}, frames]")
     largest = codes[0].max() < params.semantic_codebook_size and codes[1:].max() < params.acoustic_codebook_size

@@ -249,9 +249,7 @@ def report(config: DataConfig, audio_sec_per_sec: float | None) -> bool:
         for clip in source.clips:
             if isinstance(error := header_of[clip.path], BadClip):
                 bad.pass_over(error.reason, clip.path)
-        for reason, (count, first) in bad.passed_over.items():
-            print(shown(f"{source.name}: {count} bad: {reason} (first: {first})"))
-        for line in source.remarks.lines():
+        for line in bad.lines("bad") + source.remarks.lines():
             print(f"{shown(source.name)}: {line}")
     for path, header in header_of.items():
         if isinstance(header, BadClip):

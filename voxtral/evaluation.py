@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from voxtral.audio import BadClip, load_segment
+from voxtral.audio import BadClip, is_silent, load_segment
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.codes import read_codes
+from voxtral.errors import shown
 from voxtral.losses import codebook_scale
 from voxtral.metrics import code_agreement, code_statistics
 from voxtral.params import CodecParams
@@ -76,15 +77,17 @@ class Encoded:
 
 
 def load_samples(clips: list[Clip], max_sec: float) -> tuple[list[Sample], list[str]]:
-    """The first `max_sec` of every clip -> samples, "path: reason" of those that cannot be used. Raises DataError
-    when none is left."""
+    """The first `max_sec` of every clip -> samples, "path: reason" of those that cannot be used: a silent one would spoil
+    averages. Raises DataError when none is left."""
     samples, bad = [], []
     for clip in clips:
         try:
             audio, rate = load_segment(clip.path, 0.0, max_sec)
+            if is_silent(audio):
+                raise BadClip(clip.path, "is silent")
             samples.append(Sample(clip, torch.from_numpy(audio), rate))
         except BadClip as error:
-            bad.append(str(error))
+            bad.append(shown(error))
     if not samples:
         raise DataError(f"None of the {len(clips)} clips can be read; look at --data ({'; '.join(bad[:3])}).")
     return samples, bad

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from voxtral.adapters import check_adapter
 from voxtral.checkpoint import (ENCODER_PREFIXES, TORCH_DTYPES, Checkpoint, Item, SafetensorsFile, Span, atomic_path,
-                                check_shapes, flush, read_json, remove_json, set_json, weight_files, write_items,
+                                check_shapes, flush, parse_header, read_json, remove_json, set_json, weight_files, write_items,
                                 write_safetensors, write_text)
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import LORA_MODULES, CheckpointError, ModelParams
@@ -210,8 +210,7 @@ def original_files(folder) -> list[Weights]:
         restoring = kept.is_file() and any(name.startswith(ENCODER_PREFIXES) for name in entries)
         if restoring:
             header = kept.read_bytes()
-            entries = json.loads(header[8:])
-            metadata = entries.pop("__metadata__", None)
+            metadata, entries = parse_header(header[8:])
             saved = kept.parent / SAVED_TENSORS
             holders = ([SafetensorsFile(saved)] if saved.is_file() else []) + holders
         items = {}

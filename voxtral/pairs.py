@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from voxtral.audio import BadClip, load_segment
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.codes import read_codes
-from voxtral.audio import BadClip, load_segment
 from voxtral.data import SpeechDataset
 from voxtral.loader import Loader, TensorBatch
 from voxtral.params import CodecParams

@@ -1,5 +1,6 @@
 """The architecture, as params.json describes it. Every size in this project comes from here."""
 import json
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -130,8 +131,19 @@ def integers(text: str) -> list[int]:
 
 
 def _known(cls, values: dict):
-    names = {f.name for f in fields(cls)}
-    return cls(**{key: value for key, value in values.items() if key in names})
+    """The fields of `cls` that are there. Raises CheckpointError for a value of another type, and for sizes below 1."""
+    known = {}
+    for key in fields(cls):
+        if key.name in values:
+            value = known[key.name] = values[key.name]
+            right = isinstance(value, (int, float) if key.type is float else key.type) and (
+                key.type is bool or not isinstance(value, bool))
+            if not right or key.type is int and value < 1:
+                raise CheckpointError(f"params.json: {key.name} is {value!r}: it must be a {key.type.__name__}"
+                                      f"{' above 0' if key.type is int else ''}.")
+            if key.name.endswith("_str") and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
+                raise CheckpointError(f"params.json: {key.name} is {value!r}: it must be numbers above 0 between commas.")
+    return cls(**known)
 
 
 def parse_params(raw: dict) -> ModelParams:
@@ -142,10 +154,10 @@ def parse_params(raw: dict) -> ModelParams:
             backbone=_known(TransformerParams, raw),
             acoustic=_known(TransformerParams, audio["acoustic_transformer_args"]),
             codec=_known(CodecParams, raw["multimodal"]["audio_tokenizer_args"]),
-            vocab_size=raw["vocab_size"], raw=raw)
+            vocab_size=int(raw["vocab_size"]), raw=raw)
     except KeyError as error:
         raise CheckpointError(f"params.json has no key {error}: is this the folder of a Voxtral TTS checkpoint?") from error
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise CheckpointError(f"params.json is incomplete: {error}") from error
     return params
 
@@ -157,5 +169,5 @@ def load_params(folder) -> ModelParams:
         raise CheckpointError(f"{path} is missing: point `checkpoint` (or VOXTRAL_CKPT) at the folder of a Voxtral TTS checkpoint.")
     try:
         return parse_params(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from error

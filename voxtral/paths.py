@@ -25,6 +25,11 @@ def file_name(name: str) -> str:
     return f"{safe.encode()[:MAX_NAME_BYTES - 11].decode(errors='ignore')}-{digest}".lstrip("-")
 
 
+def is_inside(name) -> bool:
+    """Is this the path, relative to a folder, of something in it?"""
+    return isinstance(name, str) and not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
+
+
 def find_files(folder: Path, pattern: str, remarks: Remarks) -> Iterator[str]:
     """Regular files below `folder` whose path, relative to it, has the glob `pattern` (** : any folders): those paths, in
     no order. Hidden files, what is no regular file, what the pattern leaves out and links to what is read anyway are

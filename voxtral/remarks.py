@@ -4,6 +4,8 @@ from stat import S_ISDIR
 
 from voxtral.errors import shown
 
+MAX_NAMED = 5  # of each reason
+
 
 def stamp(path) -> list[int] | None:
     """[time of the last change in ns, size] of a file, [time, 0] of a folder: its entries; None: it is not there."""
@@ -20,7 +22,7 @@ class Remarks:
 
     def __init__(self):
         self.looked_at: dict[str, list[int] | None] = {}
-        self.passed_over: dict[str, tuple[int, str]] = {}
+        self.passed_over: dict[str, tuple[int, list[str]]] = {}
         self.notes: list[str] = []
 
     def __len__(self) -> int:
@@ -28,8 +30,8 @@ class Remarks:
         return sum(count for count, _ in self.passed_over.values())
 
     def pass_over(self, reason: str, what: str) -> None:
-        count, first = self.passed_over.get(reason, (0, what))
-        self.passed_over[reason] = count + 1, first
+        count, named = self.passed_over.get(reason, (0, []))
+        self.passed_over[reason] = count + 1, named + [what] if count < MAX_NAMED else named
 
     def look_at(self, path) -> None:
         """Of every folder and table whose change would change what is found, also of one that is not there."""
@@ -39,7 +41,7 @@ class Remarks:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
-    def lines(self) -> list[str]:
+    def lines(self, what: str = "passed over") -> list[str]:
         """One printable line for each reason and note."""
-        return [f"{count} passed over: {shown(reason)} (first: {shown(first)})"
-                for reason, (count, first) in self.passed_over.items()] + [shown(note) for note in self.notes]
+        return [f"{count} {what}: {shown(reason)} ({shown(', '.join(named))}{', …' if count > len(named) else ''})"
+                for reason, (count, named) in self.passed_over.items()] + [shown(note) for note in self.notes]

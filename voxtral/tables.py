@@ -51,7 +51,7 @@ def read_table(path, remarks: Remarks) -> Iterator[Row]:
         row = row_of(values)
         if not row.path:
             remarks.pass_over(str(values.get("left_out") or "a row that names no file"), f"{path}, {place}")
-        elif not _is_unicode(row.speaker + row.text):
+        elif not is_unicode(row.speaker + row.text):
             remarks.pass_over("a row whose text is not UTF-8", f"{path}, {place}")
         else:
             yield row
@@ -89,7 +89,8 @@ def _value(values: dict, names: tuple[str, ...]) -> str:
     return ""
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """No lone surrogates, which no encoder takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -225,6 +226,7 @@ def _delimited_rows(path: Path, names: dict, remarks: Remarks) -> Iterator[tuple
         raise TableError(f"{path} is empty.")
     dialect = _Dialect(header, path.suffix.lower())
     names.update(dict.fromkeys(dialect.columns))
+    any_open = False
     for number, line in iter(lines.next, None):
         if not line.strip():
             continue
@@ -233,7 +235,9 @@ def _delimited_rows(path: Path, names: dict, remarks: Remarks) -> Iterator[tuple
             fields = _quoted_record(dialect, line, lines)
         if fields is None:
             fields = line.split(dialect.delimiter)
-            remarks.note(f"{path}: a quote is opened and not closed (first in line {number}); such lines are read as they stand")
+            if not any_open:
+                remarks.note(f"{path}: a quote is opened and not closed (first in line {number}); such lines are read as they stand")
+            any_open = True
         fields = dialect.fitted(fields)
         if fields is None:
             remarks.pass_over(f"a row with more fields than the {len(dialect.columns)} columns", f"{path}, line {number}")

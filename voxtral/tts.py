@@ -16,10 +16,12 @@ from torch import Tensor
 
 from voxtral.acoustic import CFG_ALPHA
 from voxtral.cached_backbone import CachedBackbone
-from voxtral.errors import UserError
+from voxtral.errors import UserError, shown
 from voxtral.frames import FrameLoop, Models, prompt_slots
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS, CheckpointError
 from voxtral.streaming import decode_batch
+from voxtral.tables import is_unicode
+from voxtral.text import says_something
 from voxtral.voices import list_voices, load_pt
 
 FIRST_BLOCK, BLOCK = 4, 8   # frames between looks for END_AUDIO, each of which waits for the device; the first is short
@@ -138,10 +140,12 @@ class TTS:
 def prompt_tokens(tokenizer: MistralTokenizer, text: str, n_rows: int) -> tuple[Tensor, Tensor]:
     """-> token ids [S] int64 of spec section 5, and which of them [S] bool are the n_rows AUDIO tokens.
 
-    Raises TTSError for an empty text.
+    Raises TTSError for a text in which there is nothing to say, or that is no Unicode.
     """
-    if not text.strip():
+    if not says_something(text):
         raise TTSError("there is no text to speak.")
+    if not is_unicode(text):
+        raise TTSError(f"the text is not UTF-8: {shown(text[:60])}")
     audio = tokenizer.instruct_tokenizer.audio_encoder
     # Under this name mistral_common makes room for the rows at hand, be they of a known voice or of a reference.
     audio.audio_config.voice_num_audio_tokens["/rows"] = n_rows

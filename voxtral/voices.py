@@ -15,14 +15,16 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
+from voxtral.audio import AUDIO_SUFFIXES, CONVERT, OTHER_MEDIA, no_file
 from voxtral.checkpoint import (EMBEDDING_NAME, Checkpoint, SafetensorsFile, atomic_path, read_json, remove_json,
                                 set_json, write_text)
 from voxtral.codec import VoxtralCodec
-from voxtral.errors import UserError
+from voxtral.errors import UserError, reason_of
 from voxtral.layout import meta_codec
 from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams
+from voxtral.paths import find_files, is_inside
 from voxtral.reference import MAX_SEC, MIN_SPEECH_SEC, Reference, prepare_reference
-from voxtral.audio import AUDIO_SUFFIXES
+from voxtral.remarks import Remarks
 
 IN_PARAMS = ["multimodal", "audio_tokenizer_args", "voice"]
 IN_TEKKEN = ["audio", "voice_num_audio_tokens"]
@@ -110,6 +112,8 @@ def remove(folder, name: str, force: bool = False) -> None:
     (params_text, indices), (tekken_text, tokens) = _params_voices(folder), _tekken_voices(folder)
     registered = _registered(folder)
     path = folder / "voice_embedding" / f"{name}.pt"
+    if not is_inside(f"{name}.pt") or "/" in name:
+        raise VoiceError(f"'{name}' is no voice name: it would lead out of {path.parent}.")
     if name not in registered and name not in indices and name not in tokens and not path.is_file():
         raise VoiceError(f"{folder} has no voice {name}: its voices are {', '.join(indices)}.")
     if name not in registered and not force:
@@ -149,8 +153,8 @@ def _read_map(path: Path, keys: list[str]) -> tuple[str, dict[str, int]]:
     text, value = read_json(path)
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} has no {'.'.join(keys)}: is it of a Voxtral TTS checkpoint?")
+    if not isinstance(value, dict) or not all(type(number) is int for number in value.values()):
+        raise CheckpointError(f"{path} has no {'.'.join(keys)} of whole numbers: is it of a Voxtral TTS checkpoint?")
     return text, value
 
 
@@ -163,14 +167,16 @@ def _registered(folder) -> dict[str, str]:
 
 def load_pt(path) -> Tensor:
     """The tensor in a torch.save'd file. Raises VoiceError for anything else; code in the pickle is never run."""
+    if problem := no_file(path):
+        raise VoiceError(f"{path} {problem}.")
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise VoiceError(f"{path} is refused: it is no plain tensor, loading it could run code.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
-        raise VoiceError(f"{path} cannot be read ({str(error).splitlines()[0] if str(error) else error!r}).") from error
-    if not isinstance(tensor, Tensor):
-        raise VoiceError(f"{path} holds a {type(tensor).__name__}: a voice is one tensor [N, dim].")
+    except Exception as error:  # a damaged pickle can raise anything
+        raise VoiceError(f"{path} cannot be read ({reason_of(error)}): it is no voice, or damaged.") from error
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise VoiceError(f"{path} holds a {type(tensor).__name__}: a voice is one plain tensor [N, dim].")
     return tensor
 
 
@@ -180,9 +186,9 @@ def load_embedding(path, params: ModelParams, end_row: Tensor) -> tuple[Tensor, 
     Raises VoiceError for another shape, values that are not finite, or a length that is no 1 to 25 s.
     """
     path = Path(path)
-    if not path.is_file():
-        raise VoiceError(f"voice file {path} does not exist.")
-    if path.suffix == ".safetensors":
+    if problem := no_file(path):
+        raise VoiceError(f"voice file {path} {problem}.")
+    if path.suffix.lower() == ".safetensors":
         file = SafetensorsFile(path)
         if len(file.entries) != 1:
             raise VoiceError(f"{path} holds {len(file.entries)} tensors: a voice is one tensor [N, dim].")
@@ -192,6 +198,10 @@ def load_embedding(path, params: ModelParams, end_row: Tensor) -> tuple[Tensor, 
     if embedding.dim() != 2 or embedding.shape[1] != params.dim or not embedding.is_floating_point():
         raise VoiceError(f"{path} holds {list(embedding.shape)} {embedding.dtype}: this checkpoint's voices are "
                          f"[N, {params.dim}] floats.")
+    least, most = (math.ceil(seconds * params.codec.frame_rate_hz) + 1 for seconds in (MIN_SPEECH_SEC, MAX_SEC))
+    if len(embedding) > most:  # before anything of its size is made
+        raise VoiceError(f"{path} has {len(embedding)} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are "
+                         f"{least} to {most}.")
     if not embedding.bfloat16().isfinite().all():
         raise VoiceError(f"{path} holds values that are no finite numbers.")
     notes = []
@@ -199,7 +209,6 @@ def load_embedding(path, params: ModelParams, end_row: Tensor) -> tuple[Tensor, 
     if not ends:
         embedding = torch.cat([embedding.float(), end_row[None]])
         notes.append("the END_AUDIO row was missing and has been appended")
-    least, most = (math.ceil(seconds * params.codec.frame_rate_hz) + 1 for seconds in (MIN_SPEECH_SEC, MAX_SEC))
     if not least <= len(embedding) <= most:
         raise VoiceError(f"{path} has {len(embedding)} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are "
                          f"{least} to {most}.")
@@ -225,17 +234,21 @@ def encode_reference(codec: VoxtralCodec, path) -> tuple[Tensor, Reference]:
     return codec.voice_embedding(reference.waveform.to(codec.audio_embedding.device)), reference
 
 
-def voice_files(folder) -> dict[str, Path]:
-    """Voice name -> file, of a folder of embeddings and audio. Raises VoiceError when it holds none or a name twice."""
+def voice_files(folder, remarks: Remarks) -> dict[str, Path]:
+    """Voice name -> file, of a folder of embeddings and audio; what else is there is passed over, and named. Raises
+    VoiceError when it holds none or a name twice."""
     folder = Path(folder)
     if not folder.is_dir():
         raise VoiceError(f"voice folder {folder} does not exist: set --voice-dir (or VOXTRAL_VOICE_DIR).")
     files = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in AUDIO_SUFFIXES | EMBEDDING_SUFFIXES and path.is_file():
-            if path.stem in files:
-                raise VoiceError(f"{path} and {files[path.stem].name} would be the same voice: keep one of them.")
+    for path in map(folder.joinpath, sorted(find_files(folder, "*", remarks))):
+        suffix = path.suffix.lower()
+        if suffix not in AUDIO_SUFFIXES | EMBEDDING_SUFFIXES:
+            remarks.pass_over(f"{suffix}: {CONVERT}" if suffix in OTHER_MEDIA else "no recording and no embedding", path.name)
+        elif path.stem in files:
+            raise VoiceError(f"{path} and {files[path.stem].name} would be the same voice: keep one of them.")
+        else:
             files[path.stem] = path
     if not files:
-        raise VoiceError(f"{folder} holds no .pt, .safetensors or audio file.")
+        raise VoiceError("; ".join([f"{folder} holds no .pt, .safetensors or audio file", *remarks.lines()]) + ".")
     return files
