@@ -648,9 +648,10 @@ def test_huggingface_rows_without_audio_are_left_out_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"path": "nowhere"}, "cannot be loaded"), ({"split": "dev"}, "cannot be loaded"), ({"audio_column": "sound"}, "no column 'sound'")])
+    ({"path": "empty"}, "cannot be loaded"), ({"split": "dev"}, "cannot be loaded"), ({"audio_column": "sound"}, "no column 'sound'")])
 def test_huggingface_sets_that_cannot_be_had_say_why(tmp_path, monkeypatch, change, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     parquet(tmp_path / "set", [{"audio": None, "sentence": "b", "client_id": "x"}])
     with pytest.raises(DataError, match=message):
         found(tmp_path, **{"kind": "huggingface", "path": str(tmp_path / "set"), **change})

@@ -98,11 +98,11 @@ def test_a_million_open_quotes_take_no_time_and_lose_no_row(tmp_path):
 
 def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"path": "a.wav"}\n{"path": \n[1]\n{"path": null}\n{"path": "b.wav", "text": "\xff"}\n'
-                                       b'{"path": "c.wav", "text": "\\ud800"}\n' + b"[" * 100_000 + b'\n{"path": "d.wav"}\n')
+                                       b'{"path": "c.wav", "text": "\\ud800"}\n{"path": "\\ud800.wav"}\n{"path": "\\udce9.wav"}\n' + b"[" * 100_000 + b'\n{"path": "d.wav"}\n')
     rows, remarks = rows_of(tmp_path / "a.jsonl")
-    assert [row.path for row in rows] == ["a.wav", "d.wav"] and len(remarks) == 6
+    assert [row.path for row in rows] == ["a.wav", "\udce9.wav", "d.wav"] and len(remarks) == 7
     assert {reason: count for reason, (count, _) in remarks.passed_over.items()} == {
-        "a line that is no JSON object": 3, "a row that names no file": 1, "a row whose text is not UTF-8": 2}
+        "a line that is no JSON object": 3, "a row that names no file": 1, "a row that is not UTF-8": 3}
     (tmp_path / "a.csv").write_text("path,text,speaker\na.wav,Hi, you,anna\nb.wav,No,ben\n")
     rows, remarks = rows_of(tmp_path / "a.csv")
     assert [row.path for row in rows] == ["b.wav"] and "a.csv, line 2" in remarks.lines()[0]
@@ -224,11 +224,13 @@ def test_names_that_are_no_utf8_are_found_split_and_listed(tmp_path):
 
 
 def test_clips_with_odd_names_can_be_held_out_and_written(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/sp\xe9/"
+    os.mkdir(folder)
     for i in range(3):
-        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9%d.wav" % i)).write_text("x")
+        Path(os.fsdecode(folder + b"caf\xe9%d.wav" % i)).write_text("x")
     sources, _ = find_clips(DataConfig(data_root=str(tmp_path), sources=[SourceConfig(kind="folder")]))
     config = DataConfig()
     config.validation.clips = 1
     train, held_out = split_validation(sources, config.validation)
-    assert len(train[0]) == 2 and len(held_out) == 1
+    assert len(train[0]) == 2 and len(held_out) == 1 and held_out[0].speaker == "sp\\xe9"
     write_text(tmp_path / "list.txt", held_out[0].path)

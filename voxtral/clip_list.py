@@ -28,7 +28,7 @@ class Strings(Sequence):
 
     @classmethod
     def of(cls, strings) -> "Strings":
-        encoded = [os.fsencode(string) for string in strings]  # names of files need not be UTF-8
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]  # names of files need not be UTF-8
         return cls(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([len(one) for one in encoded], dtype=np.int64))
 
     def __len__(self) -> int:
@@ -36,7 +36,7 @@ class Strings(Sequence):
 
     def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.data[start:self.ends[index]].tobytes())
+        return self.data[start:self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
 class Columns:
@@ -140,4 +140,4 @@ def path_key(path: str) -> int:
     """63 bits of a hash of the names of file and folder: an order that is the same for data that moved."""
     folder, name = os.path.split(path)
     name = f"{os.path.basename(folder)}/{name}" if os.path.basename(folder) not in ("", ".") else "/".join(Path(path).parts[-2:])
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") >> 1

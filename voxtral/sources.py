@@ -17,11 +17,11 @@ from voxtral import clip_cache
 from voxtral.audio import AUDIO_SUFFIXES, CONVERT, OTHER_MEDIA
 from voxtral.clip_cache import ClipCache
 from voxtral.clip_list import Clip, Clips
-from voxtral.errors import DataError
+from voxtral.errors import DataError, shown
 from voxtral.huggingface import local_copy
 from voxtral.paths import find_files
 from voxtral.remarks import Remarks
-from voxtral.tables import read_table
+from voxtral.tables import is_unicode, read_table
 
 LIBRISPEECH_FOLDERS = ("", "LibriSpeech", "LibriTTS_R", "LibriTTS")  # as their archives unpack
 CODEC_FRAME_SEC = 0.08  # 1920 samples at 24 kHz
@@ -228,10 +228,17 @@ def _audio_files(folder: Path, pattern: str, remarks: Remarks) -> Iterator[str]:
             remarks.pass_over(f"{suffix}: {CONVERT}" if suffix in OTHER_MEDIA else f"{suffix or 'no suffix'}: no audio", name)
 
 
+def _folder_name(path: str) -> str:
+    """Of the folder that a path lies in, as a text."""
+    name = os.path.basename(os.path.dirname(path))
+    return name if is_unicode(name) else shown(name)
+
+
 def _folder(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
     folder = root / source.path
     for name in _audio_files(folder, source.pattern, remarks):
-        yield Clip(os.path.join(folder, name), os.path.basename(os.path.dirname(os.path.join(folder, name))), index)
+        path = os.path.join(folder, name)
+        yield Clip(path, _folder_name(path), index)
 
 
 def _librispeech(source: SourceConfig, index: int, root: Path, subset: str, remarks: Remarks) -> Iterator[Clip]:
@@ -241,7 +248,8 @@ def _librispeech(source: SourceConfig, index: int, root: Path, subset: str, rema
         remarks.look_at(path)
     folder = next((path for path in candidates if path.is_dir()), candidates[0])
     for name in _audio_files(folder, "*/*/*", remarks):
-        yield Clip(os.path.join(folder, name), name.partition("/")[0], index)
+        path = os.path.join(folder, name)
+        yield Clip(path, _folder_name(os.path.dirname(path)), index)
 
 
 def _common_voice(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
@@ -281,7 +289,7 @@ def read_manifest(manifest: Path, index: int, folder: Path, remarks: Remarks) ->
         path = os.path.join(folder, row.path)
         if "\\" in row.path and not os.path.exists(path):
             path = os.path.join(folder, row.path.replace("\\", "/"))  # written on Windows
-        yield Clip(path, row.speaker or os.path.basename(os.path.dirname(path)), index, row.text,
+        yield Clip(path, row.speaker or _folder_name(path), index, row.text,
                    os.path.join(folder, row.codes) if row.codes else "")
 
 

@@ -25,6 +25,7 @@ COLUMNS = {
 JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 DELIMITERS = (",", "\t", "|", ";")
 MAX_QUOTED_LINES = 50  # of one field
+NO_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, which a file's name may hold
 CLIENT_ID_CHARACTERS = 16  # of Common Voice's 128
 
 
@@ -51,8 +52,8 @@ def read_table(path, remarks: Remarks) -> Iterator[Row]:
         row = row_of(values)
         if not row.path:
             remarks.pass_over(str(values.get("left_out") or "a row that names no file"), f"{path}, {place}")
-        elif not is_unicode(row.speaker + row.text):
-            remarks.pass_over("a row whose text is not UTF-8", f"{path}, {place}")
+        elif not is_unicode(row.speaker + row.text + NO_UTF8.sub("", row.path + row.codes)):
+            remarks.pass_over("a row that is not UTF-8", f"{path}, {place}")
         else:
             yield row
     if not names:
