@@ -48,8 +48,8 @@ class SourceConfig:
 class ValidationConfig:
     """Fixed clips, never trained on, the same number from every source if it has so many."""
     clips: int = 16             # heard at every validation; they decide which weights are best
-    test_clips: int = 0         # others, heard once: by the best weights, at the end of a run
     speakers: List[str] = field(default_factory=list)  # held out entirely; the clips then come from them
+    test_clips: int = 0         # others, heard once: by the best weights, at the end of a run
 
 
 @dataclass
