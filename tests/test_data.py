@@ -702,3 +702,11 @@ def test_a_manifest_written_on_windows(tmp_path):
     write(tmp_path / "sets/wavs/a.wav", noise(0.3, 24000), 24000)
     touch(tmp_path / "sets/m.csv", "path,text\nwavs\\a.wav,Hi\n")
     assert found(tmp_path, kind="manifest", path="sets/m.csv")[0] == [("sets/wavs/a.wav", "wavs", "Hi")]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"a: [", b"[]", b"3", b"data: 3", b"data:\n  sources: {a: 1}\n", b"\0", b"data:\n\t- x",
+                                     b"!!python/object:os.system {}", b"data: ${a}", b"&a [*a]"])
+def test_what_is_no_config_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(DataError, match="c.yaml, data: [^\n]+$"):
+        data.read_config(str(tmp_path / "c.yaml"), [])

@@ -206,7 +206,8 @@ def test_a_broken_tokenizer_file_is_named(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     tekken = json.loads((copy / "tekken.json").read_text())
     del tekken["audio"]
-    for text, match in ((json.dumps(tekken), "knows no voices"), ("{", "cannot be read")):
+    for text, match in ((json.dumps(tekken), "knows no voices"), ("{", "cannot be read"), ("[]", "cannot be read"),
+                        ("[" * 100_000, "cannot be read"), (json.dumps({**tekken, "vocab": [[]]}), "cannot be read")):
         (copy / "tekken.json").write_text(text)
         with pytest.raises(CheckpointError, match=f"tekken.json {match}"):
             TTS.from_checkpoint(copy)

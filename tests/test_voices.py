@@ -483,6 +483,18 @@ def test_what_is_no_voice_in_a_folder_is_named(tmp_path):
     assert len(remarks) == 6 and all(name in said for name in ("._anna.wav", ".DS_Store", "eve.m4a", "ffmpeg", "notes.txt", "carl.wav", "pipe.wav"))
 
 
+@pytest.mark.parametrize("channels", [1, 6])
+def test_a_voice_is_the_same_at_any_gain_and_from_any_channel(pristine, tmp_path, channels):
+    audio, rate = soundfile.read(SPEECH, dtype="float32")
+    codec = VoxtralCodec.from_checkpoint(pristine)
+    wanted = encode_reference(codec, SPEECH)[0]
+    for gain in (0.25, 8, 2.0 ** 100):
+        sound = np.zeros((len(audio), channels), np.float32)
+        sound[:, channels // 2] = audio * np.float32(gain)
+        soundfile.write(tmp_path / "loud.wav", sound, rate, "FLOAT")
+        assert torch.equal(encode_reference(codec, tmp_path / "loud.wav")[0], wanted)
+
+
 def test_no_name_leads_out_of_the_checkpoint(folder):
     (folder.parent / "mine.pt").write_bytes(b"not yours")
     with pytest.raises(VoiceError, match="lead out of"):

@@ -17,7 +17,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from voxtral.asr import AsrConfig
 from voxtral.data import SAMPLE_RATE, DataConfig
 from voxtral.discriminator import DiscriminatorConfig
-from voxtral.errors import UserError
+from voxtral.errors import UserError, reason_of
 from voxtral.losses import ON_WAVEFORM, LossWeights
 from voxtral.matching import MatchConfig
 from voxtral.params import LORA_MODULES
@@ -209,19 +209,18 @@ def load_config(schema: type, path, overrides: list[str]):
             nearest = difflib.get_close_matches(re.sub(r"\[\d+\]", "[]", key), known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"{where}: unknown key '{key}'; the nearest valid key is '{nearest}'.") from error
         except OmegaConfBaseException as error:
-            reason = str(error.msg or error).splitlines()[0]
-            raise ConfigError(f"{where}: {_key_of(schema, error)}: {reason}") from error
+            raise ConfigError(f"{where}: {_key_of(schema, error)}: {reason_of(error)}") from error
         except Exception as error:  # see above
             raise ConfigError(f"{where}: cannot be read as a value: {_one_line(error)}") from error
     try:
         OmegaConf.resolve(merged)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
+        raise ConfigError(f"{path}: {error.full_key}: {reason_of(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _key_of(schema: type, error: OmegaConfBaseException) -> str:

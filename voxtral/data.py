@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from yaml import YAMLError
 
 from voxtral.audio import SAMPLE_RATE, BadClip, Header, complaints, load_segment, read_header
 from voxtral.clip_list import Clips
@@ -315,7 +316,7 @@ def read_config(path: str, overrides: list[str]) -> DataConfig:
         config = OmegaConf.load(path)
         config.merge_with_dotlist(overrides)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.get("data", {})))
-    except (OmegaConfBaseException, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:  # OmegaConf lets the last two through
         raise DataError(f"{path}, data: {' '.join(str(error).split()) or reason_of(error)}") from error
 
 

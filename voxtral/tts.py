@@ -9,14 +9,13 @@ from typing import Iterator, Sequence
 
 import numpy as np
 import torch
-from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.speech.request import SpeechRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from torch import Tensor
 
 from voxtral.acoustic import CFG_ALPHA
 from voxtral.cached_backbone import CachedBackbone
-from voxtral.errors import UserError, shown
+from voxtral.errors import UserError, reason_of, shown
 from voxtral.frames import FrameLoop, Models, prompt_slots
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS, CheckpointError
 from voxtral.streaming import decode_batch
@@ -176,8 +175,8 @@ def load_tokenizer(folder: Path) -> MistralTokenizer:
         raise CheckpointError(f"{path} is missing: download it again.")
     try:
         tokenizer = MistralTokenizer.from_file(str(path))
-    except (MistralCommonException, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): download it again.") from error
+    except Exception as error:  # it asserts, looks up and indexes what the file says
+        raise CheckpointError(f"{path} cannot be read ({reason_of(error)}): download it again.") from error
     audio = tokenizer.instruct_tokenizer.audio_encoder
     if audio is None or audio.audio_config.voice_num_audio_tokens is None:
         raise CheckpointError(f"{path} knows no voices: is it of a Voxtral TTS checkpoint?")
