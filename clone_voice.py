@@ -40,6 +40,9 @@ def command_line() -> argparse.ArgumentParser:
                         help="one text in a UTF-8 file; long texts are split at sentences; repeatable")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True,
                         help=".wav, .flac or .ogg; several texts get -1, -2, … before the suffix")
+    parser.add_argument("--refine", metavar="SECONDS", type=float, default=0.0,
+                        help="fit the codes of the recording to it for at most so long, in at most 40 steps (default: "
+                             "0, the encoder's codes)")
     parser.add_argument("--save-voice", metavar="NAME", help="register the reference as a voice of the checkpoint")
     parser.add_argument("--max-sec", type=float, default=60.0, help="longest audio of a piece of about 300 characters, "
                         "for speech that finds no end (default: 60)")
@@ -87,9 +90,9 @@ def output_paths(output: Path, count: int) -> list[Path]:
     return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, count + 1)]
 
 
-def reference_voice(checkpoint: str, path: str, device: torch.device) -> Tensor:
+def reference_voice(checkpoint: str, path: str, device: torch.device, refine_sec: float) -> Tensor:
     """Recording -> voice embedding [N, dim] in bfloat16, as registered voices are; prints what was done to it."""
-    embedding, reference = encode_reference(VoxtralCodec.from_checkpoint(checkpoint, device), path)
+    embedding, reference = encode_reference(VoxtralCodec.from_checkpoint(checkpoint, device), path, refine_sec)
     print(f"reference: {shown(path)}, {reference.seconds:.2f} s, {len(embedding)} rows")
     for line in [*reference.notes, *(f"warning: {warning}" for warning in reference.warnings)]:
         print(f"  {line}")
@@ -158,6 +161,10 @@ def main(arguments=None) -> None:
         paths = output_paths(options.output, len(texts))
         if options.seed < 0:
             raise UserError(f"--seed is {options.seed}; it must be 0 or more.")
+        if not 0 <= options.refine < math.inf:
+            raise UserError(f"--refine is {options.refine}; it must be 0 seconds or more, and finite.")
+        if options.refine and not options.reference:
+            raise UserError("--refine needs --reference: a named voice is codes already.")
         if not 0 <= options.cfg_alpha < math.inf:
             raise UserError(f"--cfg-alpha is {options.cfg_alpha}; it must be 0 or more, and finite.")
         if options.save_voice and not options.reference:
@@ -167,7 +174,7 @@ def main(arguments=None) -> None:
         device = start_process(options.device).device
 
         if options.reference:
-            voice = reference_voice(options.checkpoint, options.reference, device)
+            voice = reference_voice(options.checkpoint, options.reference, device, options.refine)
         else:
             voice = named_voice(options.checkpoint, options.voice)
         if options.save_voice:

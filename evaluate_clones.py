@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -53,6 +54,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--samples", metavar="N", type=int, default=6, help="items to write as audio (default: 6)")
     parser.add_argument("--seed", type=int, default=0,
                         help="of noise, sentences, untrained encoder and bootstrap (default: 0)")
+    parser.add_argument("--refine", metavar="SECONDS", type=float, default=0.0, help="every system once more, as "
+                        "NAME_refined: with the codes that clone_voice.py --refine makes (default: 0, no)")
     parser.add_argument("--cfg-alpha", metavar="WEIGHT", type=float, default=1.2,
                         help="more than 1 pushes the speech towards voice and text (default: 1.2, as in serving)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
@@ -161,7 +164,7 @@ def main(arguments=None) -> None:
         if not options.checkpoint:
             raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
         for name, least in (("prompts", 1), ("per_voice", 1), ("samples", 0), ("seed", 0), ("max_sec", 0.08),
-                            ("cfg_alpha", 0)):
+                            ("cfg_alpha", 0), ("refine", 0)):
             value = getattr(options, name)
             if value is not None and not least <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more.")
@@ -172,6 +175,8 @@ def main(arguments=None) -> None:
         judge = Judge(options.speaker_model, options.whisper, device, options.language)
         tts = TTS.from_checkpoint(options.checkpoint, device)
         systems = [read_system(system, tts, options.seed) for system in options.system or ["own=own"]]
+        if options.refine:
+            systems += [replace(system, name=f"{system.name}_refined", refine_sec=options.refine) for system in systems]
         if len({system.name for system in systems}) < len(systems):
             raise UserError("two of --system have the same name.")
 

@@ -5,6 +5,7 @@ A voice is made of a recording (prepared, then encoded with the checkpoint's inj
 installed package is changed.
 """
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def command_line() -> argparse.ArgumentParser:
                         help="register one voice; repeatable")
     parser.add_argument("--remove", metavar="NAME", action="append", default=[], help="remove a voice; repeatable")
     parser.add_argument("--list", action="store_true", help="show all voices, and where their three places disagree")
+    parser.add_argument("--refine", metavar="SECONDS", type=float, default=0.0,
+                        help="fit the codes of each recording to it for at most so long, in at most 40 steps (default: "
+                             "0, the encoder's codes)")
     parser.add_argument("--force", action="store_true", help="allow replacing or removing presets")
     return parser
 
@@ -60,7 +64,7 @@ def parse_voices(pairs: list[str]) -> dict[str, Path]:
     return voices
 
 
-def register_all(checkpoint: str, voices: dict[str, Path], force: bool) -> None:
+def register_all(checkpoint: str, voices: dict[str, Path], refine_sec: float, force: bool) -> None:
     """Nothing is written before every voice has been read, checked and encoded."""
     for name in voices:
         check_name(checkpoint, name, force)
@@ -71,7 +75,7 @@ def register_all(checkpoint: str, voices: dict[str, Path], force: bool) -> None:
             embeddings[name], lines = load_embedding(path, params, end_row)
         else:
             codec = codec or VoxtralCodec.from_checkpoint(checkpoint)
-            embeddings[name], reference = encode_reference(codec, path)
+            embeddings[name], reference = encode_reference(codec, path, refine_sec)
             lines = [f"{reference.seconds:.2f} s", *reference.notes, *(f"warning: {w}" for w in reference.warnings)]
         print(f"{name}: {shown(path)}, {len(embeddings[name])} rows" + "".join(f"\n  {line}" for line in lines))
     for name, embedding in embeddings.items():
@@ -96,6 +100,8 @@ def main(arguments=None) -> None:
     with one_sentence():
         if not options.checkpoint:
             raise VoiceError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
+        if not 0 <= options.refine < math.inf:
+            raise VoiceError(f"--refine is {options.refine}; it must be 0 seconds or more, and finite.")
         named = parse_voices(options.voice)
         folder = options.voice_dir
         if folder is None and not (named or options.remove or options.list):
@@ -109,7 +115,7 @@ def main(arguments=None) -> None:
             remove(options.checkpoint, name, options.force)
             print(f"{name}: removed")
         if voices:
-            register_all(options.checkpoint, voices, options.force)
+            register_all(options.checkpoint, voices, options.refine, options.force)
         if options.list:
             show(options.checkpoint)
 

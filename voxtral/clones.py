@@ -25,6 +25,7 @@ from voxtral.errors import UserError
 from voxtral.evaluation import Averages, fresh_encoder
 from voxtral.inject import lora_changes, original_files
 from voxtral.reference import BadReference, prepare_reference
+from voxtral.refinement import refined_codes
 from voxtral.remarks import Remarks
 from voxtral.score_table import Metric
 from voxtral.scores import SCORE_RATE, normaliser, word_error_rate
@@ -198,11 +199,12 @@ class Judge:
 @dataclass(frozen=True)
 class System:
     """What is compared: the checkpoint with these encoder tensors (full checkpoint names), and with the peft adapter in
-    the folder `adapter` merged into its language model. `change`: what becomes of a reference's codes [1, 37, L], for
-    experiments on what cloning needs."""
+    the folder `adapter` merged into its language model. `refine_sec`: for refined_codes(), 0: not refined. `change`:
+    what becomes of a reference's codes [1, 37, L], for experiments on what cloning needs."""
     name: str
     encoder: dict[str, Tensor]
     adapter: str = ""
+    refine_sec: float = 0.0
     change: Callable[[Tensor], Tensor] | None = None
 
 
@@ -282,7 +284,7 @@ def speak_and_score(tts: TTS, systems: list[System], items: list[Item], judge: J
     try:
         for system in systems:
             tts.codec.load_encoder(system.encoder, system.name)
-            voices = {path: _voice(tts.codec, path, judge, system.change) for path in references.speaker_of}
+            voices = {path: _voice(tts.codec, path, judge, system) for path in references.speaker_of}
             spoken = _speak(adapted(tts, system.adapter) if system.adapter else tts, items, voices, max_frames, seed,
                             cfg_alpha)
             audio[system.name] = []
@@ -315,12 +317,12 @@ def _speak(tts: TTS, items: list[Item], voices: dict, max_frames: int, seed: int
 
 
 @torch.no_grad()
-def _voice(codec: VoxtralCodec, path: str, judge: Judge, change: Callable | None) -> tuple[Tensor, Tensor]:
+def _voice(codec: VoxtralCodec, path: str, judge: Judge, system: System) -> tuple[Tensor, Tensor]:
     """A recording -> its voice embedding [N, dim] as registered voices are, and what the judge hears [256] in the audio
     of its codes."""
     waveform = prepare_reference(path).waveform.to(codec.audio_embedding.device)
-    codes = codec.encode(waveform)
-    codes = change(codes) if change else codes
+    codes = refined_codes(codec, waveform, system.refine_sec)[0] if system.refine_sec else codec.encode(waveform)
+    codes = system.change(codes) if system.change else codes
     embedding = codec.voice_rows(codes, torch.tensor([codes.shape[-1]], device=codes.device))[0]
     return embedding.bfloat16(), judge.embed(codec.decode(codes)[0, 0, :waveform.shape[-1]].float().cpu())
 

@@ -24,6 +24,7 @@ from voxtral.layout import meta_codec
 from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams
 from voxtral.paths import find_files, is_inside
 from voxtral.reference import MAX_SEC, MIN_SPEECH_SEC, Reference, prepare_reference
+from voxtral.refinement import refined_codes
 from voxtral.remarks import Remarks
 
 IN_PARAMS = ["multimodal", "audio_tokenizer_args", "voice"]
@@ -226,12 +227,18 @@ def end_audio_row(folder) -> Tensor:
 
 
 @torch.no_grad()
-def encode_reference(codec: VoxtralCodec, path) -> tuple[Tensor, Reference]:
-    """An audio file -> (embedding [N, dim], the prepared reference). Raises VoiceError for a codec without encoder."""
+def encode_reference(codec: VoxtralCodec, path, refine_sec: float = 0.0) -> tuple[Tensor, Reference]:
+    """An audio file -> (embedding [N, dim], the prepared reference). refine_sec: for refined_codes(), 0: not refined.
+    Raises VoiceError for a codec without encoder."""
     if not codec.has_encoder:
         raise VoiceError("the checkpoint has no encoder to make a voice of audio: put one in with inject_encoder.py.")
     reference = prepare_reference(path)
-    return codec.voice_embedding(reference.waveform.to(codec.audio_embedding.device)), reference
+    waveform = reference.waveform.to(codec.audio_embedding.device)
+    if not refine_sec:
+        return codec.voice_embedding(waveform), reference
+    codes, note = refined_codes(codec, waveform, refine_sec)
+    reference.notes.append(note)
+    return codec.voice_rows(codes, torch.tensor([codes.shape[-1]], device=codes.device))[0], reference
 
 
 def voice_files(folder, remarks: Remarks) -> dict[str, Path]:
