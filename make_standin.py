@@ -8,6 +8,7 @@ language_model: leaves backbone and acoustic transformer random: what such a che
 repeats is speech.
 """
 import argparse
+import json
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -46,21 +47,25 @@ from torch import Tensor
 
 import train_full_pipeline
 from train_encoder import train
-from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile, save_tensors
+from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile, save_tensors, write_text
 from voxtral.clips import encode_speech
+from voxtral.clones import Judge, items_of_clips, read_system, speak_and_score, summarize
 from voxtral.codec import VoxtralCodec
 from voxtral.config import ConfigError, StandinConfig, check_encoder_config, check_full_pipeline_config, load_config
 from voxtral.errors import UserError, one_sentence
+from voxtral.evaluation import finite
 from voxtral.params import CodecParams, TransformerParams, load_params, parse_params
 from voxtral.processes import Process, training_process
 from voxtral.run import last_step
 from voxtral.sources import Clip, SourceConfig, find_clips, split_validation
 from voxtral.standin import N_SPECIAL_TOKENS, full_params, random_tensor, small_params, write_random_checkpoint
+from voxtral.tts import TTS
 from voxtral.voices import encode_reference
 
 # Presets of a random checkpoint: as many as the release has, from its least to its largest number of rows.
 RANDOM_VOICES = {f"voice_{i:02d}": 67 + round(i * (218 - 67) / 19) for i in range(20)}
 N_FULL_TEXT_TOKENS = 130_072  # tekken.json of the release
+SENTENCES_PER_VOICE, LONGEST_SPOKEN = 2, 1.5  # of what it says at the end; times the longest speech
 LEARNS = ["backbone", "acoustic", "embedding"]  # of a language model from nothing
 
 
@@ -194,6 +199,9 @@ def make_trained(config: StandinConfig) -> None:
     if config.language_model:
         check_language_model(config)
     with training_process(config.device) as process:
+        judge = None
+        if config.language_model and process.is_main:  # what it lacks is said before the work
+            judge = Judge(config.speaker.model, config.language_model.whisper, process.device)
         tensors, spoken = make_codec(config, raw_params, process), {}
         if tensors is None:
             return
@@ -209,9 +217,22 @@ def make_trained(config: StandinConfig) -> None:
             cut_in_two(config, raw_params, voices, tensors, spoken)
             print(f"wrote {output}/released and {output}/withheld_encoder.safetensors")
             if spoken:
-                speakers = ",".join(config.language_model.data.validation.speakers)
-                print(f"what it says: python evaluate_clones.py --checkpoint {output}/released --data MANIFEST --whisper base "
-                      f"--system true={output}/withheld_encoder.safetensors --speakers {speakers} --output {output}/clones")
+                print(what_it_says(config, judge))
+
+
+def what_it_says(config: StandinConfig, judge: Judge) -> str:
+    """clones.json: held-out voices say each other's sentences, through the true encoder; returns it in a line."""
+    output, language_model = Path(config.output_dir), config.language_model
+    clips = [clip for clip in texts_of(config) if clip.speaker in language_model.data.validation.speakers]
+    texts = list(dict.fromkeys(clip.text for clip in clips))
+    items, _ = items_of_clips(clips, texts, per_voice=min(SENTENCES_PER_VOICE, len(texts) - 1))
+    tts = TTS.from_checkpoint(output / "released", judge.device)
+    system = read_system(f"true={output}/withheld_encoder.safetensors", tts)
+    rows, _ = speak_and_score(tts, [system], items, judge, LONGEST_SPOKEN * language_model.data.max_sec)
+    found = summarize(rows)["systems"]["true"]
+    write_text(output / "clones.json", json.dumps(finite(found), indent=2) + "\n")
+    return (f"{len(items)} new sentences in {len({item.speaker for item in items})} held-out voices: "
+            + ", ".join(f"{name} {metric['value']:.3g}" for name, metric in found.items()))
 
 
 def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str], tensors: dict[str, Tensor],

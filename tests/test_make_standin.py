@@ -209,6 +209,8 @@ def test_the_release_speaks_with_the_language_model_that_was_trained(talked):
     assert not torch.equal(released["layers.0.attention.wq.weight"], initial["layers.0.attention.wq.weight"])
     tokens = prompt_tokens(load_tokenizer(talked / "released"), "née", 1)[0].tolist()
     assert [1000 + byte for byte in "née".encode()] == [token for token in tokens if token >= 1000]
+    said = json.loads((talked / "clones.json").read_text())
+    assert 0 < said["seconds"]["value"] <= 2.25 and -1 <= said["own"]["value"] <= 1 and "wer" not in said
 
 
 def test_a_kill_between_stages_goes_on_to_the_same_release(talking, talked, tmp_path, monkeypatch):
@@ -236,6 +238,7 @@ def test_a_stop_request_at_the_end_of_a_stage_begins_no_other(talking, tmp_path,
 @pytest.mark.parametrize("overrides, message", [
     (["language_model.data.sources=[{kind: manifest, path: train.csv}]"], "columns path, speaker and text"),
     (["language_model.data.validation.speakers=[nobody]"], "nobody"),
+    (["language_model.whisper=/nowhere.pt"], "/nowhere.pt"),
     (["language_model.train.max_steps=null"], "language_model.train.max_steps"),
     (["language_model.reference_sec=[3, 1]"], "reference_sec"),
     (["language_model.loss.hidden=1"], "hidden"),

@@ -43,7 +43,7 @@ class TrainConfig:
     accumulation: int = 1                 # micro-batches per optimizer step
     precision: str = "bf16"               # bf16 (autocast) or fp32; spectral losses are always fp32
     cuda_graphs: bool = True              # replay recorded launches on a GPU; false: launch kernel by kernel
-    compile: bool = False                 # torch.compile on a GPU: a minute or two at the start, faster steps after it
+    compile: bool = True                  # torch.compile on a GPU: a minute or two at the start, faster steps after it
     reconstruction_decay: float = 0.9999  # gamma: l1 and stft weigh gamma^step
     stft_fft_sizes: List[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
     ema_decay: float = 0.999              # of the weights that are validated and saved; 0 turns averaging off
@@ -58,7 +58,7 @@ class TrainConfig:
 
 @dataclass
 class OptimizerConfig:
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     betas: List[float] = field(default_factory=lambda: [0.8, 0.99])
     weight_decay: float = 0.01
     warmup_steps: int = 500               # linear, then cosine to zero at max_steps
@@ -173,12 +173,14 @@ class LanguageModelConfig(FullPipelineConfig):
     their place, and sets checkpoint, output_dir, resume, seed and device."""
     speeds: List[float] = field(default_factory=lambda: [1.0])      # each clip is played at; each a speaker of its own
     offsets_ms: List[float] = field(default_factory=lambda: [0.0])  # and begun so much later against the frame grid
+    whisper: Optional[str] = None  # counts wrong words of what it says at the end: openai-whisper's name of a model, or a .pt
 
 
 @dataclass
 class StandinConfig(EncoderConfig):
     """Everything make_standin.py can be told: a training run of the whole codec, the sizes, and a run of the language
     model; without that one, backbone and acoustic transformer stay random."""
+    loss: LossWeights = field(default_factory=lambda: LossWeights(match=0.0))  # nobody has spoken its codes yet
     standin: StandinSizes = field(default_factory=StandinSizes)
     language_model: Optional[LanguageModelConfig] = None
 
@@ -329,6 +331,8 @@ def check_encoder_config(config: EncoderConfig) -> None:
         raise ConfigError(f"train.reconstruction_decay is {train.reconstruction_decay}: it must be at most 1.")
     if config.asr.teacher_cache and list(config.data.speed) != [1, 1]:
         raise ConfigError("asr.teacher_cache: what Whisper said holds for a clip's own speed; set data.speed to [1, 1].")
+    if config.loss.codes and config.asr.teacher_cache:
+        raise ConfigError("loss.codes does not go with asr.teacher_cache: its segments begin between code frames.")
     max_sec, discriminator = config.data.max_sec, config.discriminator
     for key, sizes, sec in (("train.stft_fft_sizes", train.stft_fft_sizes, max_sec),
                             ("discriminator.fft_sizes", discriminator.fft_sizes, min(discriminator.crop_sec, max_sec))):
