@@ -119,8 +119,9 @@ def write_report(folder: Path, report: dict, rows: dict, items: list[Item], spok
 def main(arguments=None) -> None:
     options = command_line().parse_intermixed_args(arguments)
     with one_sentence():
-        config = load_config(EncoderConfig, CONFIG, options.overrides)
-        run, started = Path(config.output_dir), time.monotonic()
+        run, started = Path(load_config(EncoderConfig, CONFIG, options.overrides).output_dir), time.monotonic()
+        overrides = [*options.overrides, f"data.sources.1.path={(run / 'generated').resolve()}"]
+        config = load_config(EncoderConfig, CONFIG, overrides)
         judge = Judge(options.speaker_model, options.whisper)  # what is missing is said before any work
         if (run / "config.yaml").is_file():
             shutil.rmtree(run)  # of an earlier demo
@@ -130,7 +131,7 @@ def main(arguments=None) -> None:
                              "--per-voice", str(CLIPS_PER_VOICE), "--max-sec", str(LONGEST_SEC), "--texts", SENTENCES])
         # ---- 2. phase 1, and the encoder into the checkpoint ----
         began = time.monotonic()
-        train_encoder.main(["--config", CONFIG, *options.overrides])
+        train_encoder.main(["--config", CONFIG, *overrides])
         trained_sec = time.monotonic() - began
         injected = inject(config.checkpoint, run / "best" / "encoder.safetensors", output=run / "checkpoint")
         # ---- 3. phase 2 ----

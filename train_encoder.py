@@ -4,7 +4,7 @@ The decoder and the codebooks of the checkpoint stay frozen; the encoder learns 
 decoder rebuilds the speech, by the recipe of the Voxtral TTS paper (section 2.1).
 
     export VOXTRAL_CKPT=/path/to/Voxtral-4B-TTS-2603
-    python train_encoder.py                                          # configs/encoder.yaml, the seed's recipe
+    python train_encoder.py                                          # configs/encoder.yaml
     python train_encoder.py --config configs/custom.yaml data.sources.0.path=/my/speech
     python train_encoder.py --config configs/encoder.yaml resume=true   # go on after a kill
     torchrun --nproc-per-node 4 train_encoder.py --config configs/encoder.yaml
@@ -39,8 +39,8 @@ from voxtral.codes import codes_of_clips
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
 from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, collate, make_loader, steps_per_epoch, validation_batches
 from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
-from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebook_scale, commitment_loss, diversity_loss,
-                            l1_loss, stft_loss)
+from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebook_scale, codes_loss, commitment_loss,
+                            diversity_loss, l1_loss, stft_loss)
 from voxtral.matching import CodeMatching
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run, save_figure, spectrogram_figure
@@ -49,7 +49,7 @@ from voxtral.processes import Process
 from voxtral.quantizer import QuantizationDraws
 from voxtral.run import (Logger, RunFolder, SideStream, cosine_with_warmup, save_state,
                          set_learning_rate, training_main)
-from voxtral.sources import final_clips, find_clips, split_validation
+from voxtral.sources import DataError, final_clips, find_clips, split_validation
 from voxtral.speaker import SpeakerEncoder, speaker_loss
 from voxtral.validation import embedding_norm, evaluate_codec, in_words, test_weights
 
@@ -107,6 +107,9 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     train_clips, validation_clips = split_validation(sources, config.data.validation)
     final = final_clips(sources, config.data.validation)
     train_clips = Clips.join(train_clips)
+    if weights["codes"] and not train_clips.any_codes:
+        raise DataError("loss.codes needs clips whose codes are known, but no source has any: add one of kind generated "
+                        "(generate_clips.py makes it), or set loss.codes=0.")
     fixed = validation_batches(validation_clips, config.data)
     true_codes, bad_codes = codes_of_clips(validation_clips, fixed, params)  # of generated clips among them
     if "codebook" in settings.trainable and not codec.has_encoder:
@@ -191,12 +194,14 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
                      "mel": lambda: mel_distance(reconstruction, target, lengths)}
         return {name: functions[name]() for name in names if name in functions}
 
-    def latent_losses(names, output, frames):
+    def latent_losses(names, output, batch, frames):
         semantic = output.latent[:, :params.semantic_dim]
         functions = {"commit": lambda: commitment_loss(semantic, output.semantic_quantized, frames),
                      "diversity": lambda: diversity_loss(semantic, codec.quantizer.semantic_codebook.embedding, scale, frames)}
         if matching:
             functions["match"] = lambda: matching(output, frames)
+        if batch.codes is not None:
+            functions["codes"] = lambda: codes_loss(output.latent, batch.codes, codec.quantizer, scale)
         return {name: functions[name]() for name in names if name in functions}
 
     def micro_step(step: int, micro: int, batch: Batch, log_zero_weights: bool) -> tuple[dict, CodecOutput, torch.Tensor]:
@@ -229,7 +234,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             else:
                 with autocast:
                     losses["feature"] = matching_loss(fake_crop, share, *(m.detach() for m in maps))
-        losses |= waveform_losses(active, reconstruction, batch.waveform, lengths) | latent_losses(active, output, frames)
+        losses |= waveform_losses(active, reconstruction, batch.waveform, lengths) | latent_losses(active, output, batch, frames)
         if "speaker" in active:
             with torch.no_grad():
                 wanted = speaker_encoder(batch.waveform, lengths)
@@ -253,7 +258,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         if log_zero_weights:  # cheap losses of weight 0 are shown all the same
             idle = [name for name, w in weights.items() if not w]
             with torch.no_grad():
-                losses |= waveform_losses(idle, reconstruction, batch.waveform, lengths) | latent_losses(idle, output, frames)
+                losses |= waveform_losses(idle, reconstruction, batch.waveform, lengths) | latent_losses(idle, output, batch, frames)
         scalars |= {f"loss/{name}": loss.detach().clone() for name, loss in losses.items()}  # a graph reuses its memory
         return {"loss/total": total.detach(), **scalars}, output, frames
 
@@ -291,7 +296,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     # ---- 8. the loop: step, log, validate, save --------------------------------------------------------------------
     yield start_step
     dataset = (SegmentDataset(train_clips, config.seed, said_before) if said_before else
-               SpeechDataset(train_clips, config.data.max_sec, config.seed, speed=config.data.speed))
+               SpeechDataset(train_clips, config.data.max_sec, config.seed, speed=config.data.speed,
+                             params=params if weights["codes"] else None))
     batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size, settings.accumulation,
                                said_before.collate if said_before else collate))
     audio_sec_per_step = global_batch * settings.accumulation * config.data.max_sec

@@ -24,9 +24,10 @@ gpus=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 last=$((gpus - 1))
 local_files=("data.data_root=$speech" "asr.model=$whisper")
 clips=('data.sources=[{kind: manifest, path: train.csv}]' "${local_files[@]}")
-growth=(--random-full "${clips[@]}" loss.asr=0 discriminator.crop_sec=0.5 data.num_workers=6 --steps 12 --warm-up 5)
+growth=(train.compile=false --config configs/encoder_paper.yaml --random-full "${clips[@]}" loss.asr=0 discriminator.crop_sec=0.5 data.num_workers=6 --steps 12 --warm-up 5)
+heard=(train.compile=false data.batch_size=24 optimizer.learning_rate=5e-4 discriminator.channels=16 discriminator.crop_sec=1 asr.context_sec=5)
 mid=(--standin "$output/standin_mid/released" --withheld "$output/standin_mid/withheld_encoder.safetensors"
-    --data configs/standin_mid.yaml --eval "$speech/eval.csv" "${local_files[@]}" data.num_workers=3 train.max_total_loss=1e6)
+    --data configs/standin_mid.yaml --eval "$speech/eval.csv" "${local_files[@]}" "${heard[@]}" data.num_workers=3 train.max_total_loss=1e6)
 
 part() {  # part NAME COMMAND...: on $on; its output in OUTPUT/NAME.log, its seconds in OUTPUT/parts.txt; never fatal
     local name=$1 began=$SECONDS
@@ -42,13 +43,14 @@ withheld() {  # withheld NAME OPTIONS...: for as long as MINUTES allow
 }
 
 standin() {  # its codec alone: nothing here lets it speak
-    part standin_mid python make_standin.py --config configs/standin_mid.yaml "${local_files[@]}" data.num_workers=4 train.max_steps="$mid_steps" \
+    part standin_mid python make_standin.py --config configs/standin_mid.yaml "${local_files[@]}" "${heard[@]}" data.num_workers=4 loss.feature=1 loss.asr=1 discriminator.warmup_steps=500 \
+        train.ema_decay=0.998 train.max_steps="$mid_steps" \
         train.validate_every_steps="$mid_steps" train.save_every_steps="$mid_steps" output_dir="$output/standin_mid" language_model=null
 }
 
 # Does what makes phase 1 fast change what it learns? The same clips with another seed say how much is chance.
 curves() {
-    local curve=("${clips[@]}" data.num_workers=13 "checkpoint=$output/random" data.batch_size=16 train.max_steps=200 train.validate_every_steps=50
+    local curve=(--config configs/encoder_paper.yaml train.compile=false "${clips[@]}" data.num_workers=13 "checkpoint=$output/random" data.batch_size=16 train.max_steps=200 train.validate_every_steps=50
         train.save_every_steps=200 train.log_every_steps=5 train.n_samples=0 train.ema_decay=0.9 optimizer.warmup_steps=20
         discriminator.warmup_steps=20)
     part random python make_standin.py --random --size codec --output "$output/random"

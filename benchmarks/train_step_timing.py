@@ -50,6 +50,7 @@ PARTS = {
     "loss asr": [(train_encoder, "asr_distillation_loss")],
     "loss commit": [(train_encoder, "commitment_loss")],
     "loss diversity": [(train_encoder, "diversity_loss")],
+    "loss codes": [(train_encoder, "codes_loss")],
     "loss match": [(CodeMatching, "__call__")],
     "loss speaker": [(SpeakerEncoder, "forward"), (train_encoder, "speaker_loss")],
     "balancer": [(Balancer, "gradient")],

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -41,13 +42,15 @@ def config_file(tmp_path_factory, whisper_checkpoint, speaker_checkpoint):
     for path in sorted((ROOT / "assets" / "speech").glob("*.opus"))[:5]:
         shutil.copy(path, folder / "speech")
     np.save(folder / "known.npy", np.random.default_rng(0).integers(8, 13, (37, 40)).astype(np.int16))
+    soundfile.write(folder / "known.flac", 0.1 * np.random.default_rng(0).standard_normal(40 * 1920), 24000)
+    (folder / "manifest.jsonl").write_text('{"path": "known.flac", "codes": "known.npy", "voice": "a", "text": "one", "seconds": 3.2}\n')
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({
         "checkpoint": str(folder / "checkpoint"), "device": "cpu",
-        "data": {"data_root": str(folder), "sources": [{"kind": "folder", "path": "speech"}], "batch_size": 2,
+        "data": {"data_root": str(folder), "sources": [{"kind": "folder", "path": "speech"}, {"kind": "generated", "path": "."}], "batch_size": 2,
                  "max_sec": 0.5, "num_workers": 0, "validation": {"clips": 1}},
         "train": {"precision": "fp32", "stft_fft_sizes": [256, 64], "log_every_steps": 1},
-        "loss": {"mel": 1.0, "diversity": 0.1, "speaker": 1.0, "match": 0.1},
+        "loss": {"mel": 1.0, "feature": 1.0, "asr": 1.0, "diversity": 0.1, "speaker": 1.0, "match": 0.1, "codes": 1.0},
         "match": {"codes": str(folder)},
         "discriminator": {"fft_sizes": [78, 334], "channels": 2, "crop_sec": 0.3},
         "asr": {"model": whisper_checkpoint, "language": "en", "context_sec": 1.26},

@@ -20,6 +20,7 @@ from conftest import signal_group
 from voxtral import data
 from voxtral.data import (BadClip, BadClipLog, BatchSampler, SampleStream, SpeechDataset, collate, load_segment,
                           make_loader, steps_per_epoch, validation_batches)
+from voxtral.params import CodecParams
 from voxtral.processes import StopSignal, training_process
 from voxtral.sources import (Clip, DataConfig, DataError, SourceConfig, ValidationConfig, find_clips,
                              split_validation)
@@ -710,3 +711,26 @@ def test_what_is_no_config_is_refused_in_a_sentence(tmp_path, content):
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(DataError, match="c.yaml, data: [^\n]+$"):
         data.read_config(str(tmp_path / "c.yaml"), [])
+
+
+def test_known_codes_come_with_the_frames_that_they_say(tmp_path):
+    """Cut at a frame, at the clip's own speed; recordings beside them are played as ever."""
+    params, length, codes = CodecParams(), 1920, np.arange(10)[None].repeat(37, 0)
+    clips = [Clip(write(tmp_path / "spoken.wav", np.repeat(np.arange(10) / 20, length), 24000, "FLOAT"), "a", 0,
+                  codes=str(tmp_path / "spoken.npy")), Clip(write(tmp_path / "read.wav", noise(2, 24000), 24000), "b", 0)]
+    np.save(tmp_path / "spoken.npy", codes)
+    dataset = SpeechDataset(clips, 0.3, seed=0, speed=(0.8, 1.2), params=params)
+    starts = set()
+    for number in range(20):
+        item = dataset[number, 0]
+        assert item["length"] == 3 * length and item["codes"].shape == (37, 4) and (item["codes"][:, 3] == -1).all()
+        said = item["waveform"][0, :3 * length].view(3, length)
+        assert torch.allclose(said, item["codes"][0, :3, None] / 20, atol=1e-4)
+        starts.add(item["codes"][0, 0].item())
+    assert len(starts) > 4 and max(starts) <= 7
+    batch = collate([dataset[0, 0], dataset[1, 1]])
+    assert (batch.codes[1] == -1).all() and batch.lengths[1] == 7200
+    assert collate([SpeechDataset(clips, 0.3, seed=0)[0, 0]]).codes is None
+    np.save(tmp_path / "spoken.npy", codes[:, :9])
+    with pytest.raises(BadClip, match="do not belong"):
+        dataset.load(0, np.random.default_rng(0))

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from voxtral.discriminator import DiscriminatorConfig, DiscriminatorLoss, Discriminators, FoldedConv2d, feature_loss
-from voxtral.losses import (Balancer, MelDistance, clip_mean, codebook_scale, commitment_loss, discriminator_hinge_loss,
+from voxtral.losses import (Balancer, MelDistance, clip_mean, codebook_scale, codes_loss, commitment_loss, discriminator_hinge_loss,
                             diversity_loss, feature_matching_loss, l1_loss, stft_distance, stft_loss, stft_magnitude)
+from voxtral.params import CodecParams
+from voxtral.quantizer import Quantizer
+
 
 FULL = torch.tensor([4800, 4800])
 
@@ -184,3 +187,22 @@ class TestBalancer:
 def test_clip_mean_broadcasts_over_middle_axes():
     values = torch.arange(12.0).view(1, 3, 4)
     assert clip_mean(values, torch.tensor([2])).item() == pytest.approx((0 + 1 + 4 + 5 + 8 + 9) / 6)
+
+
+def test_codes_loss_is_of_known_frames_only():
+    quantizer = Quantizer(CodecParams(semantic_codebook_size=8, semantic_dim=4))
+    codes = torch.randint(1, 8, (2, 37, 3), generator=torch.Generator().manual_seed(0))
+    codes[1] = -1  # nothing is known of this clip
+    codes[0, :, 2] = -1
+    latent = quantizer.decode(codes.clamp(min=0))
+    latent[:, 4:] = latent[:, 4:].atanh()
+    scale = torch.tensor(1e-3)  # so fine that the entry itself has all of the probability
+    assert codes_loss(latent, codes, quantizer, scale).item() == pytest.approx(0, abs=1e-5)
+    latent[:, 4:, 2] = 9.0
+    latent[1] = 9.0
+    assert codes_loss(latent, codes, quantizer, scale).item() == pytest.approx(0, abs=1e-5)
+    latent[0, 4:, 0] = (latent[0, 4:, 0].tanh() + 0.1).atanh()  # a level off in one of two frames, of one of two clips
+    assert codes_loss(latent, codes, quantizer, scale).item() == pytest.approx(0.1 / 2 / 2, rel=1e-3)
+    far = quantizer.decode(codes.clamp(min=0)[:, :, :1] * 0)[:, :4]  # entry 0 where another was spoken
+    latent[0, :4, 1:2] = far[0]
+    assert codes_loss(latent, codes, quantizer, scale).item() > 1

@@ -462,6 +462,19 @@ def test_match_needs_nothing_but_the_release(command, tmp_path, capsys):
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss/match"] > 0
 
 
+def test_codes_are_learnt_from_clips_that_have_them(command, tmp_path, capsys):
+    assert "loss.codes needs clips whose codes are known" in refused(command(tmp_path / "run", *ONLY_CHEAP, "loss.codes=1"), capsys)
+    folder = tmp_path / "generated" / "alpha"
+    folder.mkdir(parents=True)
+    soundfile.write(folder / "0.flac", 0.1 * np.random.default_rng(0).standard_normal(10 * 1920), 24000)
+    np.save(folder / "0.npy", np.full((37, 10), 3, np.int16))
+    (tmp_path / "generated" / "manifest.jsonl").write_text(
+        '{"path": "alpha/0.flac", "codes": "alpha/0.npy", "voice": "alpha", "language": "", "text": "one", "seconds": 0.8}\n')
+    train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, "loss.codes=1", "train.max_steps=1", "data.validation.speakers=[speech]",
+                               f"data.sources=[{{kind: generated, path: {tmp_path / 'generated'}, weight: 50}}, {{kind: folder, path: speech}}]"))
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss/codes"] > 0.1
+
+
 def test_damaged_codes_are_skipped_and_listed(command, settings, tmp_path):
     coded = shutil.copytree(settings["match"]["codes"], tmp_path / "coded")
     (coded / "1.npy").write_bytes(b"no codes")

@@ -127,6 +127,11 @@ class Clips(Sequence):
         return {columns.speakers[number] for place, columns in enumerate(self.parts)
                 for number in np.unique(columns.speaker[self.rows[self.part == place]])}
 
+    @property
+    def any_codes(self) -> bool:
+        """Whether one of the sources has clips whose codes are known."""
+        return any(len(columns.strings["codes"].data) for columns in self.parts)
+
     def _of_each(self, dtype, values) -> np.ndarray:
         """[n], of what values(columns, rows) gives for each of the parts."""
         result = np.zeros(len(self), dtype)

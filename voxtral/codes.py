@@ -5,8 +5,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from voxtral.audio import BadClip
-from voxtral.data import Batch
+from voxtral.audio import BadClip, load_segment
 from voxtral.errors import reason_of
 from voxtral.params import CodecParams
 from voxtral.sources import Clip, DataError
@@ -28,7 +27,7 @@ def read_codes(path: str, params: CodecParams) -> Tensor:
     return codes
 
 
-def codes_of_clips(clips: list[Clip], batches: list[Batch], params: CodecParams) -> tuple[list[Tensor | None], list]:
+def codes_of_clips(clips: list[Clip], batches: list, params: CodecParams) -> tuple[list[Tensor | None], list]:
     """Of validation_batches(): the codes that each clip was decoded from, or None; (path, reason) of those of no use."""
     found, bad = [], []
     for batch in batches:
@@ -43,6 +42,18 @@ def codes_of_clips(clips: list[Clip], batches: list[Batch], params: CodecParams)
                     codes = bad.append((clips[index].codes, error.reason))
             found.append(codes)
     return found, bad
+
+
+def read_coded(clip: Clip, params: CodecParams, max_frames: int | None = None) -> tuple[Tensor, np.ndarray]:
+    """-> codes [1 + acoustic_dim, L] int64 of a generated clip, and its audio [L * frame_size] float32; of a long one the
+    first max_frames. Raises BadClip, also when they do not belong together."""
+    codes = read_codes(clip.codes, params)
+    n_frames = min(codes.shape[1], max_frames or codes.shape[1])
+    n_samples, is_cut = n_frames * params.frame_size, n_frames < codes.shape[1]
+    waveform, _ = load_segment(clip.path, 0.0, (n_samples + params.frame_size) / params.sampling_rate)
+    if len(waveform) != n_samples + is_cut * params.frame_size:
+        raise BadClip(clip.path, f"its codes do not belong to it: {codes.shape[1]} frames are not its length")
+    return codes[:, :n_frames], waveform[:n_samples]
 
 
 def known_codes(folder: str, params: CodecParams) -> tuple[list[Tensor], list[tuple[str, str]]]:

@@ -24,8 +24,10 @@ from yaml import YAMLError
 
 from voxtral.audio import SAMPLE_RATE, BadClip, Header, complaints, load_segment, read_header
 from voxtral.clip_list import Clips
+from voxtral.codes import read_coded
 from voxtral.errors import one_sentence, reason_of, shown
 from voxtral.loader import Loader, TensorBatch
+from voxtral.params import CodecParams
 from voxtral.remarks import Remarks
 from voxtral.sources import Clip, DataConfig, DataError, find_sources, split_validation
 from voxtral.tables import read_lines
@@ -41,12 +43,15 @@ class SpeechDataset(Dataset):
 
     A bad clip is replaced by another one, drawn from the same random stream, and reported. With `fixed`,
     crops start at 0 and bad clips are left out from the beginning, listed in `bad`. Otherwise each is played at a speed
-    between the two of `speed`. Raises DataError if no clip is left, or after too many bad ones in a row. A subclass says
-    what else a clip is read into.
+    between the two of `speed`. With `params`, clips whose codes are known come with them: cut at a code frame, at their
+    own speed. Raises DataError if no clip is left, or after too many bad ones in a row. A subclass says what else a clip
+    is read into.
     """
 
-    def __init__(self, clips: list[Clip], max_sec: float, seed: int, fixed: bool = False, speed: Sequence[float] = (1, 1)):
+    def __init__(self, clips: list[Clip], max_sec: float, seed: int, fixed: bool = False, speed: Sequence[float] = (1, 1),
+                 params: CodecParams | None = None):
         self.clips, self.max_sec, self.seed, self.fixed, self.speed = clips, max_sec, seed, fixed, speed
+        self.params = params
         self.bad: list[tuple[str, str]] = []
         if fixed:
             self._keep_usable()
@@ -72,9 +77,24 @@ class SpeechDataset(Dataset):
                         "run python -m voxtral.data --check on the config and mend data.sources.")
 
     def load(self, index: int, random: np.random.Generator) -> dict:
-        """-> waveform [1, max_samples] padded with zeros, length (samples), native_rate (Hz). Raises BadClip."""
+        """-> waveform [1, max_samples] padded with zeros, length (samples), native_rate (Hz); with `params` also codes
+        [1 + acoustic_dim, max_frames], -1 where they are not known. Raises BadClip."""
+        if self.params:
+            return self._load_with_codes(self.clips[index], random)
         position, speed = (0.0, 1.0) if self.fixed else (random.random(), random.uniform(*self.speed))
         return self.padded(*load_segment(self.clips[index].path, position, self.max_sec, speed))
+
+    def _load_with_codes(self, clip: Clip, random: np.random.Generator) -> dict:
+        frame_size = self.params.frame_size
+        codes = torch.full((self.params.n_codebooks, -(-round(self.max_sec * SAMPLE_RATE) // frame_size)), -1)
+        if not clip.codes:
+            segment = load_segment(clip.path, random.random(), self.max_sec, random.uniform(*self.speed))
+            return {**self.padded(*segment), "codes": codes}
+        known, waveform = read_coded(clip, self.params)
+        n_frames = min(known.shape[1], int(self.max_sec * SAMPLE_RATE) // frame_size)
+        start = int(random.integers(known.shape[1] - n_frames + 1))
+        codes[:, :n_frames] = known[:, start:start + n_frames]
+        return {**self.padded(waveform[start * frame_size:(start + n_frames) * frame_size], SAMPLE_RATE), "codes": codes}
 
     def padded(self, segment: np.ndarray, rate: int) -> dict:
         """What load_segment() gives -> waveform, length, native_rate: see load()."""
@@ -102,6 +122,7 @@ class Batch(TensorBatch):
     native_rates: Tensor         # [B] int64, Hz
     indices: list[int]           # of the clips in the data set
     bad: list[tuple[str, str]]   # (path, reason) of clips that had to be replaced
+    codes: Tensor | None         # [B, 1 + acoustic_dim, L] int64, -1 where they are not known; None: nobody asked
 
 
 def collate(items: list[dict]) -> Batch:
@@ -110,7 +131,8 @@ def collate(items: list[dict]) -> Batch:
                  torch.tensor([item["length"] for item in items]),
                  torch.tensor([item["native_rate"] for item in items]),
                  [item["index"] for item in items],
-                 [entry for item in items for entry in item["bad"]])
+                 [entry for item in items for entry in item["bad"]],
+                 torch.stack([item["codes"] for item in items]) if "codes" in items[0] else None)
 
 
 # ---------------------------------------------------------------- the sample stream

@@ -14,7 +14,7 @@ from voxtral.losses import discriminator_hinge_loss, feature_matching_loss
 class DiscriminatorConfig:
     fft_sizes: List[int] = field(default_factory=lambda: [78, 126, 206, 334, 542, 876, 1418, 2296])
     channels: int = 32           # the paper states none; EnCodec, DAC and Mimi use 32
-    crop_sec: float = 1.0        # they hear a random part of each clip, so long; at least data.max_sec: the whole clip
+    crop_sec: float = 0.5        # they hear a random part of each clip, so long; at least data.max_sec: the whole clip
     warmup_steps: int = 2000     # they learn alone for so long before feature matching begins
     learning_rate: float = 3e-4
 

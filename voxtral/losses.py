@@ -14,6 +14,7 @@ import torchaudio
 from torch import Tensor, nn
 
 from voxtral.codec import mask_samples, valid_mask
+from voxtral.quantizer import Quantizer
 
 
 @dataclass
@@ -21,13 +22,14 @@ class LossWeights:
     """The map of weights. A loss of weight 0 that needs something of its own (feature, asr, speaker, match) is not built."""
     l1: float = 1.0          # L1 between waveforms, decaying with gamma^t
     stft: float = 1.0        # L1 between STFT magnitudes, decaying with gamma^t
-    mel: float = 0.0         # multi-scale mel distance (not in the paper)
-    feature: float = 1.0     # feature matching through the discriminators (alpha)
-    asr: float = 1.0         # Whisper distillation (beta)
+    mel: float = 1.0         # multi-scale mel distance (not in the paper)
+    feature: float = 0.0     # feature matching through the discriminators (alpha)
+    asr: float = 0.0         # Whisper distillation (beta)
     commit: float = 0.1      # commitment of the semantic latent (delta)
     diversity: float = 0.0   # entropy of the soft codebook assignment (not in the paper)
     speaker: float = 0.0     # cosine distance of a frozen speaker encoder (not in the paper)
-    match: float = 0.0       # statistics of the codes against those of known ones (not in the paper)
+    match: float = 0.3       # statistics of the codes against those of known ones (not in the paper)
+    codes: float = 0.0       # clips whose codes are known must give them (not in the paper)
 
 
 DECAYING = ("l1", "stft")  # multiplied by gamma^t
@@ -120,6 +122,21 @@ def commitment_loss(semantic: Tensor, quantized: Tensor, n_frames: Tensor) -> Te
     The mean (over channels) is ours: the paper writes a norm and leaves its scale open.
     """
     return clip_mean((semantic - quantized.detach()).square(), n_frames)
+
+
+SEMANTIC_SHARE = 0.25  # of the semantic codes in codes_loss, against the levels
+
+
+def codes_loss(latent: Tensor, codes: Tensor, quantizer: Quantizer, scale: Tensor) -> Tensor:
+    """What the latent [B, D, L] lacks to the known codes [B, 1 + acoustic_dim, L], -1 where they are not known: L1 of the
+    levels in units of [-1, 1], and the cross-entropy of the codebook's entries by their squared distance in units of
+    `scale` (codebook_scale). Mean over the known frames of a clip, then over all clips: one without any counts as 0."""
+    known, squashed, semantic = codes[:, 0] >= 0, quantizer.squash(latent), quantizer.semantic_dim
+    wanted = quantizer.decode(codes.clamp(min=0))[:, semantic:]
+    distance = codebook_distance(squashed[:, :semantic], quantizer.semantic_codebook.embedding).view(*known.shape, -1)
+    entropy = F.cross_entropy((-distance / scale).transpose(1, 2), codes[:, 0].clamp(min=0), reduction="none")
+    per_frame = (squashed[:, semantic:] - wanted).abs().mean(dim=1) + SEMANTIC_SHARE * entropy
+    return ((per_frame * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)).mean()
 
 
 def codebook_scale(codebook: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from voxtral.audio import BadClip, load_segment
+from voxtral.audio import BadClip
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.codes import read_codes
+from voxtral.codes import read_coded, read_codes
 from voxtral.data import SpeechDataset
 from voxtral.loader import Loader, TensorBatch
 from voxtral.params import CodecParams
@@ -71,7 +71,7 @@ class PairDataset(SpeechDataset):
         for text in dict.fromkeys(clip.text for clip in clips):
             self.prompts[text] = prompt_tokens(tokenizer, text, 1)
         self.of_voice = {}  # of no use while usable clips are sought
-        super().__init__(clips, max_sec, seed, fixed)
+        super().__init__(clips, max_sec, seed, fixed, params=params)
         self._find_voices()
         lonely = [voice for voice, members in self.of_voice.items() if len({self.clips[i].text for i in members}) < 2]
         if reference_sec and lonely:
@@ -107,13 +107,8 @@ class PairDataset(SpeechDataset):
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Clip `index` as a reference: its codes [37, L_r], its waveform [L_r * 1920]. Raises BadClip."""
-        clip, frame_size = self.clips[index], self.params.frame_size
-        codes, is_whole = self._read_codes(clip)
-        n_samples = codes.shape[1] * frame_size
-        waveform, _ = load_segment(clip.path, 0.0, (n_samples + frame_size) / self.params.sampling_rate)
-        if len(waveform) != n_samples + (not is_whole) * frame_size:
-            raise BadClip(clip.path, f"its codes do not belong to it: {codes.shape[1]} frames are not its length")
-        return codes, torch.from_numpy(waveform[:n_samples])
+        codes, waveform = read_coded(self.clips[index], self.params, self.max_frames)
+        return codes, torch.from_numpy(waveform)
 
     @torch.no_grad()
     def encode(self, codec: VoxtralCodec, device, config: DataConfig) -> None:

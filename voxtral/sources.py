@@ -58,7 +58,7 @@ class DataConfig:
     data_root: str = "data"     # relative source paths are found below it
     sources: List[SourceConfig] = field(default_factory=list)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    batch_size: int = 4         # clips per process and micro-batch
+    batch_size: int = 32        # clips per process and micro-batch
     max_sec: float = 4.0        # longest crop of a clip, seconds
     speed: List[float] = field(default_factory=lambda: [1.0, 1.0])  # each crop is played between so fast and so fast
     num_workers: int = 4        # loader processes per training process; 0: none
