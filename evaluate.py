@@ -1,9 +1,10 @@
 """Measures an encoder on clips: sound, codes, voice embeddings, and how near it is to a reference encoder.
 
 Every clip passes through the codec alone, in fp32. With --reference-encoder (the true encoder of a stand-in checkpoint)
-it also tells which share of the gap between an untrained and the true encoder is closed. Clips of generate_clips.py come
-with the codes that they were decoded from: how many of these the encoder finds is the one truth that there is about the real
-checkpoint. With --degrade it scores known degradations of the clips instead, which shows what each score is worth.
+it also tells which share of the gap between an untrained and the true encoder is closed. Clips of generate_clips.py
+come with the codes that they were decoded from: how many of these the encoder finds is the one truth that there is
+about the real checkpoint. With --degrade it scores known degradations of the clips instead, which shows what each score is
+worth.
 
 OUTPUT gets metrics.json, table.md, clips.csv, plots (png), and the first clips as wavs and spectrograms.
 """
@@ -75,7 +76,8 @@ from voxtral.data import SAMPLE_RATE, read_config
 from voxtral.degrade import DEGRADATIONS, order
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import (METRICS, Agreement, Averages, Encoded, Sample, all_codes, compare_voices,
-                                finite, fresh_encoder, gap_closed, load_samples, measure_clips, read_true_codes, voice_statistics)
+                                finite, fresh_encoder, gap_closed, load_samples, measure_clips, read_true_codes,
+                                voice_statistics)
 from voxtral.evaluation_report import gap_figure, scores_figure, table, voices_figure, write_clips, write_listening
 from voxtral.plots import levels_figure, save_figure
 from voxtral.processes import start_process
@@ -87,8 +89,8 @@ from voxtral.voices import list_voices, load_pt
 # ---------------------------------------------------------------- what is measured
 
 def choose_clips(data: str, overrides: list[str], everything: bool) -> tuple[list[Clip], list[str]]:
-    """-> clips of a folder (all) or a config (its test clips, if it has none its validation clips, or all), absent sources.
-    A folder that generate_clips.py wrote comes with its codes. Raises DataError."""
+    """-> clips of a folder (all) or a config (its test clips, without these its validation clips, or all), absent
+    sources. A folder that generate_clips.py wrote comes with its codes. Raises DataError."""
     if Path(data).is_dir():
         if overrides:
             raise UserError(f"'{overrides[0]}': --data is a folder, only a config has keys to set.")

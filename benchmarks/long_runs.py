@@ -1,10 +1,10 @@
-"""What a long run costs beside its steps: plots after many rows of metrics (`plots`), finding a million clips (`start`).
+"""What a long run costs beside its steps: plots after many rows of metrics, and finding a million clips.
 
     python benchmarks/long_runs.py plots --rows 10000 520000
     python benchmarks/long_runs.py start --clips 1000000
 
-Everything is made up in a temporary folder and removed: rows of metrics, or a folder of empty files, which nothing opens
-(a million of them need a million inodes and 100 MB).
+Everything is made up in a temporary folder and removed: rows of metrics, or a folder of empty files that
+nothing opens (a million of them need a million inodes and 100 MB).
 """
 import argparse
 import json
@@ -39,7 +39,7 @@ def rows(count: int):
 
 
 def time_plots(folder: Path, counts: list[int]) -> None:
-    """Seconds of a core for a validation's plots, from all rows of metrics.jsonl (as before) and from the logger's history."""
+    """Seconds of a core for a validation's plots, of all rows of metrics.jsonl (as before) and of the history."""
     from voxtral.history import History, read_metrics
     from voxtral.plots import plot_run
     print(f"{'rows':>8}  {'all rows read and drawn':>24}  {'history drawn':>14}  {'history read at a resume':>25}")
@@ -88,18 +88,19 @@ clips = join(train)
 SampleStream(clips, config, seed=0)[0]
 ended = time.process_time()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-print(f"{len(clips):>10,}  {found - began:>8.1f} s  {ended - found:>8.1f} s  {megabytes() - before:>8.0f} MB  {peak - before:>8.0f} MB", flush=True)
+print(f"{len(clips):>10,}  {found - began:>8.1f} s  {ended - found:>8.1f} s  {megabytes() - before:>8.0f} MB  "
+      f"{peak - before:>8.0f} MB", flush=True)
 """
 
 
 def make_up_clips(folder: Path, n_clips: int) -> None:
-    """Three quarters of them empty files of a thousand speakers, the others rows of a Common Voice table. They get times of
-    an hour ago: what changes while it is looked at is not kept."""
+    """Three quarters of them empty files of a thousand speakers, the others rows of a Common Voice table. They get
+    times of an hour ago: what changes while it is looked at is not kept."""
     (folder / "cv" / "en").mkdir(parents=True)
     with (folder / "cv" / "en" / "train.tsv").open("w") as table:
         table.write("client_id\tpath\tsentence\n")
         for number in range(n_clips // 4):
-            table.write(f"{number % 5000:0128x}\tcommon_voice_en_{number:08d}.mp3\tThis is sentence {number} of a long table.\n")
+            table.write(f"{number % 5000:0128x}\tcommon_voice_en_{number:08d}.mp3\tThis is sentence {number}.\n")
     for speaker in range(N_SPEAKERS):
         place = folder / "speech" / f"speaker_{speaker:04d}"
         place.mkdir(parents=True)
@@ -111,7 +112,7 @@ def make_up_clips(folder: Path, n_clips: int) -> None:
 
 
 def time_start(folder: Path, n_clips: int, checkouts: list[str]) -> None:
-    """Seconds of a core and memory of a process that finds, splits and orders the clips, imports apart; the last of its starts."""
+    """Seconds of a core and memory of a process that finds, splits and orders the clips, imports apart."""
     free = os.statvfs(folder)
     if free.f_favail < 1.2 * n_clips or free.f_bavail * free.f_frsize < 1000 * n_clips:
         sys.exit(f"{folder} has no room for {n_clips:,} files: set TMPDIR to another disk.")
@@ -127,7 +128,8 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("plots", "start"))
     parser.add_argument("--rows", metavar="N", type=int, nargs="+", default=[10_000, 520_000], help="of metrics.jsonl")
-    parser.add_argument("--clips", metavar="N", type=int, default=1_000_000, help="files and rows to find (default: a million)")
+    parser.add_argument("--clips", metavar="N", type=int, default=1_000_000,
+                        help="files and rows to find (default: a million)")
     parser.add_argument("--code", metavar="DIR", nargs="+", default=[str(Path(__file__).resolve().parents[1])],
                         help="checkouts of this project whose search is timed (default: this one)")
     options = parser.parse_args(arguments)

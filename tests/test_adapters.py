@@ -1,4 +1,4 @@
-"""What phase 2 trains goes back only with the encoder it was trained with, and by an encoder that validation heard as it is."""
+"""What phase 2 trains goes into a checkpoint with its own encoder only; validation hears an adapter as it will be."""
 import json
 
 import pytest
@@ -73,4 +73,5 @@ def test_a_trained_embedding_goes_into_the_checkpoint(command, folder, encoder, 
     assert "weights.safetensors in it" in refused(inject_encoder.main, [
         "--checkpoint", str(tmp_path / "out"), "--encoder", str(encoder), "--output", str(tmp_path / "again")])
     strange = common[:-1] + [str(encoder)]
-    assert "no tensor that the checkpoint has" in refused(inject_encoder.main, [*strange, "--output", str(tmp_path / "x")])
+    said = refused(inject_encoder.main, [*strange, "--output", str(tmp_path / "x")])
+    assert "no tensor that the checkpoint has" in said

@@ -1,5 +1,5 @@
-"""Where an encoder starts, and what it is measured by: held-out clips of every source, the true codes of generated ones, clips
-that decide nothing."""
+"""Where an encoder starts, and what it is measured by: held-out clips of every source, true codes of generated ones,
+clips that decide nothing."""
 import json
 import shutil
 
@@ -35,7 +35,8 @@ def test_validation_and_test_clips_come_from_every_source_alike():
     sources, validation = [source(0, 1000), source(1, 40), source(2, 3)], ValidationConfig(clips=9, test_clips=6)
     train, chosen = split_validation(sources, validation)
     final = final_clips(sources, validation)
-    assert [[clip.source for clip in part].count(number) for part in (chosen, final) for number in range(3)] == [3, 3, 3, 3, 3, 0]
+    counts = [[clip.source for clip in part].count(number) for part in (chosen, final) for number in range(3)]
+    assert counts == [3, 3, 3, 3, 3, 0]
     held_out = {clip.path for clip in chosen + final}
     assert len(held_out) == 15 and [len(clips) for clips in train] == [994, 34, 0]
     assert not held_out & {clip.path for clips in train for clip in clips}
@@ -46,7 +47,8 @@ def test_test_clips_of_held_out_speakers_are_theirs():
     validation = ValidationConfig(clips=2, test_clips=4, speakers=["speaker1"])
     train, chosen = split_validation([source(0, 30)], validation)
     final = final_clips([source(0, 30)], validation)
-    assert {clip.speaker for clip in chosen + final} == {"speaker1"} and (len(chosen), len(final), len(train[0])) == (2, 4, 20)
+    assert {clip.speaker for clip in chosen + final} == {"speaker1"}
+    assert (len(chosen), len(final), len(train[0])) == (2, 4, 20)
 
 
 def test_a_file_of_two_sources_is_held_out_once():
@@ -64,14 +66,15 @@ def test_known_agreement_counts_whole_frames_of_known_clips():
     first = torch.tensor([[0, 1, 0, 9], [0, 1, 2, 9], [0, 0, 3, 9]])  # frame 3 is not whole
     longer = torch.zeros(3, 6, dtype=torch.long)
     found = known_agreement(codes, torch.tensor([3, 4, 4]), [first, None, longer])
-    assert found == pytest.approx({"known_semantic_equal": 6 / 7, "known_levels_equal": 11 / 14, "known_levels_within_1": 12 / 14})
+    assert found == pytest.approx({"known_semantic_equal": 6 / 7, "known_levels_equal": 11 / 14,
+                                   "known_levels_within_1": 12 / 14})
 
 
 # ---------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkpoint, the same with an encoder, six recordings, and six clips that the second one made with known codes."""
+    """A checkpoint, the same with an encoder, six recordings, and six clips that the second made of them."""
     root = tmp_path_factory.mktemp("held_out")
     write_random_checkpoint(root / "checkpoint", small_params(), {"alpha": 5})
     torch.manual_seed(5)
@@ -134,7 +137,8 @@ def test_a_run_starts_fresh_unless_it_is_told_otherwise(made, tmp_path, capsys):
     assert capsys.readouterr().out.count("encoder: fresh weights") == 2
     encoders = [load_file(run / "best" / "encoder.safetensors") for run in (fresh, injected)]
     assert all(torch.equal(encoders[0][name], encoders[1][name]) for name in encoders[0])
-    train(made, tmp_path / "on", f"checkpoint={made / 'injected'}", "encoder=checkpoint", "optimizer.learning_rate=1e-9")
+    train(made, tmp_path / "on", f"checkpoint={made / 'injected'}", "encoder=checkpoint",
+          "optimizer.learning_rate=1e-9")
     assert f"encoder: the one in {made / 'injected'}" in capsys.readouterr().out
     wanted = load_file(made / "encoder.safetensors")
     started = load_file(tmp_path / "on" / "best" / "encoder.safetensors")
@@ -157,8 +161,8 @@ def test_without_known_codes_the_command_that_makes_them_is_named(made, tmp_path
 
 
 def test_evaluate_compares_with_the_true_codes(made, tmp_path):
-    evaluate.main(["--checkpoint", str(made / "injected"), "--data", str(made / "generated"), "--output", str(tmp_path / "out"),
-                   "--metrics", "mel", "--device", "cpu", "--samples", "0"])
+    evaluate.main(["--checkpoint", str(made / "injected"), "--data", str(made / "generated"),
+                   "--output", str(tmp_path / "out"), "--metrics", "mel", "--device", "cpu", "--samples", "0"])
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     metrics = report["systems"]["encoder"]["metrics"]
     assert report["clips"] == 6 and metrics["known_semantic_equal"]["clips"] == 6
@@ -172,6 +176,6 @@ def test_evaluate_compares_with_the_true_codes(made, tmp_path):
 
 
 def test_evaluate_without_true_codes_says_nothing_of_them(made, tmp_path):
-    evaluate.main(["--checkpoint", str(made / "injected"), "--data", str(made / "speech"), "--output", str(tmp_path / "out"),
-                   "--metrics", "mel", "--device", "cpu", "--samples", "0"])
+    evaluate.main(["--checkpoint", str(made / "injected"), "--data", str(made / "speech"),
+                   "--output", str(tmp_path / "out"), "--metrics", "mel", "--device", "cpu", "--samples", "0"])
     assert "known_" not in (tmp_path / "out" / "metrics.json").read_text()

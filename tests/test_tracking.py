@@ -1,4 +1,4 @@
-"""tracker: wandb, mlflow, trackio. What each is told, that a resumed run goes on in its own, that none can end a run."""
+"""wandb, mlflow, trackio: what each is told, that a resumed run goes on in its own, that none can end a run."""
 import json
 import sys
 from dataclasses import replace
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from voxtral import tracking
-from voxtral.config import ConfigError, EncoderConfig, FullPipelineConfig, check_encoder_config, check_full_pipeline_config
+from voxtral.config import (ConfigError, EncoderConfig, FullPipelineConfig, check_encoder_config,
+                            check_full_pipeline_config)
 from voxtral.errors import UserError
 from voxtral.run import Logger, Process, RunFolder
 
@@ -29,7 +30,8 @@ def two_rows(log, first):
     log.close()
 
 
-@pytest.mark.parametrize("schema, check", [(EncoderConfig, check_encoder_config), (FullPipelineConfig, check_full_pipeline_config)])
+@pytest.mark.parametrize("schema, check", [(EncoderConfig, check_encoder_config),
+                                           (FullPipelineConfig, check_full_pipeline_config)])
 def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_anything(schema, check, monkeypatch):
     with pytest.raises(ConfigError, match="none or one of wandb, mlflow, trackio"):
         check(replace(schema(), tracker="comet"))
@@ -42,7 +44,8 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_anything(s
 def calls(monkeypatch):
     """What a module in the place of wandb and trackio is told."""
     calls = []
-    module = SimpleNamespace(init=lambda **given: calls.append(("init", given)), finish=lambda: calls.append(("finish",)),
+    module = SimpleNamespace(init=lambda **given: calls.append(("init", given)),
+                             finish=lambda: calls.append(("finish",)),
                              log=lambda metrics, step: calls.append(("log", step, metrics)))
     for name in ("wandb", "trackio"):
         monkeypatch.setitem(sys.modules, name, module)

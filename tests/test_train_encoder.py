@@ -216,7 +216,8 @@ def test_plots_of_a_long_run_cost_what_those_of_a_short_one_cost(command, tmp_pa
     shown = []
     monkeypatch.setattr(history, "MAX_ROWS", 4)
     monkeypatch.setattr(history, "metric_rows", None)
-    monkeypatch.setattr(train_encoder, "plot_run", lambda rows, folder: shown.append([row["step"] for row in rows if "loss/total" in row]))
+    monkeypatch.setattr(train_encoder, "plot_run", lambda rows, folder: shown.append(
+        [row["step"] for row in rows if "loss/total" in row]))
     train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, "train.max_steps=40", "train.validate_every_steps=20"))
     assert [len(steps) for steps in shown] == [4, 4] and shown[-1][0] == 1 and shown[-1][-1] == 40
 

@@ -33,7 +33,7 @@ def adapter_record(folder) -> dict:
 
 
 def check_adapter(folder, encoder) -> None:
-    """Raises CheckpointError for an adapter that was trained with another encoder than the one in the file `encoder`."""
+    """Raises CheckpointError for an adapter that was trained with another encoder than that of the file `encoder`."""
     record = adapter_record(folder)
     if record and record.get("sha256") != encoder_digest(SafetensorsFile(encoder).read()):
         raise CheckpointError(f"{folder} was trained with another encoder than {encoder}: pass that one "

@@ -1,4 +1,4 @@
-"""What was found of a source, kept from start to start: a million names take half a minute to find, and a second to map.
+"""What was found of a source, kept from start to start: a million names take half a minute to find, no time to map.
 
 It holds as long as the folders and tables that were looked at have the times they had then (Remarks.looked_at).
 """
@@ -44,7 +44,7 @@ class ClipCache:
             return None
 
     def write(self, columns: Columns, absent: list[str], remarks: Remarks) -> None:
-        """Atomic: the record comes last. Nothing is kept of what is still changing, and notes say when nothing can be."""
+        """Atomic: the record comes last. Nothing is kept of what is still changing; a note says when nothing can be."""
         newest = max((found[0] for found in remarks.looked_at.values() if found), default=0)
         if newest > time.time_ns() - SETTLED_SEC * 10**9:
             return
@@ -58,5 +58,5 @@ class ClipCache:
                 if former.name != name:
                     shutil.rmtree(former, ignore_errors=True)
         except OSError as error:
-            remarks.note(f"data.cache: nothing can be kept in {self.folder} ({error.strerror}), so that every start looks "
-                         "for all clips again: name another folder, or null")
+            remarks.note(f"data.cache: nothing can be kept in {self.folder} ({error.strerror}), so every start looks for "
+                         "all clips again: name another folder, or null")

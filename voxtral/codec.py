@@ -63,7 +63,8 @@ class VoxtralCodec(nn.Module):
                         with_encoder: bool = True) -> "VoxtralCodec":
         """Reads the codec and the audio embedding table, and no other tensor, from a checkpoint folder.
 
-        Without encoder tensors there, or with_encoder=False, the encoder is freshly initialised and `has_encoder` is False.
+        Without encoder tensors there, or with_encoder=False, the encoder is freshly initialised and `has_encoder` is
+        False.
         Raises CheckpointError for a file or tensor that is missing, damaged or of a wrong shape.
         """
         checkpoint = Checkpoint(folder)
@@ -85,8 +86,8 @@ class VoxtralCodec(nn.Module):
 
     @classmethod
     def start(cls, folder, encoder: str | None) -> tuple["VoxtralCodec", str]:
-        """The codec of a checkpoint folder as phase 1 begins with it, and in words which encoder that is. encoder: None:
-        fresh; "checkpoint": the folder's own; or an encoder.safetensors. Raises CheckpointError."""
+        """The codec of a checkpoint folder as phase 1 begins with it, and in words which encoder that is. `encoder`:
+        None: fresh; "checkpoint": the folder's own; or an encoder.safetensors. Raises CheckpointError."""
         codec = cls.from_checkpoint(folder, with_encoder=encoder == "checkpoint")
         if encoder is None:
             return codec, "fresh weights"
@@ -94,7 +95,8 @@ class VoxtralCodec(nn.Module):
             codec.load_encoder(SafetensorsFile(encoder).read(), encoder)
             return codec, encoder
         if not codec.has_encoder:
-            raise CheckpointError(f"encoder is checkpoint, but {folder} holds none: leave encoder at null, or name a file.")
+            raise CheckpointError(f"encoder is checkpoint, but {folder} holds none: leave encoder at null, or name a "
+                                  "file.")
         return codec, f"the one in {folder}"
 
     def load_encoder(self, tensors: dict[str, Tensor], where="the encoder file") -> None:

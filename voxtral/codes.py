@@ -28,7 +28,7 @@ def read_codes(path: str, params: CodecParams) -> Tensor:
 
 
 def codes_of_clips(clips: list[Clip], batches: list, params: CodecParams) -> tuple[list[Tensor | None], list]:
-    """Of validation_batches(): the codes that each clip was decoded from, or None; (path, reason) of those of no use."""
+    """Of validation_batches(): the codes that each clip was decoded from, or None; (path, reason) of the bad ones."""
     found, bad = [], []
     for batch in batches:
         for index, length in zip(batch.indices, batch.lengths.tolist()):
@@ -61,9 +61,9 @@ def known_codes(folder: str, params: CodecParams) -> tuple[list[Tensor], list[tu
     Raises DataError when none can."""
     paths = sorted(Path(folder).rglob("*.npy"))
     if not paths:
-        raise DataError(f"match.codes: {folder} holds no codes (.npy); let the model make some: python generate_clips.py "
-                        f"--output {folder} --per-voice 100 (a few minutes for 20 voices on a GPU), or set "
-                        "match.codes=presets.")
+        raise DataError(f"match.codes: {folder} holds no codes (.npy); let the model make some: python "
+                        f"generate_clips.py --output {folder} --per-voice 100 (a few minutes for 20 voices on a GPU), or "
+                        "set match.codes=presets.")
     codes, bad = [], []
     for path in paths[::-(-len(paths) // MAX_CLIPS)]:
         try:

@@ -74,7 +74,7 @@ class BalancerConfig:
 class EncoderConfig:
     """Everything train_encoder.py can be told."""
     checkpoint: Optional[str] = None      # folder; null: $VOXTRAL_CKPT
-    encoder: Optional[str] = None         # start: null: fresh; an encoder.safetensors; checkpoint: the one in the checkpoint
+    encoder: Optional[str] = None         # start: null: fresh; an encoder.safetensors; checkpoint: the checkpoint's own
     output_dir: str = "runs/encoder"
     resume: bool = False                  # continue from the newest checkpoint in output_dir
     seed: int = 0
@@ -325,8 +325,8 @@ def check_encoder_config(config: EncoderConfig) -> None:
                                "discriminator.learning_rate"],
                ["train.n_samples", "discriminator.warmup_steps"], ["train.ema_decay", "balancer.decay"])
     if "encoder" not in train.trainable and not config.encoder:
-        raise ConfigError("train.trainable leaves the encoder as it is, which is a fresh one: set encoder to a file, or to "
-                          "checkpoint.")
+        raise ConfigError("train.trainable leaves the encoder as it is, which is a fresh one: set encoder to a file, "
+                          "or to checkpoint.")
     if train.reconstruction_decay > 1:
         raise ConfigError(f"train.reconstruction_decay is {train.reconstruction_decay}: it must be at most 1.")
     if config.asr.teacher_cache and list(config.data.speed) != [1, 1]:

@@ -46,8 +46,10 @@ AGREEMENT = {
     "embedding_cosine": Metric("cosine of the voice embeddings' rows, frame by frame", True, weight="frames"),
 }
 KNOWN = {  # of clips that come with the codes that they were decoded from (generate_clips.py)
-    "known_semantic_equal": Metric("share of semantic codes equal to those that the clip was decoded from", True, weight="frames"),
-    "known_levels_equal": Metric("share of acoustic levels equal to those that the clip was decoded from", True, weight="frames"),
+    "known_semantic_equal": Metric("share of semantic codes equal to those that the clip was decoded from", True,
+                                   weight="frames"),
+    "known_levels_equal": Metric("share of acoustic levels equal to those that the clip was decoded from", True,
+                                 weight="frames"),
     "known_levels_within_1": Metric("share of acoustic levels at most one off those", True, weight="frames"),
 }
 METRICS = SCORES | CODES | KNOWN | AGREEMENT

@@ -20,8 +20,8 @@ def read_metrics(path) -> list[dict]:
 
 
 class History:
-    """What plots show of a run, at a cost that does not grow with it: of each kind of row (training, validation, ...) at
-    most MAX_ROWS + 1, spread evenly over the run, the first and the newest among them."""
+    """What plots show of a run, at a cost that does not grow with it: of each kind of row (training, validation, ...)
+    at most MAX_ROWS + 1, spread evenly over the run, the first and the newest among them."""
 
     def __init__(self, limit: int | None = None):
         self.limit = limit or MAX_ROWS

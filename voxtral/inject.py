@@ -34,9 +34,9 @@ LORA_KEYS = {  # keys of adapter_config.json that are read, checked, or do not c
 # ---------------------------------------------------------------- injecting
 
 def inject(checkpoint, encoder, lora=None, output=None, weights=None) -> Path:
-    """Writes `checkpoint` with the encoder (fp32 .safetensors, full tensor names), the peft adapter folder `lora` merged
-    into the attention, and the tensors of the file `weights` (checkpoint names) in the place of its own, to the folder
-    `output`; None: in place, from where eject() restores it.
+    """Writes `checkpoint` with the encoder (fp32 .safetensors, full tensor names), the peft adapter folder `lora`
+    merged into the attention, and the tensors of the file `weights` (checkpoint names) in the place of its own, to the
+    folder `output`; None: in place, from where eject() restores it.
 
     An earlier injection is replaced, not added to. Returns the folder written. Raises CheckpointError, before anything
     is written, when something does not fit. A kill at any moment leaves the old checkpoint or the new one.
@@ -257,18 +257,19 @@ def encoder_changes(path, params: ModelParams) -> dict[str, Item]:
 
 
 def weight_changes(path, originals: list[Weights]) -> dict[str, Item]:
-    """Tensors of phase 2 besides LoRA and encoder, in the stored dtypes. Raises CheckpointError for one that the checkpoint
-    does not have or that holds no finite numbers."""
-    file, stored = SafetensorsFile(path), {name: item for original in originals for name, item in original.items.items()}
-    changes = {}
+    """Tensors of phase 2 besides LoRA and encoder, in the stored dtypes. Raises CheckpointError for one that the
+    checkpoint does not have or that holds no finite numbers."""
+    stored = {name: item for original in originals for name, item in original.items.items()}
+    file, changes = SafetensorsFile(path), {}
     for name, entry in file.entries.items():
         if name not in stored or list(stored[name].shape) != entry["shape"] or name.startswith(ENCODER_PREFIXES):
-            raise CheckpointError(f"{path}: {name} {entry['shape']} is no tensor that the checkpoint has: is it of this "
-                                  "checkpoint's phase 2?")
+            raise CheckpointError(f"{path}: {name} {entry['shape']} is no tensor that the checkpoint has: pass the "
+                                  "weights.safetensors of its phase 2.")
         if not file.read([name])[name].isfinite().all():
             raise CheckpointError(f"{path}: {name} holds values that are no finite numbers.")
         dtype = stored[name].dtype
-        changes[name] = Item(dtype, entry["shape"], lambda name=name, dtype=dtype: file.read([name])[name].to(TORCH_DTYPES[dtype]))
+        changes[name] = Item(dtype, entry["shape"],
+                             lambda name=name, dtype=dtype: file.read([name])[name].to(TORCH_DTYPES[dtype]))
     return changes
 
 

@@ -275,7 +275,8 @@ class Logger:
         try:
             self.tracker.log(scalars, step)
         except Exception as error:
-            self.say(f"tracker {self.run.config.tracker} failed and gets no more of this run: {' '.join(str(error).split())}")
+            reason = " ".join(str(error).split())
+            self.say(f"tracker {self.run.config.tracker} failed and gets no more of this run: {reason}")
             self.tracker = None
 
     def say(self, line: str) -> None:

@@ -103,7 +103,8 @@ def find_sources(config: DataConfig) -> list[Found]:
     check_config(config)
     if not config.sources:
         raise DataError("data.sources is empty: name at least one.")
-    return [find_source(source, index, Path(config.data_root), config.cache) for index, source in enumerate(config.sources)]
+    root = Path(config.data_root)
+    return [find_source(source, index, root, config.cache) for index, source in enumerate(config.sources)]
 
 
 def find_source(source: SourceConfig, index: int, root: Path, cache: str | None) -> Found:
@@ -167,8 +168,8 @@ def source_name(source: SourceConfig) -> str:
 
 
 def split_validation(lists: Sequence[Sequence[Clip]], validation: ValidationConfig) -> tuple[list[Clips], list[Clip]]:
-    """Clips of each source -> (training clips of each source, validation clips); what is held out, test clips too, is in no
-    training list.
+    """Clips of each source -> (training clips of each source, validation clips); what is held out, test clips too, is
+    in no training list.
 
     The choice hangs on the names of file and folder alone: the same for every seed, and for data that moved. Sources
     take turns. Raises DataError for unknown speakers, and when no training clip would be left.
@@ -201,9 +202,11 @@ def _hold_out(lists: Sequence[Sequence[Clip]], validation: ValidationConfig) -> 
     for one, flags in zip(lists, may_be):
         places = np.flatnonzero(flags)
         turns.append(one.where(places[np.argsort(one.keys()[places], kind="stable")[:wanted]]))
-    in_turn = {clip.path: clip for clip in chain.from_iterable(zip_longest(*turns)) if clip}  # a file may be in two sources
+    in_turn = {clip.path: clip for clip in chain.from_iterable(zip_longest(*turns)) if clip}  # a file may be in two
     chosen = list(in_turn.values())[:wanted]
-    held = Clips.join([one.where(flags) for one, flags in zip(lists, may_be)]) if validation.speakers else Clips.of_list(chosen)
+    held = Clips.of_list(chosen)
+    if validation.speakers:
+        held = Clips.join([one.where(flags) for one, flags in zip(lists, may_be)])
     paths, keys = {clip.path for clip in held}, held.keys()
     held_out = [np.isin(one.keys(), keys) for one in lists]
     for one, flags in zip(lists, held_out):

@@ -1,7 +1,8 @@
 """Experiment tracking beside TensorBoard, by what researchers use: wandb, mlflow or trackio, each an optional package.
 
 Where they write and whether they are online is theirs to be told, by their own variables (WANDB_MODE=offline,
-MLFLOW_TRACKING_URI, ...). tracker.json in the run folder holds the name of the run there, so that a resumed run goes on in it.
+MLFLOW_TRACKING_URI, ...). tracker.json in the run folder holds the name of the run there, so that a resumed run goes on
+in it.
 """
 import importlib.util
 import json

@@ -32,8 +32,8 @@ def evaluate_codec(codec: VoxtralCodec, batches: list[Batch], reference: list[En
 
     Returns (metrics: mel_distance, stft_distance (audiotools' definitions), semantic_used, semantic_perplexity,
     extremes_share, embedding_norm, level_histogram; with `reference` (another encoder's result on the same batches)
-    also semantic_equal, levels_equal, levels_within_1; with `true_codes`, of each clip [1 + acoustic_dim, L] or None, the
-    same three as known_semantic_equal, ...), all averaged over clips, and the encoded batches.
+    also semantic_equal, levels_equal, levels_within_1; with `true_codes`, of each clip [1 + acoustic_dim, L] or None,
+    the same three as known_semantic_equal, ...), all averaged over clips, and the encoded batches.
     """
     device = next(codec.parameters()).device
     mel_distance = MelDistance(codec.params.sampling_rate).to(device)
@@ -57,7 +57,8 @@ def evaluate_codec(codec: VoxtralCodec, batches: list[Batch], reference: list[En
         expected, _ = stacked(reference, codec.params.frame_size)
         metrics.update({name: value.item() for name, value in code_agreement(codes, expected, n_frames).items()})
     if any(one is not None for one in true_codes or []):
-        metrics.update(known_agreement(codes, torch.cat([e.lengths for e in encoded]) // codec.params.frame_size, true_codes))
+        n_whole = torch.cat([e.lengths for e in encoded]) // codec.params.frame_size
+        metrics.update(known_agreement(codes, n_whole, true_codes))
     return metrics, encoded
 
 
@@ -70,7 +71,8 @@ def test_weights(codec: VoxtralCodec, folder: Path, clips: list[Clip], config: D
     groups, all_bad = {"all": clips}, []
     numbers = sorted({clip.source for clip in clips})
     if len(numbers) > 1:
-        groups |= {source_name(config.sources[number]): [clip for clip in clips if clip.source == number] for number in numbers}
+        groups |= {source_name(config.sources[number]): [clip for clip in clips if clip.source == number]
+                   for number in numbers}
     metrics = {}
     for name, group in groups.items():
         batches = validation_batches(group, config)
