@@ -13,6 +13,21 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m voxtral.clips", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a checkpoint with its encoder")
+    parser.add_argument("--data", required=True, metavar="CONFIG.yaml", help="its data: block is read")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of clips and manifest.jsonl")
+    parser.add_argument("--max-sec", type=float, default=10.0, help="longer recordings are cut (default: 10)")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+
 import numpy as np
 import soundfile
 import torch
@@ -210,13 +225,7 @@ def encode_speech(codec: VoxtralCodec, clips: list[Clip], held_out: set[str], pa
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser("python -m voxtral.clips", description=resynthesize.__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a checkpoint with its encoder")
-    parser.add_argument("--data", required=True, metavar="CONFIG.yaml", help="its data: block is read")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of clips and manifest.jsonl")
-    parser.add_argument("--max-sec", type=float, default=10.0, help="longer recordings are cut (default: 10)")
-    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config")
-    options = parser.parse_intermixed_args(arguments)
+    options = command_line().parse_intermixed_args(arguments)
     with one_sentence():
         codec = VoxtralCodec.from_checkpoint(options.checkpoint)
         if not codec.has_encoder:

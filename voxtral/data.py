@@ -13,6 +13,19 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m voxtral.data", description="Describes the data of a config.")
+    parser.add_argument("--check", required=True, metavar="CONFIG.yaml", help="its data: block is read")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config")
+    parser.add_argument("--audio-sec-per-sec", type=float, metavar="N",
+                        help="training speed as train_encoder.py logs it, to estimate the time of an epoch")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+
 import numpy as np
 import torch
 from omegaconf import OmegaConf
@@ -342,15 +355,10 @@ def read_config(path: str, overrides: list[str]) -> DataConfig:
         raise DataError(f"{path}, data: {' '.join(str(error).split()) or reason_of(error)}") from error
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m voxtral.data", description="Describes the data of a config.")
-    parser.add_argument("--check", required=True, metavar="CONFIG.yaml", help="its data: block is read")
-    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config")
-    parser.add_argument("--audio-sec-per-sec", type=float, metavar="N",
-                        help="training speed as train_encoder.py logs it, to estimate the time of an epoch")
-    args = parser.parse_intermixed_args()
+def main(arguments=None) -> None:
+    options = command_line().parse_intermixed_args(arguments)
     with one_sentence():
-        if not report(read_config(args.check, args.overrides), args.audio_sec_per_sec):
+        if not report(read_config(options.check, options.overrides), options.audio_sec_per_sec):
             sys.exit(1)
 
 

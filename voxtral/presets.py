@@ -9,6 +9,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m voxtral.presets", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
+                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser.add_argument("--output", metavar="DIR", type=Path,
+                        help="writes NAME.npy, codes int16 [37, L], of every preset whose frames all come back")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -135,13 +149,7 @@ def codes_to_match(where: str, codec: VoxtralCodec, folder,
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser("python -m voxtral.presets", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--output", metavar="DIR", type=Path,
-                        help="writes NAME.npy, codes int16 [37, L], of every preset whose frames all come back")
-    options = parser.parse_args(arguments)
+    options = command_line().parse_args(arguments)
     with one_sentence():
         if not options.checkpoint:
             raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
