@@ -1,6 +1,6 @@
 """What a long run costs beside its steps: plots after many rows of metrics, and finding a million clips.
 
-    python benchmarks/long_runs.py plots --rows 10000 520000
+    python benchmarks/long_runs.py plots --rows 10000 100000 520000
     python benchmarks/long_runs.py start --clips 1000000
 
 Everything is made up in a temporary folder and removed: rows of metrics, or a folder of empty files that
