@@ -510,6 +510,12 @@ def test_safetensors_whose_header_is_something_else_are_refused(tmp_path, header
         SafetensorsFile(tmp_path / "a.safetensors").read()
 
 
+def test_a_pipe_in_the_place_of_weights_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="a.safetensors is no regular file"):
+        SafetensorsFile(tmp_path / "a.safetensors")
+
+
 def test_a_tensor_that_claims_more_than_it_holds_is_refused_before_it_is_made(tmp_path, folder, end_row):
     torch.save(torch.zeros(1).expand(10 ** 9, 64), tmp_path / "a.pt")
     with pytest.raises(VoiceError, match="1000000000 rows"):

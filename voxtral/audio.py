@@ -6,7 +6,6 @@ import io
 import math
 import os
 import re
-import stat
 import tempfile
 import threading
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ import soundfile
 import soxr
 
 from voxtral.errors import reason_of
-from voxtral.paths import NOT_REGULAR
+from voxtral.paths import no_file
 
 SAMPLE_RATE = 24000
 MIN_SEC = 0.1
@@ -92,6 +91,8 @@ def open_audio(path) -> Iterator[_SoundFile]:
             yield file
     except (soundfile.SoundFileError, OSError, TypeError, MemoryError) as error:
         detail = reason_of(getattr(error, "error_string", None) and ValueError(error.error_string) or error)
+        if "possibly a pipe" in detail:  # what libsndfile says of a damaged MP3, which is a file all the same
+            detail = "format not recognised"
         raise BadClip(path, what_it_is(path) or f"cannot be read as audio ({detail.rstrip('.')})") from error
 
 
@@ -175,23 +176,6 @@ def loudest_channel(audio: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
 def is_silent(audio: np.ndarray) -> bool:
     """[n] at most ±1: is nothing in it louder than -60 dBFS?"""
     return not np.abs(audio).max(initial=0.0) > 1e-3
-
-
-def no_file(path) -> str:
-    """Why a path is no file that can be read; empty: it is one."""
-    try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a zero byte in the name
-        return "does not exist"
-    except OSError as error:
-        return f"cannot be opened ({error.strerror})"
-    if stat.S_ISDIR(status.st_mode):
-        return "is a folder"
-    if not stat.S_ISREG(status.st_mode):
-        return f"is {NOT_REGULAR}"
-    if not status.st_size:
-        return "is empty"
-    return "" if os.access(path, os.R_OK) else "cannot be opened (no permission)"
 
 
 def _too_short(path, n_samples: int) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from voxtral.errors import reason_of
 from voxtral.params import CheckpointError, load_params
+from voxtral.paths import no_file
 
 CODEC_PREFIX = "audio_tokenizer."
 ENCODER_PREFIXES = (CODEC_PREFIX + "input_proj.", CODEC_PREFIX + "encoder_blocks.")
@@ -42,6 +43,9 @@ class SafetensorsFile:
 
     def __init__(self, path):
         self.path = Path(path)
+        problem = no_file(path)
+        if problem:
+            raise CheckpointError(f"{self.path} is missing." if problem == "does not exist" else f"{self.path} {problem}.")
         try:
             with self.path.open("rb") as file:
                 (header_size,) = struct.unpack("<Q", file.read(8))
@@ -49,8 +53,6 @@ class SafetensorsFile:
                 if self.data_start > self.path.stat().st_size:
                     raise CheckpointError(f"{self.path} is truncated: download or copy it again.")
                 self.metadata, self.entries = parse_header(file.read(header_size))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{self.path} is missing.") from error
         except (struct.error, ValueError, OSError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise

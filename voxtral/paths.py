@@ -4,6 +4,7 @@ import fnmatch
 import hashlib
 import os
 import re
+import stat
 from collections import deque
 from pathlib import Path
 from typing import Iterator
@@ -23,6 +24,23 @@ def file_name(name: str) -> str:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:10]
     return f"{safe.encode()[:MAX_NAME_BYTES - 11].decode(errors='ignore')}-{digest}".lstrip("-")
+
+
+def no_file(path) -> str:
+    """Why a path is no file that can be read; empty: it is one."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a zero byte in the name
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be opened ({error.strerror})"
+    if stat.S_ISDIR(status.st_mode):
+        return "is a folder"
+    if not stat.S_ISREG(status.st_mode):
+        return f"is {NOT_REGULAR}"
+    if not status.st_size:
+        return "is empty"
+    return "" if os.access(path, os.R_OK) else "cannot be opened (no permission)"
 
 
 def is_inside(name) -> bool:

@@ -15,14 +15,14 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from voxtral.audio import AUDIO_SUFFIXES, CONVERT, OTHER_MEDIA, no_file
+from voxtral.audio import AUDIO_SUFFIXES, CONVERT, OTHER_MEDIA
 from voxtral.checkpoint import (EMBEDDING_NAME, Checkpoint, SafetensorsFile, atomic_path, read_json, remove_json,
                                 set_json, write_text)
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError, reason_of
 from voxtral.layout import meta_codec
 from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams
-from voxtral.paths import find_files, is_inside
+from voxtral.paths import find_files, is_inside, no_file
 from voxtral.reference import MAX_SEC, MIN_SPEECH_SEC, Reference, prepare_reference
 from voxtral.refinement import refined_codes
 from voxtral.remarks import Remarks
