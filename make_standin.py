@@ -51,12 +51,12 @@ from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile
 from voxtral.clips import encode_speech
 from voxtral.clones import Judge, items_of_clips, read_system, speak_and_score, summarize
 from voxtral.codec import VoxtralCodec
-from voxtral.config import ConfigError, StandinConfig, check_encoder_config, check_full_pipeline_config, load_config
+from voxtral.config import ConfigError, StandinConfig, check_encoder_config, check_full_pipeline_config, dump_config
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import finite
 from voxtral.params import CodecParams, TransformerParams, load_params, parse_params
 from voxtral.processes import Process, training_process
-from voxtral.run import last_step
+from voxtral.run_folder import last_step, load_run_config
 from voxtral.sources import Clip, SourceConfig, find_clips, split_validation
 from voxtral.standin import N_SPECIAL_TOKENS, full_params, random_tensor, small_params, write_random_checkpoint
 from voxtral.tts import TTS
@@ -66,6 +66,7 @@ from voxtral.voices import encode_reference
 RANDOM_VOICES = {f"voice_{i:02d}": 67 + round(i * (218 - 67) / 19) for i in range(20)}
 N_FULL_TEXT_TOKENS = 130_072  # tekken.json of the release
 SENTENCES_PER_VOICE, LONGEST_SPOKEN = 2, 1.5  # of what it says at the end; times the longest speech
+OWN_CONFIG = "standin.yaml"  # in the output folder, with which resume=true goes on
 LEARNS = ["backbone", "acoustic", "embedding"]  # of a language model from nothing
 
 
@@ -199,9 +200,15 @@ def make_trained(config: StandinConfig) -> None:
     if config.language_model:
         check_language_model(config)
     with training_process(config.device) as process:
+        if process.world_size != process.n_local:
+            raise ConfigError("make_standin.py trains on one machine, since each stage reads what the one before has written; start it "
+                              "with torchrun --nproc-per-node N, without --nnodes.")
         judge = None
         if config.language_model and process.is_main:  # what it lacks is said before the work
             judge = Judge(config.speaker.model, config.language_model.whisper, process.device)
+        if process.is_main:
+            output.mkdir(parents=True, exist_ok=True)
+            dump_config(config, output / OWN_CONFIG)
         tensors, spoken = make_codec(config, raw_params, process), {}
         if tensors is None:
             return
@@ -274,7 +281,7 @@ def main(arguments=None) -> None:
         else:
             if options.output:
                 raise UserError("--output belongs to --random: a trained stand-in goes to output_dir=DIR.")
-            make_trained(load_config(StandinConfig, options.config, options.overrides))
+            make_trained(load_run_config(StandinConfig, options.config, options.overrides, OWN_CONFIG))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from voxtral.asr import WhisperTeacher, asr_distillation_loss
 from voxtral.asr_cache import AsrCache, SegmentDataset
-from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, save_tensors, write_text
+from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES, fingerprint, write_text
 from voxtral.clip_list import Clips
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
 from voxtral.codes import codes_of_clips
@@ -47,8 +47,8 @@ from voxtral.plots import plot_run, save_figure, spectrogram_figure
 from voxtral.presets import codes_to_match
 from voxtral.processes import Process
 from voxtral.quantizer import QuantizationDraws
-from voxtral.run import (Logger, RunFolder, SideStream, cosine_with_warmup, save_state,
-                         set_learning_rate, training_main)
+from voxtral.run import Logger, SideStream, adamw, cosine_with_warmup, set_learning_rate, training_main
+from voxtral.run_folder import RunFolder, Tensors, write_files
 from voxtral.sources import DataError, final_clips, find_clips, split_validation
 from voxtral.speaker import SpeakerEncoder, speaker_loss
 from voxtral.validation import embedding_norm, evaluate_codec, in_words, test_weights
@@ -110,6 +110,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     if weights["codes"] and not train_clips.any_codes:
         raise DataError("loss.codes needs clips whose codes are known, but no source has any: add one of kind generated "
                         "(generate_clips.py makes it), or set loss.codes=0.")
+    process.check_same("the training clips (data.sources)", train_clips.keys().tobytes())
     fixed = validation_batches(validation_clips, config.data)
     true_codes, bad_codes = codes_of_clips(validation_clips, fixed, params)  # of generated clips among them
     if "codebook" in settings.trainable and not codec.has_encoder:
@@ -158,27 +159,36 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             hinge_loss = wrap(hinge_loss)
 
     # ---- 5. optimizers ---------------------------------------------------------------------------------------------
-    def adamw(module, learning_rate):
-        return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=learning_rate, betas=tuple(config.optimizer.betas),
-                                 weight_decay=config.optimizer.weight_decay, fused=on_cuda)
-
-    optimizer = adamw(model, config.optimizer.learning_rate)
-    discriminator_optimizer = adamw(discriminators, config.discriminator.learning_rate) if discriminators else None
+    optimizer = adamw(model.parameters(), config.optimizer.learning_rate, config.optimizer)
+    discriminator_optimizer = (adamw(discriminators.parameters(), config.discriminator.learning_rate, config.optimizer)
+                               if discriminators else None)
     optimizers = [o for o in (optimizer, discriminator_optimizer) if o]
     for parameter in (p for o in optimizers for group in o.param_groups for p in group["params"]):
         parameter.grad = torch.zeros_like(parameter)  # of its own: a graph would lend the memory that it writes next time
 
     # ---- 6. run folder, resuming -----------------------------------------------------------------------------------
     run = RunFolder(config.output_dir, config, process, config.resume)
-    stateful = {"model": model, "averaged": averaged, "discriminators": discriminators, "optimizer": optimizer,
+    frozen = other_names if settings.trainable == ["encoder"] else []  # to be read from the checkpoint folder again
+    stateful = {"model": Tensors({name: tensor for name, tensor in model.state_dict().items() if name.removeprefix("codec.") not in frozen}),
+                "averaged": Tensors({"n_averaged": averaged.n_averaged}), "discriminators": discriminators, "optimizer": optimizer,
                 "discriminator_optimizer": discriminator_optimizer, "balancer": balancer, "matching": matching}
     stateful = {name: part for name, part in stateful.items() if part is not None}
-    start_step, best = run.restore(stateful) if config.resume and run.latest() else (0, math.inf)
+    averages = averaged.module.state_dict()
+    files = {"encoder.safetensors": Tensors({CODEC_PREFIX + name: averages[name] for name in own_names})}
+    if not frozen:
+        files["decoder.safetensors"] = Tensors({CODEC_PREFIX + name: averages[name] for name in other_names})
+    facts = {"checkpoint": fingerprint(codec.state_dict()[name] for name in frozen),
+             "data.batch_size × train.accumulation × processes": global_batch * settings.accumulation}
+    before = run.restore(stateful, files, facts) if config.resume else {}
+    start_step, best = before.get("step", 0), before.get("best", math.inf)
+    better, better_record = {}, {}  # weights since the last checkpoint that are the best so far
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
-    bad_clips = BadClipLog(run.path)
+    bad_clips = BadClipLog(run.path if process.is_main else None)
     log.say(f"encoder: {origin}" + (f", then what step {start_step} of this run had" if start_step else ""))
-    for line in left_out:
+    for line in [*left_out, *run.changes]:
         log.say(line)
+    if before.get("clips", len(train_clips)) != len(train_clips):
+        log.say(f"there were {before['clips']} training clips before: from here on they come in another order")
     log.say(f"{len(train_clips)} training clips, {len(validation_clips)} validation clips, {per_epoch:.1f} steps per epoch; "
             f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {process.device}; "
             f"steps {start_step} to {max_steps} in {run.path}")
@@ -272,26 +282,24 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         folder.mkdir(parents=True, exist_ok=True)
         clips = [(e.waveform[i, 0, :n], e.reconstruction[i, 0, :n]) for e in encoded for i, n in enumerate(e.lengths.tolist())]
         for i, (source, reconstruction) in enumerate(clips[:settings.n_samples]):
-            for name, audio in (("source", source), ("reconstruction", reconstruction)):
-                soundfile.write(folder / f"clip_{i}_{name}.wav", audio.numpy(), params.sampling_rate)
-                log.board.add_audio(f"clip_{i}/{name}", audio.clamp(-1, 1)[None], step, params.sampling_rate)
+            paths = {folder / f"clip_{i}_reconstruction.wav": reconstruction}
+            if not (once := folder.parent / f"clip_{i}_source.wav").exists():
+                paths[once] = source
+            for path, audio in paths.items():
+                soundfile.write(path, audio.numpy(), params.sampling_rate)
+                log.board.add_audio(path.stem, audio.clamp(-1, 1)[None], step, params.sampling_rate)
             figure = spectrogram_figure({"source": source, "reconstruction": reconstruction}, params.sampling_rate)
             save_figure(figure, folder / f"clip_{i}.png")
             log.board.add_figure(f"clip_{i}/spectrogram", figure, step)
         log.say(f"validation at step {step}: {in_words(metrics)}")
         return metrics["mel_distance"]
 
-    def trained_tensors(names):
-        return {CODEC_PREFIX + name: averaged.module.state_dict()[name] for name in names}
-
-    def write_weights(folder):
-        save_tensors(folder / "encoder.safetensors", trained_tensors(own_names))
-        if settings.trainable != ["encoder"]:
-            save_tensors(folder / "decoder.safetensors", trained_tensors(other_names))
-
-    def write_state(folder, step):
-        write_weights(folder)
-        save_state(folder, step, best, stateful)
+    def save(step: int) -> None:
+        """A checkpoint, and the best weights if they are newer than the last one: not at every validation, which comes often."""
+        if better:
+            run.save_best(partial(write_files, files=better), **better_record)
+        run.save_step(step, partial(write_files, files={name: part.state_dict() for name, part in files.items()}), stateful,
+                      max_steps, best=best, facts=facts, clips=len(train_clips))
 
     # ---- 8. the loop: step, log, validate, save --------------------------------------------------------------------
     yield start_step
@@ -302,18 +310,21 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
                                said_before.collate if said_before else collate))
     audio_sec_per_step = global_batch * settings.accumulation * config.data.max_sec
     codebook_generator = torch.Generator(device=process.device)
+    bad = []
     for step in range(start_step, max_steps):
         factor = cosine_with_warmup(step, config.optimizer.warmup_steps, max_steps)
         set_learning_rate(optimizer, config.optimizer.learning_rate * factor)
         if discriminator_optimizer:
             set_learning_rate(discriminator_optimizer, config.discriminator.learning_rate * factor)
         logging = (step + 1) % settings.log_every_steps == 0 or step + 1 == max_steps
+        scalars = {}
         for micro in range(settings.accumulation):
             batch = next(batches).to(process.device, non_blocking=True)
-            bad_clips.add(batch.bad)
+            bad += batch.bad
             last = micro == settings.accumulation - 1
             with nullcontext() if last or process.world_size == 1 else parallel_model.no_sync():
-                scalars, output, frames = micro_step(step, micro, batch, logging and last)
+                losses, output, frames = micro_step(step, micro, batch, logging)
+            scalars = {name: scalars.get(name, 0.0) + loss / settings.accumulation for name, loss in losses.items()}
         if "codebook" in settings.trainable:
             valid = valid_mask(frames, n_frames)
             semantic = output.latent[:, :params.semantic_dim].transpose(1, 2)
@@ -327,11 +338,13 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         averaged.update_parameters(codec)
         log.add(step + 1, scalars)
 
-        stopping, = process.any(process.stopping())
+        stopping, is_due = process.any(process.stopping(), run.is_due(step + 1))
         ending = stopping or step + 1 == max_steps
         validating = (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps
-        saving = (step + 1) % settings.save_every_steps == 0 or ending
+        saving = is_due or ending
         if logging or validating or saving:  # a loss that is not finite is found before anything is kept
+            bad_clips.add(process.gather(bad))
+            bad = []
             statistics = code_statistics(output.codes, frames, params.semantic_codebook_size, params.acoustic_codebook_size)
             log.flush({"optimizer/learning_rate": config.optimizer.learning_rate * factor, "data/bad_clips": float(bad_clips.count),
                        "code/embedding_norm": embedding_norm(codec, output.codes, frames),
@@ -343,15 +356,15 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
                 with log.timed("plot", step + 1):
                     plot_run(log.history.rows, run.path / "plots")
                 if distance < best:
-                    best = distance
-                    with log.timed("save", step + 1):
-                        run.save_best(write_weights, step=step + 1, mel_distance=best)
+                    best, better_record = distance, {"step": step + 1, "mel_distance": distance}
+                    better = {name: {key: tensor.cpu().clone() for key, tensor in part.state_dict().items()} for name, part in files.items()}
             process.wait()
             log.restart_clock()
         if saving:
             if process.is_main:
                 with log.timed("save", step + 1):
-                    run.save_step(step + 1, lambda folder: write_state(folder, step + 1), settings.keep_last)
+                    save(step + 1)
+                better = {}
             process.wait()
             log.restart_clock()
         if stopping and step + 1 < max_steps:

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from voxtral.adapters import write_adapter_record
-from voxtral.checkpoint import SafetensorsFile, save_tensors, write_text
+from voxtral.checkpoint import SafetensorsFile, fingerprint, save_tensors, write_text
 from voxtral.config import FullPipelineConfig, check_full_pipeline_config, checkpoint_folder
 from voxtral.data import BadClipLog, make_loader, steps_per_epoch
 from voxtral.distillation import FullPipeline, compare, held_out_losses, native_tensors
@@ -40,30 +40,13 @@ from voxtral.history import metric_rows
 from voxtral.pairs import PairDataset, collate_pairs, fixed_batches, hold_out_texts
 from voxtral.plots import layers_figure, plot_run, save_figure
 from voxtral.processes import Process
-from voxtral.run import (Logger, RunFolder, cosine_with_warmup, save_state,
-                         set_learning_rate, training_main)
+from voxtral.run import Logger, adamw, cosine_with_warmup, set_learning_rate, training_main
+from voxtral.run_folder import RunFolder, Tensors
 from voxtral.sources import find_clips, split_validation
 from voxtral.tts import load_tokenizer
 
 
 SHOWN = ("ours_mse_audio", "ours_top1", "preset_top1", "semantic_equal", "levels_equal")  # of a validation, on the terminal
-
-
-class TrainedPart:
-    """Of a module, the parameters that are trained: what a resumable state has to hold."""
-
-    def __init__(self, model: FullPipeline):
-        self.parameters = model.trained()
-
-    def state_dict(self) -> dict:
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state.keys() != self.parameters.keys():
-            raise ValueError("other parts were trained")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state[name])
 
 
 def load_models(config: FullPipelineConfig, device: torch.device) -> Models:
@@ -94,6 +77,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     tokenizer = load_tokenizer(Path(checkpoint_folder(config)))
     held_out = PairDataset(validation_clips, tokenizer, params, config.data.max_sec, 0, True, config.reference_sec)
     train_clips = hold_out_texts([clip for source in train_clips for clip in source], validation_clips)
+    process.check_same("the training clips (data.sources)", repr([clip.path for clip in train_clips]).encode())
     dataset = PairDataset(train_clips, tokenizer, params, config.data.max_sec, config.seed, False, config.reference_sec)
     if "encoder" not in settings.trainable and not config.reference_sec:
         for pairs in (dataset, held_out):
@@ -108,16 +92,19 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     wrap = partial(DistributedDataParallel, broadcast_buffers=False) if process.world_size > 1 else lambda module: module
     parallel_model = wrap(model)
-    optimizer = torch.optim.AdamW(trained.values(), lr=config.optimizer.learning_rate, betas=tuple(config.optimizer.betas),
-                                  weight_decay=config.optimizer.weight_decay, fused=process.device.type == "cuda")
+    optimizer = adamw(trained.values(), config.optimizer.learning_rate, config.optimizer)
 
     # ---- 4. run folder, resuming -----------------------------------------------------------------------------------
     run = RunFolder(config.output_dir, config, process, config.resume)
-    stateful = {"trained": TrainedPart(model), "optimizer": optimizer}
-    start_step, best = run.restore(stateful) if config.resume and run.latest() else (0, math.inf)
+    stateful = {"trained": Tensors(trained), "optimizer": optimizer}
+    frozen = {} if "encoder" in settings.trainable or config.reference_sec else models.codec.encoder_tensors()
+    facts = {"encoder": fingerprint(frozen.values()),
+             "data.batch_size × train.accumulation × processes": config.data.batch_size * settings.accumulation * process.world_size}
+    before = run.restore(stateful, {}, facts) if config.resume else {}
+    start_step, best = before.get("step", 0), before.get("best", math.inf)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
-    bad_clips = BadClipLog(run.path)
-    for line in left_out:
+    bad_clips = BadClipLog(run.path if process.is_main else None)
+    for line in [*left_out, *run.changes]:
         log.say(line)
     log.say(f"{len(dataset)} training clips, {len(held_out)} validation clips of other voices and texts, "
             f"{per_epoch:.1f} steps per epoch; {sum(p.numel() for p in trained.values()):,} trainable parameters "
@@ -158,10 +145,6 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         if tensors:
             save_tensors(folder / "weights.safetensors", tensors)
 
-    def write_state(folder, step):
-        write_weights(folder)
-        save_state(folder, step, best, stateful)
-
     def keep_if_best(step: int) -> float:
         with log.timed("validate", step):
             loss = validate(step)
@@ -179,13 +162,14 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size,
                                settings.accumulation, collate_pairs))
     log.restart_clock()
-    n_tokens = 0
+    n_tokens, bad = 0, []
     for step in range(start_step, max_steps):
         factor = cosine_with_warmup(step, config.optimizer.warmup_steps, max_steps)
         set_learning_rate(optimizer, config.optimizer.learning_rate * factor)
+        scalars = {}
         for micro in range(settings.accumulation):
             batch = next(batches)
-            bad_clips.add(batch.bad)
+            bad += batch.bad
             n_tokens += batch.n_tokens * process.world_size
             seed = hash((config.seed, step, micro, process.rank)) & 0x7FFFFFFF
             last = micro == settings.accumulation - 1
@@ -194,18 +178,21 @@ def train(config: FullPipelineConfig, process: Process) -> None:
                     losses = parallel_model(batch.to(process.device, non_blocking=True), seed)
                 total = sum(weights[name] * loss for name, loss in losses.items())
                 (total / settings.accumulation).backward()
-        scalars = {"loss/total": total.detach(), **{f"loss/{name}": loss.detach() for name, loss in losses.items()}}
+            for name, loss in {"total": total, **losses}.items():
+                scalars[f"loss/{name}"] = scalars.get(f"loss/{name}", 0.0) + loss.detach() / settings.accumulation
         scalars["grad/norm"] = nn.utils.clip_grad_norm_(trained.values(), settings.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
         log.add(step + 1, scalars)
 
         logging = (step + 1) % settings.log_every_steps == 0 or step + 1 == max_steps
-        stopping, = process.any(process.stopping())
+        stopping, is_due = process.any(process.stopping(), run.is_due(step + 1))
         ending = stopping or step + 1 == max_steps
         validating = (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps
-        saving = (step + 1) % settings.save_every_steps == 0 or ending
+        saving = is_due or ending
         if logging or validating or saving:  # a loss that is not finite is found before anything is kept
+            bad_clips.add(process.gather(bad))
+            bad = []
             log.flush({"optimizer/learning_rate": config.optimizer.learning_rate * factor,
                        "data/bad_clips": float(bad_clips.count)}, n_tokens / len(log.pending), "tokens")
             n_tokens = 0
@@ -217,7 +204,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         if saving:
             if process.is_main:
                 with log.timed("save", step + 1):
-                    run.save_step(step + 1, lambda folder: write_state(folder, step + 1), settings.keep_last)
+                    run.save_step(step + 1, write_weights, stateful, max_steps, best=best, facts=facts)
             process.wait()
             log.restart_clock()
         if stopping and step + 1 < max_steps:

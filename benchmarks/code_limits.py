@@ -40,7 +40,8 @@ from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss  # n
 from voxtral.metrics import code_agreement  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
 from voxtral.processes import start_process  # noqa: E402
-from voxtral.run import cosine_with_warmup, environment, set_learning_rate  # noqa: E402
+from voxtral.run import cosine_with_warmup, set_learning_rate  # noqa: E402
+from voxtral.run_folder import environment  # noqa: E402
 from voxtral.sources import Clip  # noqa: E402
 from withheld_encoder import training_clips, unseen_clips  # noqa: E402
 

@@ -27,7 +27,7 @@ clips=('data.sources=[{kind: manifest, path: train.csv}]' "${local_files[@]}")
 growth=(train.compile=false --config configs/encoder_paper.yaml --random-full "${clips[@]}" loss.asr=0 discriminator.crop_sec=0.5 data.num_workers=6 --steps 12 --warm-up 5)
 heard=(train.compile=false data.batch_size=24 optimizer.learning_rate=5e-4 discriminator.channels=16 discriminator.crop_sec=1 asr.context_sec=5)
 mid=(--standin "$output/standin_mid/released" --withheld "$output/standin_mid/withheld_encoder.safetensors"
-    --data configs/standin_mid.yaml --eval "$speech/eval.csv" "${local_files[@]}" "${heard[@]}" data.num_workers=3 train.max_total_loss=1e6)
+    --data configs/standin_mid.yaml --eval "$speech/eval.csv" "${local_files[@]}" "${heard[@]}" data.num_workers=3)
 
 part() {  # part NAME COMMAND...: on $on; its output in OUTPUT/NAME.log, its seconds in OUTPUT/parts.txt; never fatal
     local name=$1 began=$SECONDS

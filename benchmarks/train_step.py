@@ -49,7 +49,7 @@ from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.evaluation_report import markdown  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
 from voxtral.processes import Process, training_process  # noqa: E402
-from voxtral.run import environment  # noqa: E402
+from voxtral.run_folder import environment  # noqa: E402
 from voxtral.sources import find_clips, split_validation  # noqa: E402
 
 EXAMPLES = """examples:
@@ -164,7 +164,7 @@ def load(options, yaml: str, overrides: list[str], random_checkpoint: str | None
     config = load_config(EncoderConfig, yaml, [*OWN_DEFAULTS, *overrides])
     config.checkpoint = random_checkpoint or config.checkpoint
     config.resume, config.train.max_steps = False, options.warm_up + options.steps + 1
-    config.train.validate_every_steps = config.train.save_every_steps = 10**9
+    config.train.validate_every_steps, config.train.save_every_minutes, config.train.save_every_steps = 10**9, None, None
     check_encoder_config(config)
     return config
 

@@ -34,7 +34,8 @@ from voxtral.evaluation import METRICS, load_samples  # noqa: E402
 from voxtral.inject import inject  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
 from voxtral.processes import StopSignal, start_process  # noqa: E402
-from voxtral.run import duration, environment  # noqa: E402
+from voxtral.run import duration  # noqa: E402
+from voxtral.run_folder import environment  # noqa: E402
 from voxtral.scores import check_scores, not_measured  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation  # noqa: E402
 from withheld_report import (COLUMNS, SOUND, Judge, change_of, curves_figure, numbers_of, results_of, rows_figure,  # noqa: E402

@@ -7,7 +7,7 @@ import statistics
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
@@ -15,7 +15,6 @@ from typing import Callable
 
 import soundfile
 import torch
-from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_encoder  # noqa: E402
@@ -27,6 +26,7 @@ from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.history import read_metrics  # noqa: E402
 from voxtral.processes import StopSignal, training_process  # noqa: E402
 from voxtral.quantizer import QuantizationDraws  # noqa: E402
+from voxtral.run_folder import differences  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips  # noqa: E402
 from withheld_losses import KNOWN  # noqa: E402
 
@@ -84,20 +84,11 @@ def check_continues(run: Run) -> None:
     """Raises UserError if the run's folder holds one with other settings."""
     path = run.folder / "config.yaml"
     if path.is_file():
-        before, now = flat(OmegaConf.to_container(OmegaConf.load(path))), flat(asdict(run.config))
-        changed = [f"{key} {before.get(key)} against {now.get(key)}" for key in sorted(before | now)
-                   if key not in PLACES and before.get(key) != now.get(key)]
+        changed = [f"{key} {before} against {now}" for key, before, now in differences(load_config(EncoderConfig, path, []), run.config)
+                   if key not in PLACES]
         if changed:
             raise UserError(f"{run.folder} was trained with other settings ({'; '.join(changed[:N_NAMED])}): choose "
                             "another --output, or delete that folder.")
-
-
-def flat(settings: dict, prefix: str = "") -> dict:
-    """Nested mappings as one, with dotted keys."""
-    result = {}
-    for key, value in settings.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
 
 
 # ---------------------------------------------------------------- the process of a run

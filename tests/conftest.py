@@ -76,7 +76,7 @@ def refused(capsys):
 def signal_group(number):
     """Sends this process and its loader processes a signal, from elsewhere, as a terminal and a scheduler do."""
     group = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-    subprocess.run(["kill", f"-{int(number)}", *map(str, group)], check=True)
+    subprocess.run(["kill", f"-{int(number)}", *map(str, group)])  # some may be gone
 
 
 @pytest.fixture

@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from voxtral.config import ConfigError, EncoderConfig, load_config
+from voxtral.codec import VoxtralCodec
+from voxtral.config import ConfigError, EncoderConfig, FullPipelineConfig, OptimizerConfig, load_config
+from voxtral.discriminator import DiscriminatorConfig, Discriminators
+from voxtral.errors import UserError
 from voxtral.history import read_metrics
-from voxtral.processes import Process, TrainingDiverged, start_process
-from voxtral.run import Logger, RunFolder, cosine_with_warmup, duration, set_learning_rate
+from voxtral.params import parse_params
+from voxtral.processes import Process, TrainingDiverged, start_process, training_process
+from voxtral.run import Logger, adamw, cosine_with_warmup, duration, set_learning_rate
+from voxtral.run_folder import RunFolder
+from voxtral.standin import small_params
 
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -21,6 +28,11 @@ ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 @pytest.fixture
 def run(tmp_path):
     return RunFolder(tmp_path / "run", EncoderConfig(), ALONE, resume=False)
+
+
+def save(run, step, write, keep_last):
+    run.config.train.keep_last, run.config.train.milestones = keep_last, 0
+    return run.save_step(step, write, {}, max_steps=1)
 
 
 def step_names(run):
@@ -47,6 +59,21 @@ def test_learning_rate_is_set_in_all_groups():
     assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
 
 
+def test_matrices_alone_decay():
+    """A step without gradient changes what decays: no LayerScale, norm, bias, gain or direction of a convolution."""
+    codec = VoxtralCodec(parse_params(small_params()).codec)
+    layers = nn.ModuleList([codec, Discriminators(DiscriminatorConfig(fft_sizes=[78], channels=2)), nn.Linear(3, 2)])
+    before = {name: parameter.detach().clone() for name, parameter in layers.named_parameters()}
+    optimizer = adamw(layers.parameters(), 0.1, OptimizerConfig(weight_decay=0.5))
+    for parameter in layers.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in layers.named_parameters():
+        assert torch.equal(parameter, before[name] * (0.95 if parameter.ndim == 2 else 1)), name
+    decayed = {name.rpartition(".")[0].rpartition(".")[2] for name, p in before.items() if p.ndim == 2}
+    assert {"wq", "wo", "w1", "w2"} <= decayed and not {"attention_norm", "conv"} & decayed
+
+
 def test_duration():
     assert [duration(s) for s in (0, 61, 3723.9)] == ["0:00:00", "0:01:01", "1:02:03"]
 
@@ -65,6 +92,31 @@ def test_cuda_without_a_gpu_is_an_error():
     assert start_process("auto").device.type == "cpu"
 
 
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), "data.batch_size .train.accumulation .* data.max_sec"),
+    (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "a batch was lost .* resume=true")])
+def test_what_can_end_a_training_is_one_sentence(error, said):
+    with pytest.raises(SystemExit, match=f"^training stopped: .*{said}") as stop, training_process("cpu"):
+        try:
+            raise error
+        finally:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise RuntimeError("CUDA error: operation not permitted when stream is capturing")  # hides it
+    assert "\n" not in stop.value.code
+
+
+def test_machines_with_other_clips_are_refused(monkeypatch):
+    """Two of a machine each: the other one has found another file."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    process, others = Process(0, 2, torch.device("cpu")), Process(1, 2, torch.device("cpu"))
+    told = []
+    monkeypatch.setattr(Process, "gather", lambda self, values: told.extend(values) or told)
+    process.check_same("the clips", b"a, b")
+    others.check_same("the clips", b"a, b")
+    with pytest.raises(ConfigError, match="the clips are not the same on all machines"):
+        others.check_same("the clips", b"a, b, c")
+
+
 # ---------------------------------------------------------------- the run folder
 
 def test_run_folder_keeps_the_configuration_and_the_environment(run):
@@ -74,7 +126,7 @@ def test_run_folder_keeps_the_configuration_and_the_environment(run):
 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_resumed(run):
-    run.save_step(5, lambda folder: (folder / "a").write_text("x"), keep_last=1)
+    save(run, 5, lambda folder: (folder / "a").write_text("x"), keep_last=1)
     before = (run.path / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match="already holds a run: continue it with resume=true"):
         RunFolder(run.path, EncoderConfig(seed=7), ALONE, resume=False)
@@ -88,20 +140,20 @@ def test_a_folder_without_checkpoints_may_be_used_again(run):
 
 def test_rotation_drops_the_oldest(run):
     for step in (900, 1000, 99_999, 100_000):
-        run.save_step(step, lambda folder: (folder / "a").write_text(folder.name), keep_last=2)
+        save(run, step, lambda folder: (folder / "a").write_text(folder.name), keep_last=2)
     assert step_names(run) == ["step_00099999", "step_00100000"]
     assert run.latest().name == "step_00100000"
 
 
 def test_a_failed_save_leaves_the_checkpoints_as_they_were(run):
-    run.save_step(1, lambda folder: (folder / "a").write_text("whole"), keep_last=1)
+    save(run, 1, lambda folder: (folder / "a").write_text("whole"), keep_last=1)
 
     def fail(folder):
         (folder / "a").write_text("half")
         raise OSError("disk full")
     for step in (1, 2):
-        with pytest.raises(OSError, match="disk full"):
-            run.save_step(step, fail, keep_last=1)
+        with pytest.raises(UserError, match="disk full"):
+            save(run, step, fail, keep_last=1)
     assert step_names(run) == ["step_00000001"]
     assert (run.latest() / "a").read_text() == "whole"
 
@@ -115,7 +167,7 @@ def test_the_best_is_replaced_whole_or_not_at_all(run):
         write(folder)
         raise OSError("disk full")
     run.save_best(write, step=3, loss=0.5)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         run.save_best(fail, step=4, loss=0.4)
     best = run.path / "best"
     assert sorted(os.listdir(best)) == ["adapter", "metrics.json"] and (best / "adapter" / "a").read_text() == "whole"
@@ -151,22 +203,22 @@ KILLED_SAVE = """
 import os, signal, sys, torch
 from voxtral.config import EncoderConfig
 from voxtral.processes import Process
-from voxtral.run import RunFolder
+from voxtral.run_folder import RunFolder
 run = RunFolder(sys.argv[1], EncoderConfig(), Process(0, 1, torch.device("cpu")), resume=True)
 def write(folder):
     (folder / "a").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
-run.save_step(2, write, keep_last=1)
+run.save_step(2, write, {}, 2)
 """
 
 
 def test_a_save_that_is_killed_is_not_seen_and_is_cleared_by_the_next(run):
-    run.save_step(1, lambda folder: (folder / "a").write_text("whole"), keep_last=1)
+    save(run, 1, lambda folder: (folder / "a").write_text("whole"), keep_last=1)
     killed = subprocess.run([sys.executable, "-c", KILLED_SAVE, str(run.path)], cwd=Path(__file__).parents[1])
     assert killed.returncode == -9
     assert len(step_names(run)) == 2 and run.latest().name == "step_00000001"
-    run.save_step(2, lambda folder: (folder / "b").write_text("whole"), keep_last=1)
-    assert step_names(run) == ["step_00000002"] and os.listdir(run.latest()) == ["b"]
+    save(run, 2, lambda folder: (folder / "b").write_text("whole"), keep_last=1)
+    assert step_names(run) == ["step_00000002"] and sorted(os.listdir(run.latest())) == ["b", "run_state.pt"]
 
 
 # ---------------------------------------------------------------- metrics
@@ -216,7 +268,7 @@ def test_a_flush_writes_the_last_step_with_its_extras(log, run, capsys):
                                           ({"total": math.inf, "asr": 1}, "loss/total not finite"),
                                           ({"total": 101, "asr": 1}, "loss/total above train.max_total_loss (100)")])
 def test_divergence_stops_with_the_step_and_its_losses(log, run, losses, what):
-    run.save_step(1, lambda folder: (folder / "a").write_text("x"), keep_last=1)
+    save(run, 1, lambda folder: (folder / "a").write_text("x"), keep_last=1)
     log.add(1, scalars(total=1, asr=1))
     log.add(2, scalars(**losses))
     log.add(3, scalars(total=math.nan, asr=math.nan))
@@ -228,6 +280,19 @@ def test_divergence_stops_with_the_step_and_its_losses(log, run, losses, what):
         assert f"loss/{name} {value:.4g}" in message
     assert "step_00000001" in message
     assert read_metrics(run.path / "metrics.jsonl") == []
+
+
+def test_a_loss_that_runs_have_come_back_from_ends_none(run):
+    """A commitment of 2,393 did (RESULTS.md); an explosion passes any number. One value for both phases."""
+    limits = {config().train.max_total_loss for config in (EncoderConfig, FullPipelineConfig)}
+    log = Logger(run, max_steps=10, start_step=0, max_total=limits.pop())
+    assert not limits
+    log.add(1, scalars(total=2393))
+    log.flush({}, work=4.0)
+    log.add(2, scalars(total=2e6))
+    with pytest.raises(TrainingDiverged, match="above train.max_total_loss"):
+        log.flush({}, work=4.0)
+    log.close()
 
 
 def test_a_gradient_that_is_not_finite_counts_as_divergence(log):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def settings(tmp_path_factory, whisper_checkpoint, speaker_checkpoint):
         "data": {"data_root": str(folder), "sources": [{"kind": "folder", "path": "speech"}],
                  "validation": {"clips": 2}, "batch_size": 2, "max_sec": 0.5, "num_workers": 0},
         "train": {"max_steps": 6, "precision": "fp32", "stft_fft_sizes": [256, 64], "ema_decay": 0.5, "n_samples": 1,
-                  "log_every_steps": 1, "validate_every_steps": 3, "save_every_steps": 3, "keep_last": 1},
+                  "log_every_steps": 1, "validate_every_steps": 3, "save_every_steps": 3, "keep_last": 1, "milestones": 0},
         "optimizer": {"warmup_steps": 2, "learning_rate": 4e-3},
         "loss": {"l1": 1.0, "stft": 1.0, "mel": 1.0, "feature": 1.0, "asr": 1.0, "commit": 0.1, "diversity": 0.1,
                  "speaker": 1.0, "match": 1e-3},
@@ -141,7 +142,8 @@ def test_run_folder_holds_all_that_a_run_leaves(whole):
                           "tensorboard"}
     assert names("checkpoints") == {"step_00000006"}  # keep_last is 1
     assert names("checkpoints/step_00000006") == {"encoder.safetensors", "run_state.pt"}
-    assert names("samples/step_00000003") == {"clip_0.png", "clip_0_source.wav", "clip_0_reconstruction.wav"}
+    assert names("samples") == {"step_00000003", "step_00000006", "clip_0_source.wav"}
+    assert names("samples/step_00000003") == {"clip_0.png", "clip_0_reconstruction.wav"}
     assert {"losses.png", "codes.png", "validation.png", "levels.png"} <= names("plots")
     assert not list(whole.rglob("*.tmp"))
 
@@ -201,8 +203,10 @@ def test_training_changes_the_encoder_and_nothing_else(whole, settings):
     state = torch.load(whole / "checkpoints" / "step_00000006" / "run_state.pt", weights_only=True)
     torch.manual_seed(settings["seed"])
     start = VoxtralCodec.from_checkpoint(settings["checkpoint"]).state_dict()
-    changed = {name for name, t in start.items() if not torch.equal(t, state["model"][f"codec.{name}"])}
-    assert changed == {name for name in start if name.startswith(("input_proj.", "encoder_blocks."))}
+    own = {f"codec.{name}" for name in start if name.startswith(("input_proj.", "encoder_blocks."))}
+    assert state["model"].keys() == own | {"asr_projection.weight", "asr_projection.bias"}  # the rest is in the checkpoint's folder
+    assert not any(torch.equal(state["model"][name], start[name.removeprefix("codec.")]) for name in own)
+    assert sum(tensor.numel() for tensor in state["averaged"].values()) == 1  # the averages are in encoder.safetensors
 
 
 def test_time_between_the_steps_is_logged(whole):
@@ -296,10 +300,14 @@ def test_a_stop_request_to_torchrun_saves(command, tmp_path):
 
 # ---------------------------------------------------------------- processes
 
-def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, tmp_path):
-    """The whole set of losses, balanced, two micro-batches a step: sums over processes differ by rounding only."""
+def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, settings, tmp_path):
+    """The whole set of losses, balanced, two micro-batches a step: sums over processes differ by rounding only. So do the
+    bad files, which either of them meets."""
+    shutil.copytree(Path(settings["data"]["data_root"]) / "speech", tmp_path / "speech")
+    for i in range(6):
+        (tmp_path / "speech" / f"broken_{i}.wav").write_bytes(b"RIFF but no sound")
     few = ["train.max_steps=3", "train.validate_every_steps=9", "train.accumulation=2", "discriminator.warmup_steps=1",
-           "discriminator.learning_rate=5e-3"]
+           "discriminator.learning_rate=5e-3", f"data.data_root={tmp_path}"]
     arguments = command(tmp_path / "two", *few, "data.batch_size=1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = subprocess.run([*torchrun, "train_encoder.py", *arguments], cwd=ROOT, capture_output=True, text=True,
@@ -313,8 +321,41 @@ def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, 
         for name, value in one[step].items():
             tolerance = 2e-2 if name == "grad/discriminator" else 1e-4  # it is a small difference of large numbers
             assert two[step][name] == pytest.approx(value, rel=tolerance, abs=1e-6), (step, name)
+    bad = [[row["data/bad_clips"] for _, row in metrics(tmp_path / name) if "data/bad_clips" in row] for name in ("one", "two")]
+    assert bad[0] == bad[1] and bad[0][-1] > 3
+    listed = [sorted((tmp_path / name / "bad_files.txt").read_text().splitlines()) for name in ("one", "two")]
+    assert listed[0] == listed[1] and len(listed[0]) > 1
     a, b = (encoder_of(tmp_path / name / "checkpoints" / "step_00000003") for name in ("one", "two"))
     assert all((a[name] - b[name]).norm() <= 1e-4 * a[name].norm() for name in a)
+
+
+def test_two_machines_need_not_share_the_run_folder(command, tmp_path):
+    """One torchrun on each, started in a folder of its own: the first keeps the run, and tells the other where to go on."""
+    few = [*ONLY_CHEAP, "data.batch_size=1", "train.n_samples=0", "train.validate_every_steps=9", "train.save_every_steps=9"]
+
+    def start(port, *overrides):
+        arguments = command("run", *few, *overrides)
+        machines = [subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1",
+             "--master-addr", "127.0.0.1", "--master-port", str(port), str(ROOT / "train_encoder.py"), *arguments],
+            cwd=folder, env=subprocess_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for rank, folder in enumerate(folders)]
+        return [(*machine.communicate(timeout=300), machine.returncode) for machine in machines]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for overrides in (("train.max_steps=1",), ("train.max_steps=2", "resume=true")):
+        for out, err, code in start(port, *overrides):
+            assert code == 0, err
+    assert not list(folders[1].iterdir())
+    assert sorted(losses(folders[0] / "run")) == [1, 2]
+    train_encoder.main(command(tmp_path / "alone", *few, "data.batch_size=2", "train.max_steps=1"))
+    train_encoder.main(command(tmp_path / "alone", "train.max_steps=2", "resume=true"))
+    for step in (1, 2):
+        assert losses(folders[0] / "run")[step] == pytest.approx(losses(tmp_path / "alone")[step], rel=1e-4)
 
 
 def test_accumulated_micro_batches_give_the_gradient_of_their_union(command, tmp_path, monkeypatch):
@@ -323,13 +364,13 @@ def test_accumulated_micro_batches_give_the_gradient_of_their_union(command, tmp
         never = torch.full((batch_size,), 0.9)
         return QuantizationDraws(never, never, torch.zeros(batch_size, acoustic_dim, n_frames))
     monkeypatch.setattr(QuantizationDraws, "sample", pass_through)
-    gradients = []
+    rows = []
     for batch_size, accumulation in ((4, 1), (2, 2)):
         folder = tmp_path / f"{accumulation}"
         train_encoder.main(command(folder, *ONLY_CHEAP, f"train.accumulation={accumulation}", "train.max_steps=1",
                                    f"data.batch_size={batch_size}", "train.n_samples=0"))
-        gradients.append(losses(folder)[1]["grad/encoder"])
-    assert gradients[1] == pytest.approx(gradients[0], rel=1e-4)
+        rows.append({name: losses(folder)[1][name] for name in ("grad/encoder", "loss/total", "loss/l1", "loss/stft")})
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 
 
 # ---------------------------------------------------------------- other ways to train
@@ -495,13 +536,17 @@ def test_an_output_folder_that_cannot_be_one(command, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_that_holds_a_run_is_left_alone(halfway, command, capsys):
+def test_a_folder_that_holds_a_run_is_left_alone(halfway, command, settings, capsys, tmp_path):
     before = {path: path.read_bytes() for path in halfway.rglob("*") if path.is_file()}
     assert "already holds a run" in refused(command(halfway, *ONLY_CHEAP), capsys)
-    message = refused(command(halfway, "resume=true"), capsys)  # more losses, whose state it does not have
-    assert "run_state.pt is damaged or of a run with another configuration" in message
+    assert refused(command(halfway, "resume=true", "loss.feature=1"), capsys).startswith("error: loss.feature: the run in")
+    assert "processes: the run in" in refused(command(halfway, "resume=true", "data.batch_size=3"), capsys)
+    other = tampered(settings["checkpoint"], tmp_path / "other", lambda tensors: tensors[DECODER].add_(1))
+    message = refused(command(halfway, "resume=true", f"checkpoint={other}"), capsys)
+    assert message.startswith("error: checkpoint: the run in")
     (halfway / "checkpoints" / "step_00000002" / "run_state.pt").write_bytes(b"cut")
-    assert "run_state.pt is damaged" in refused(command(halfway, *ONLY_CHEAP, "resume=true"), capsys)
+    message = refused(command(halfway, "resume=true"), capsys)
+    assert "step_00000002 is damaged (run_state.pt" in message and "no older checkpoint" in message
     untouched = {path for path in before if path.name not in ("config.yaml", "environment.json", "run_state.pt")}
     assert all(path.read_bytes() == before[path] for path in untouched)
 

@@ -29,6 +29,11 @@ PARTS = ("encoder", "codebook", "decoder")
 PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under true references
 DISTILLATION = ("hidden", "semantic_kl", "velocity", *PRESET)  # losses that compare with the teacher
 FULL_PIPELINE_PARTS = ("lora", "encoder", "embedding", "backbone", "acoustic")
+# What the state of a run hangs on: a run goes on with the same values of these,
+KEPT_ON_RESUMING = ("seed", "reference_sec", "data.sources", "data.validation.clips", "data.validation.speakers", "train.trainable",
+                    "optimizer.betas", "discriminator.fft_sizes", "discriminator.channels", "asr.model", "balancer.enabled",
+                    "lora.rank", "lora.alpha", "lora.target_modules")
+SWITCHES = ("loss.feature", "loss.asr", "loss.match")  # and with these neither switched on nor off.
 
 
 class ConfigError(UserError):
@@ -48,11 +53,13 @@ class TrainConfig:
     stft_fft_sizes: List[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
     ema_decay: float = 0.999              # of the weights that are validated and saved; 0 turns averaging off
     gradient_clip: float = 1.0            # norm of the gradient, encoder and discriminators each
-    max_total_loss: float = 1000.0        # above it the run stops as exploded
+    max_total_loss: float = 1e6           # above it the run stops as exploded; runs came back from thousands (RESULTS.md)
     log_every_steps: int = 10
     validate_every_steps: int = 1000
-    save_every_steps: int = 1000
+    save_every_minutes: Optional[float] = 30  # minutes between checkpoints
+    save_every_steps: Optional[int] = None  # optimizer steps between them, as well
     keep_last: int = 3                    # checkpoints kept besides best/
+    milestones: int = 20                  # so many encoders, spread over the run, are kept beside those: the best is known later
     n_samples: int = 4                    # validation clips written as audio and spectrogram
 
 
@@ -128,8 +135,10 @@ class FullPipelineTrainConfig:
     max_total_loss: float = 1e6           # above it the run stops as exploded
     log_every_steps: int = 10
     validate_every_steps: int = 500
-    save_every_steps: int = 500
+    save_every_minutes: Optional[float] = 30  # minutes between checkpoints
+    save_every_steps: Optional[int] = None  # optimizer steps between them, as well
     keep_last: int = 3                    # checkpoints kept besides best/
+    milestones: int = 20                  # so many adapters, spread over the run, are kept beside those
 
 
 def _phase_2_optimizer() -> OptimizerConfig:
@@ -271,12 +280,12 @@ def _check_run(config, parts: tuple[str, ...], positive: list[str], not_negative
     if train.precision not in ("bf16", "fp32"):
         raise ConfigError(f"train.precision is {train.precision}: it must be bf16 or fp32.")
     positive = ["train.epochs", "train.accumulation", "train.log_every_steps", "train.validate_every_steps",
-                "train.save_every_steps", "train.keep_last", "train.gradient_clip", "train.max_total_loss",
+                "train.keep_last", "train.gradient_clip", "train.max_total_loss",
                 "optimizer.learning_rate", *positive]
-    not_negative = ["seed", "optimizer.warmup_steps", "optimizer.weight_decay",
+    not_negative = ["seed", "train.milestones", "optimizer.warmup_steps", "optimizer.weight_decay",
                     *(f"loss.{name}" for name in vars(config.loss)), *not_negative]
-    if train.max_steps is not None:
-        positive.append("train.max_steps")
+    positive += [key for key in ("train.max_steps", "train.save_every_steps", "train.save_every_minutes")
+                 if attrgetter(key)(config) is not None]
     for key in positive + not_negative:
         value = attrgetter(key)(config)
         if not 0 <= value < float("inf") or value == 0 and key in positive:

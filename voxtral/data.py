@@ -232,22 +232,22 @@ def validation_batches(clips: list[Clip], config: DataConfig) -> list[Batch]:
 
 
 class BadClipLog:
-    """Lists each bad clip once in RUN_FOLDER/bad_files.txt, over resumed runs too.
+    """Lists each bad clip once in RUN_FOLDER/bad_files.txt, over resumed runs too; without a folder, counts only.
 
     `count`: replacements in this run; `seen`: the lines so far, of a path and the reason, as shown() gives them.
     """
 
-    def __init__(self, run_folder: str | Path):
-        self.path = Path(run_folder) / "bad_files.txt"
+    def __init__(self, run_folder: str | Path | None):
+        self.path = run_folder and Path(run_folder) / "bad_files.txt"
         self.count = 0
-        self.seen = set(read_lines(self.path)) if self.path.exists() else set()
+        self.seen = set(read_lines(self.path)) if self.path and self.path.exists() else set()
 
     def add(self, bad: list[tuple[str, str]]) -> None:
         """Takes Batch.bad."""
         self.count += len(bad)
         for path, reason in bad:
             line = f"{shown(path)}\t{shown(reason)}"
-            if line not in self.seen:
+            if self.path and line not in self.seen:
                 self.seen.add(line)
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")

@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,11 @@ class Process:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def n_local(self) -> int:
+        """How many of them are on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
     def any(self, *flags: bool) -> list[bool]:
         """Of each flag, whether any process sets it."""
         if self.world_size == 1:
@@ -65,12 +71,20 @@ class Process:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.bool().tolist()
 
-    def all(self, value: Any) -> list:
-        """What every process has, by rank."""
-        values = [value] * self.world_size
+    def gather(self, values: list) -> list:
+        """What all processes have, one after the other."""
+        found = [values] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
+            dist.all_gather_object(found, values)
+        return [value for one in found for value in one]
+
+    def check_same(self, what: str, data: bytes) -> None:
+        """Where several machines train together: raises ConfigError unless all have the same."""
+        if self.n_local < self.world_size:
+            found = self.gather([f"{zlib.crc32(data):08x}"])
+            if len(set(found)) > 1:
+                raise ConfigError(f"{what} are not the same on all machines (checksums {', '.join(found)}); all must read the same files "
+                                  "under the same paths.")
 
     def of_main(self, value: Any) -> Any:
         """What the first process has."""

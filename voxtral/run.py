@@ -1,32 +1,24 @@
-"""What every training script shares: command line, schedules, the run folder, checkpoints, logging."""
+"""What every training script shares: command line, schedules, optimizer, logging."""
 import argparse
 import json
 import math
-import os
-import platform
-import shutil
 import statistics
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from voxtral.checkpoint import atomic_path, flush, write_text
-from voxtral.config import ConfigError, dump_config, load_config
+from voxtral.config import OptimizerConfig, load_config
 from voxtral.errors import one_sentence
-from voxtral.history import History, metric_rows
-from voxtral.processes import Process, TrainingDiverged, training_process
+from voxtral.processes import TrainingDiverged, training_process
+from voxtral.run_folder import RunFolder, load_run_config
 from voxtral.tracking import open_tracker
-
-STATE = "run_state.pt"  # in the folder of a checkpoint
 
 
 def training_main(train: Callable, schema: type, options: argparse.Namespace) -> None:
@@ -34,7 +26,9 @@ def training_main(train: Callable, schema: type, options: argparse.Namespace) ->
     with one_sentence():
         config = load_config(schema, options.config, options.overrides)
         with training_process(config.device) as process:
-            train(config, process)
+            if process.is_main:
+                config = load_run_config(schema, options.config, options.overrides)
+            train(process.of_main(config), process)
 
 
 class SideStream:
@@ -74,122 +68,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-# ---------------------------------------------------------------- the run folder
-
-class RunFolder:
-    """output_dir: config.yaml, environment.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, best/, samples/, plots/,
-    tensorboard/."""
-
-    def __init__(self, path, config, process: Process, resume: bool):
-        """Raises ConfigError when the folder holds another run (resume=false)."""
-        self.path, self.process, self.config = Path(path), process, config
-        if self.latest() and not resume:
-            raise ConfigError(f"{self.path} already holds a run: continue it with resume=true, "
-                              "or choose another output_dir.")
-        process.wait()  # every process has looked before the first one writes
-        if process.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for former in (*self.path.glob(".*.former"), *self.checkpoints.glob(".*.former")):
-                final = former.with_name(former.name.removeprefix(".").removesuffix(".former"))
-                if final.exists():
-                    shutil.rmtree(former)
-                else:
-                    os.replace(former, final)
-            write_text(self.path / "environment.json", json.dumps(environment(process), indent=2) + "\n")
-            dump_config(config, self.path / "config.yaml")
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint; half-written ones have other names."""
-        folders = step_folders(self.path)
-        return folders[-1] if folders else None
-
-    def save_step(self, step: int, write: Callable[[Path], None], keep_last: int) -> Path:
-        """checkpoints/step_XXXXXXXX/, filled by `write(folder)`. Drops the oldest."""
-        final = self.checkpoints / f"step_{step:08d}"
-        self._write_folder(final, write)
-        for old in step_folders(self.path)[:-keep_last]:
-            shutil.rmtree(old)
-        return final
-
-    def save_best(self, write: Callable[[Path], None], **record: float) -> None:
-        """best/, filled by `write(folder)`, with `record` as its metrics.json, in place of the one before."""
-        def write_all(folder: Path) -> None:
-            write(folder)
-            write_text(folder / "metrics.json", json.dumps(record) + "\n")
-        self._write_folder(self.path / "best", write_all)
-
-    def _write_folder(self, final: Path, write: Callable[[Path], None]) -> None:
-        """It appears only when whole. One of that name stands aside until then; __init__ puts it back after a kill."""
-        temporary, former = (final.with_name(f".{final.name}.{suffix}") for suffix in ("tmp", "former"))
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            write(temporary)
-            for path in (*temporary.rglob("*"), temporary):
-                flush(path)
-            if final.exists():
-                os.replace(final, former)
-            os.replace(temporary, final)
-            flush(final.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(former, ignore_errors=True)
-
-    def restore(self, parts: dict) -> tuple[int, float]:
-        """Gives every part its state of the newest checkpoint; returns its step and the best validation until then."""
-        state = load_state(self.latest() / STATE, parts, self.process.device)
-        return state["step"], state["best"]
-
-    def truncate_metrics(self, step: int) -> History:
-        """Drops the lines of metrics.jsonl after `step`, which the run will write again; returns what is left."""
-        path, history = self.path / "metrics.jsonl", History()
-        if path.is_file():
-            with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-                for row in metric_rows(path):
-                    if row["step"] <= step:
-                        file.write(json.dumps(row) + "\n")
-                        history.add(row)
-        return history
-
-
-def step_folders(output_dir) -> list[Path]:
-    """A run's whole checkpoints, oldest first."""
-    return sorted((Path(output_dir) / "checkpoints").glob("step_" + "[0-9]" * 8))
-
-
-def last_step(output_dir) -> int:
-    """The step of a run's newest whole checkpoint; 0: it has none."""
-    folders = step_folders(output_dir)
-    return int(folders[-1].name.removeprefix("step_")) if folders else 0
-
-
-def save_state(folder: Path, step: int, best: float, parts: dict) -> None:
-    """What a run needs to go on, besides its weights: RunFolder.restore() reads it."""
-    torch.save({"step": step, "best": best, **{name: part.state_dict() for name, part in parts.items()}}, folder / STATE)
-
-
-def load_state(path, parts: dict, device) -> dict:
-    """Gives every part its state from a run_state.pt; returns all of it. Raises ConfigError when one does not fit."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except (LookupError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} is damaged or of a run with another configuration ({reason}): resume with that "
-                          "run's config.yaml, or choose another output_dir.") from error
-    return state
-
-
-def environment(process: Process) -> dict:
-    """What a reader needs to repeat a run."""
-    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.processor() or platform.machine()
-    return {"command": " ".join(sys.argv), "python": platform.python_version(), "torch": torch.__version__, "device": device,
-            "threads": torch.get_num_threads(), "processes": process.world_size, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, config: OptimizerConfig) -> torch.optim.AdamW:
+    """With weight decay on matrices only: norms, gains, biases and LayerScale have a size that means something, and the
+    convolutions' directions (weight norm) have none."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    matrices, others = ([parameter for parameter in trained if (parameter.ndim == 2) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=tuple(config.betas),
+                             fused=trained[0].is_cuda)
 
 
 # ---------------------------------------------------------------- logging
