@@ -27,23 +27,28 @@ MAX_CHANNELS = 64
 DECODER_LINE = re.compile(rb"\[src/libmpg123/|Note: |Warning: |.*libmpg123")
 BLOCK_FRAMES = 4096
 MAX_VALUES = 2 ** 27   # decoded at once, of a file whose length is not known beforehand
-SPEECH_HZ, BLOCK, MAX_BLOCKS = (100, 4000), 1024, 1000  # a channel's speech is weighed there, in so many blocks of frames
-AUDIO_SUFFIXES = {".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp3", ".mp2", ".mpga", ".ogg", ".oga", ".opus", ".aif",
-                  ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph", ".nist", ".voc", ".ircam", ".sf", ".avr", ".paf", ".pvf",
-                  ".iff", ".8svx", ".svx", ".sds", ".xi"}  # libsndfile's, but for those without a header
-OTHER_MEDIA = {".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".3ga", ".aac", ".ac3", ".eac3", ".dts", ".wma", ".wmv",
-               ".asf", ".amr", ".awb", ".webm", ".weba", ".mkv", ".mka", ".avi", ".flv", ".f4a", ".ts", ".mpg", ".mpeg", ".ape",
-               ".wv", ".tta", ".mpc", ".tak", ".dsf", ".dff", ".ra", ".rm", ".spx", ".ogv", ".ogx", ".qcp", ".alac"}
+SPEECH_HZ, BLOCK, MAX_BLOCKS = (100, 4000), 1024, 1000  # where a channel is weighed, in so many blocks of frames
+AUDIO_SUFFIXES = {
+    ".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp3", ".mp2", ".mpga", ".ogg", ".oga", ".opus", ".aif",
+    ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph", ".nist", ".voc", ".ircam", ".sf", ".avr", ".paf", ".pvf",
+    ".iff", ".8svx", ".svx", ".sds", ".xi"}  # libsndfile's, but for those without a header
+OTHER_MEDIA = {
+    ".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".3ga", ".aac", ".ac3", ".eac3", ".dts", ".wma", ".wmv",
+    ".asf", ".amr", ".awb", ".webm", ".weba", ".mkv", ".mka", ".avi", ".flv", ".f4a", ".ts", ".mpg", ".mpeg",
+    ".ape", ".wv", ".tta", ".mpc", ".tak", ".dsf", ".dff", ".ra", ".rm", ".spx", ".ogv", ".ogx", ".qcp", ".alac"}
 CONVERT = "libsndfile does not read it; convert it: ffmpeg -i IN -ac 1 OUT.flac"
 # What files are that are named as audio: first bytes -> name.
 SIGNATURES = [
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: git lfs pull"),
     (b"\0\5\x16\7", "is a ._ file of macOS, not audio"), (b"\x1aE\xdf\xa3", f"is WebM or Matroska; {CONVERT}"),
-    (b"0&\xb2u\x8ef\xcf\x11", f"is Windows Media; {CONVERT}"), (b"#!AMR", f"is AMR; {CONVERT}"), (b"wvpk", f"is WavPack; {CONVERT}"),
-    (b"MAC ", f"is Monkey's Audio; {CONVERT}"), (b"FLV", f"is Flash video; {CONVERT}"), (b"PK\3\4", "is an archive: unpack it"),
-    (b"\x1f\x8b", "is an archive: unpack it"), (b"Rar!", "is an archive: unpack it"), (b"7z\xbc\xaf", "is an archive: unpack it"),
-    (b"BZh", "is an archive: unpack it"), (b"\xfd7zXZ", "is an archive: unpack it"), (b"%PDF", "is PDF, not audio"),
-    (b"\x89PNG", "is a picture, not audio"), (b"\xff\xd8\xff", "is a picture, not audio"), (b"GIF8", "is a picture, not audio")]
+    (b"0&\xb2u\x8ef\xcf\x11", f"is Windows Media; {CONVERT}"), (b"#!AMR", f"is AMR; {CONVERT}"),
+    (b"wvpk", f"is WavPack; {CONVERT}"), (b"MAC ", f"is Monkey's Audio; {CONVERT}"),
+    (b"FLV", f"is Flash video; {CONVERT}"), (b"PK\3\4", "is an archive: unpack it"),
+    (b"\x1f\x8b", "is an archive: unpack it"), (b"Rar!", "is an archive: unpack it"),
+    (b"7z\xbc\xaf", "is an archive: unpack it"), (b"BZh", "is an archive: unpack it"),
+    (b"\xfd7zXZ", "is an archive: unpack it"), (b"%PDF", "is PDF, not audio"),
+    (b"\x89PNG", "is a picture, not audio"), (b"\xff\xd8\xff", "is a picture, not audio"),
+    (b"GIF8", "is a picture, not audio")]
 
 
 class BadClip(ValueError):
@@ -69,8 +74,8 @@ class Header(NamedTuple):
 # ---------------------------------------------------------------- files
 
 class _SoundFile(soundfile.SoundFile):
-    """soundfile seeks after each read of what it calls seekable. MP3 decoders do so inexactly, and FLAC of unknown length
-    not at all; seek() works as before."""
+    """soundfile seeks after each read of what it calls seekable. MP3 decoders do so inexactly, and FLAC of unknown
+    length not at all; seek() works as before."""
 
     def seekable(self) -> bool:
         return False
@@ -114,7 +119,8 @@ def read_header(path) -> Header:
     """Length as it can be decoded, rate and channels. Only a file whose header does not tell its length is decoded for
     it. Raises BadClip, also for less than MIN_SEC."""
     with open_audio(path) as file:
-        header = Header(file.frames if len(_read_at(file, file.frames - 1, file.frames)) else 0, file.samplerate, file.channels)
+        n_frames = file.frames if len(_read_at(file, file.frames - 1, file.frames)) else 0
+        header = Header(n_frames, file.samplerate, file.channels)
     if not header.frames:
         header = header._replace(frames=sum(map(len, _blocks(path))))
     if header.seconds < MIN_SEC:
@@ -123,12 +129,14 @@ def read_header(path) -> Header:
 
 
 def read_audio(path, max_sec: float) -> tuple[np.ndarray, int, list[str]]:
-    """The beginning of a file -> one channel [n] as it stands there (float32, or float64), its rate in Hz, notes on what
+    """The beginning of a file -> one channel [n] as it stands there (float32 or float64), its rate in Hz, notes on what
     was chosen. Raises BadClip."""
     crop = _read_crop(path, 0.0, max_sec, 1.0)
     audio, channel = loudest_channel(crop.audio, crop.rate)
     n_channels = crop.audio.shape[1]
-    notes = [f"{n_channels} channels: number {channel + 1} is taken, the one with most speech"] if n_channels > 1 else []
+    notes = []
+    if n_channels > 1:
+        notes.append(f"{n_channels} channels: number {channel + 1} is taken, the one with most speech")
     return audio[:math.ceil(max_sec * crop.rate)], crop.rate, notes
 
 
@@ -141,7 +149,8 @@ def load_segment(path: str, position: float, max_sec: float, speed: float = 1.0)
     Raises BadClip.
     """
     crop = _read_crop(path, position, max_sec, speed)
-    audio = limited(loudest_channel(crop.audio, crop.rate)[0], _peak_of_floats(path, *crop.floats) if crop.floats else 0.0)
+    peak = _peak_of_floats(path, *crop.floats) if crop.floats else 0.0
+    audio = limited(loudest_channel(crop.audio, crop.rate)[0], peak)
     audio = soxr.resample(audio, crop.played_rate, SAMPLE_RATE, quality="HQ")
     audio = audio[crop.skip:crop.skip + round(max_sec * SAMPLE_RATE)]
     if len(audio) < round(min(MIN_SEC, max_sec) * SAMPLE_RATE):
@@ -150,7 +159,7 @@ def load_segment(path: str, position: float, max_sec: float, speed: float = 1.0)
 
 
 def limited(audio: np.ndarray, peak: float = 0.0) -> np.ndarray:
-    """The same as float32, divided by its peak, or a higher `peak` of its file, where that is above 1: never clipped."""
+    """The same as float32, divided by its peak, or a higher `peak` of its file, where that is above 1: not clipped."""
     peak = max(peak, float(np.abs(audio).max(initial=0.0)))
     return (audio / peak if peak > 1 else audio).astype(np.float32)
 
@@ -244,8 +253,8 @@ def _read_at(file: soundfile.SoundFile, start: int, stop: int) -> np.ndarray:
 
 
 def _blocks(path) -> Iterator[np.ndarray]:
-    """A file from its start to where it breaks off, or to MAX_VALUES: [n, channels] each. A read that fails gives nothing
-    at all, so they are small."""
+    """A file from its start to where it breaks off, or to MAX_VALUES: [n, channels] each. A read that fails gives
+    nothing at all, so they are small."""
     with open_audio(path) as file, suppress(soundfile.SoundFileError):
         left = MAX_VALUES // file.channels
         while left > 0 and len(block := file.read(BLOCK_FRAMES, dtype=_dtype(file), always_2d=True)):

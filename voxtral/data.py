@@ -351,7 +351,7 @@ def read_config(path: str, overrides: list[str]) -> DataConfig:
         config = OmegaConf.load(path)
         config.merge_with_dotlist(overrides)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.get("data", {})))
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:  # OmegaConf lets the last two through
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:  # the last two too
         raise DataError(f"{path}, data: {' '.join(str(error).split()) or reason_of(error)}") from error
 
 

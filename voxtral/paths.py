@@ -1,5 +1,5 @@
-"""Where names become paths, and folders become files: a name from outside is one component of a path and never leaves its
-folder; of a folder every real file comes once, whatever links, devices and hidden files are in it."""
+"""Where names become paths, and folders become files: a name from outside is one component of a path and never leaves
+its folder; of a folder every real file comes once, whatever links, devices and hidden files are in it."""
 import fnmatch
 import hashlib
 import os
@@ -17,8 +17,8 @@ UNSAFE = re.compile(r"[^\w.@+=,~ -]")  # a letter of any language is safe
 
 
 def file_name(name: str) -> str:
-    """Any text -> one component of a path. An ordinary name stays as it is; of another one what can stay, and a hash, so
-    that two names never share a folder."""
+    """Any text -> one component of a path. An ordinary name stays as it is; of another one what can stay, and a hash,
+    so that two names never share a folder."""
     safe = UNSAFE.sub("_", name).strip(" .")
     if safe == name and 0 < len(safe.encode()) <= MAX_NAME_BYTES:
         return name
@@ -49,8 +49,8 @@ def is_inside(name) -> bool:
 
 
 def find_files(folder: Path, pattern: str, remarks: Remarks) -> Iterator[str]:
-    """Regular files below `folder` whose path, relative to it, has the glob `pattern` (** : any folders): those paths, in
-    no order. Hidden files, what is no regular file, what the pattern leaves out and links to what is read anyway are
+    """Regular files below `folder` whose path, relative to it, has the glob `pattern` (** : any folders): those paths,
+    in no order. Hidden files, what is no regular file, what the pattern leaves out and links to what is read anyway are
     passed over, and counted.
     """
     parts = pattern.split("/")
@@ -71,7 +71,8 @@ def _matcher(parts: list[str]):
         if part == "**":
             regex += r"[\s\S]*" if last else r"(?:[^/]*/)*"
         else:
-            inside = fnmatch.translate(part).replace(".*", "[^/]*").replace("(?s:", "(?:").removesuffix(r"\Z").removesuffix(r"\z")
+            inside = fnmatch.translate(part).removesuffix(r"\Z").removesuffix(r"\z")
+            inside = inside.replace(".*", "[^/]*").replace("(?s:", "(?:")
             regex += inside + ("" if last else "/")
     compiled = re.compile(regex)
     return lambda name: compiled.fullmatch(name) is not None

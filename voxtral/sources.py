@@ -228,7 +228,8 @@ def _audio_files(folder: Path, pattern: str, remarks: Remarks) -> Iterator[str]:
         if suffix in AUDIO_SUFFIXES:
             yield name
         else:
-            remarks.pass_over(f"{suffix}: {CONVERT}" if suffix in OTHER_MEDIA else f"{suffix or 'no suffix'}: no audio", name)
+            reason = CONVERT if suffix in OTHER_MEDIA else "no audio"
+            remarks.pass_over(f"{suffix or 'no suffix'}: {reason}", name)
 
 
 def _folder_name(path: str) -> str:
@@ -267,7 +268,7 @@ def _common_voice(source: SourceConfig, index: int, root: Path, _, remarks: Rema
     table = next((path for path in candidates if path.is_file()), candidates[0])
     for folder in releases:
         if folder not in whole:
-            remarks.note(f"{folder.name} is skipped: it holds only a part, such as what is new since the release before")
+            remarks.note(f"{folder.name} is skipped: it holds a part only, such as what is new since the one before")
     if table != candidates[0]:
         remarks.note(f"the release used is {table.parent.parent.name}")
     return read_manifest(table, index, table.parent / "clips", remarks)

@@ -42,8 +42,8 @@ class Row(NamedTuple):
 
 
 def read_table(path, remarks: Remarks) -> Iterator[Row]:
-    """CSV (between , ; | or tabs, with a header), TSV, JSON lines or a JSON list. Rows that name no file, that cannot be
-    read or whose text is no Unicode are passed over, and counted.
+    """CSV (between , ; | or tabs, with a header), TSV, JSON lines or a JSON list. Rows that name no file, that cannot
+    be read or whose text is no Unicode are passed over, and counted.
 
     Raises TableError when there is no such file, it is empty, or no column names the files.
     """
@@ -64,7 +64,8 @@ def read_table(path, remarks: Remarks) -> Iterator[Row]:
                          + "; ".join(f"{column}: {', '.join(known)}" for column, known in COLUMNS.items()) + ".")
     unused = [str(name) for name in names if not any(name in known for known in used)]
     if unused and not (used[1] and used[2]):
-        remarks.note(f"{path}: no column says the {'speaker' if used[2] else 'text'}; not understood: {', '.join(unused)}")
+        missing = "speaker" if used[2] else "text"
+        remarks.note(f"{path}: no column says the {missing}; not understood: {', '.join(unused)}")
 
 
 def row_of(values: dict) -> Row:
@@ -237,11 +238,13 @@ def _delimited_rows(path: Path, names: dict, remarks: Remarks) -> Iterator[tuple
         if fields is None:
             fields = line.split(dialect.delimiter)
             if not any_open:
-                remarks.note(f"{path}: a quote is opened and not closed (first in line {number}); such lines are read as they stand")
+                remarks.note(f"{path}: a quote is opened and not closed (first in line {number}); such lines are read as "
+                             "they stand")
             any_open = True
         fields = dialect.fitted(fields)
         if fields is None:
-            remarks.pass_over(f"a row with more fields than the {len(dialect.columns)} columns", f"{path}, line {number}")
+            reason = f"a row with more fields than the {len(dialect.columns)} columns"
+            remarks.pass_over(reason, f"{path}, line {number}")
         else:
             yield f"line {number}", dict(zip(dialect.columns, fields))
 

@@ -251,7 +251,8 @@ def voice_files(folder, remarks: Remarks) -> dict[str, Path]:
     for path in map(folder.joinpath, sorted(find_files(folder, "*", remarks))):
         suffix = path.suffix.lower()
         if suffix not in AUDIO_SUFFIXES | EMBEDDING_SUFFIXES:
-            remarks.pass_over(f"{suffix}: {CONVERT}" if suffix in OTHER_MEDIA else "no recording and no embedding", path.name)
+            reason = f"{suffix}: {CONVERT}" if suffix in OTHER_MEDIA else "no recording and no embedding"
+            remarks.pass_over(reason, path.name)
         elif path.stem in files:
             raise VoiceError(f"{path} and {files[path.stem].name} would be the same voice: keep one of them.")
         else:
