@@ -33,7 +33,7 @@ import generate_clips
 import train_encoder
 import train_full_pipeline
 from evaluate_clones import write_voices
-from voxtral.checkpoint import SafetensorsFile, write_text
+from voxtral.checkpoint import write_text
 from voxtral.clones import Item, Judge, items_of_clips, read_system, speak_and_score, summarize
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, load_config

@@ -7,7 +7,8 @@ import torch
 from voxtral import history as history_module
 from voxtral.config import EncoderConfig
 from voxtral.history import History, metric_rows
-from voxtral.run import Logger, Process, RunFolder
+from voxtral.processes import Process
+from voxtral.run import Logger, RunFolder
 
 
 def training(step):

@@ -11,7 +11,8 @@ from voxtral import tracking
 from voxtral.config import (ConfigError, EncoderConfig, FullPipelineConfig, check_encoder_config,
                             check_full_pipeline_config)
 from voxtral.errors import UserError
-from voxtral.run import Logger, Process, RunFolder
+from voxtral.processes import Process
+from voxtral.run import Logger, RunFolder
 
 
 @pytest.fixture
