@@ -24,8 +24,8 @@ $(TEST_READY): requirements-test.txt $(READY)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
-test: $(TEST_READY)
-	$(VENV)/bin/python -m pytest -q tests
+test: $(TEST_READY)  # files beside each other, one thread each
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 serve-test: $(TEST_READY)
 	-$(MAKE) --no-print-directory $(SERVE)/.ready

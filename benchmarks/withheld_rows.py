@@ -84,6 +84,7 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
                                                        *(f"{key}={value}" for key, value in changes.items())])
     config = EncoderConfig(**{field.name: getattr(loaded, field.name) for field in fields(EncoderConfig)})
     config.checkpoint = options.standin if start == "fresh" else str(options.output / TRUE_CHECKPOINT)
+    config.encoder = None if start == "fresh" else "checkpoint"
     if layers != "own":
         config.checkpoint = with_layers(options.standin, layers, options.output)
     config.output_dir, config.resume = str(folder), True

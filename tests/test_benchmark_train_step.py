@@ -190,7 +190,7 @@ def test_one_configuration(benchmark, capsys):
     assert result["ceiling_share"] == pytest.approx(result["tflop_per_sec"] / 2)
     printed = capsys.readouterr().out
     assert "| encoder | " in printed and "loss mel" not in printed and "train.cuda_graphs=false" in printed
-    assert "train_encoder.py: 4 training clips, 1 validation clips" in printed
+    assert "train_encoder.py: 5 training clips, 1 validation clips" in printed
 
 
 def test_two_configurations_take_turns(benchmark, monkeypatch):

@@ -385,7 +385,7 @@ DAMAGES = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "has no consolidated.safetensors"),
     "weights cut in the data": (lambda f: truncate(f / WEIGHTS, 100_000), f"{WEIGHTS} is truncated"),
     "weights cut in the header": (lambda f: truncate(f / WEIGHTS, 500), f"{WEIGHTS} is truncated"),
-    "weights are empty": (lambda f: truncate(f / WEIGHTS, 0), f"{WEIGHTS} is no readable"),
+    "weights are empty": (lambda f: truncate(f / WEIGHTS, 0), f"{WEIGHTS} is empty"),
     "weights are text": (lambda f: (f / WEIGHTS).write_text("version https://git-lfs"), f"{WEIGHTS} is truncated"),
     "codec tensor missing": (lambda f: remove_tensor(f, OUTPUT), f"lacks the tensor {OUTPUT}"),
     "embedding table missing": (lambda f: remove_tensor(f, EMBEDDING_NAME), f"lacks the tensor {EMBEDDING_NAME}"),

@@ -146,5 +146,5 @@ def test_a_folder_without_codes_is_an_error(tmp_path, clips, words):
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="match.codes: .*holds no codes .*; make clips"):
+    with pytest.raises(DataError, match="match.codes: .*holds no codes .*generate_clips.py"):
         known_codes(str(tmp_path / "none"), PARAMS)

@@ -167,7 +167,7 @@ def test_changes_are_listed_and_every_configuration_is_kept(told, tmp_path):
 
 
 @pytest.mark.parametrize("override", ["seed=2", "data.sources=[{kind: folder}]", "data.validation.clips=3", "optimizer.betas=[0.9,0.9]",
-                                      "train.trainable=[encoder,decoder]", "discriminator.channels=3", "loss.feature=0",
+                                      "train.trainable=[encoder,decoder]", "discriminator.channels=3", "loss.feature=1",
                                       "balancer.enabled=true"])
 def test_what_the_state_hangs_on_cannot_change(told, tmp_path, override):
     before = (tmp_path / "run" / "config.yaml").read_bytes()

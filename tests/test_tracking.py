@@ -58,7 +58,7 @@ def test_numbers_go_to_the_tracker_and_a_resumed_run_goes_on_in_its_own(tracker,
     two_rows(logger(tracker), 1)
     (_, given), *told = calls
     assert told == [("log", 1, {"loss/total": 3.0}), ("log", 2, {"validation/mel_distance": 2.0}), ("finish",)]
-    assert given["config"]["optimizer"]["learning_rate"] == 3e-4 and given["resume"] == "allow"
+    assert given["config"]["optimizer"]["learning_rate"] == 5e-4 and given["resume"] == "allow"
     logger(tracker, start_step=2).close()
     again = calls[4][1]
     assert again["name"] == given["name"] and given["name"].startswith("run-")
@@ -105,7 +105,7 @@ def test_mlflow_in_a_local_file(logger, tmp_path, monkeypatch):
     steps = [(metric.step, metric.value) for metric in mlflow.MlflowClient().get_metric_history(run_id, "loss/total")]
     assert steps == [(1, 3.0), (3, 3.0)]
     run = mlflow.get_run(run_id)
-    assert run.data.params["optimizer.learning_rate"] == "0.0003" and run.data.metrics["validation/mel_distance"] == 2.0
+    assert run.data.params["optimizer.learning_rate"] == "0.0005" and run.data.metrics["validation/mel_distance"] == 2.0
 
 
 def test_trackio_in_a_local_folder(tmp_path, monkeypatch):

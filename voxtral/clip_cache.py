@@ -4,7 +4,6 @@ It holds as long as the folders and tables that were looked at have the times th
 """
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
