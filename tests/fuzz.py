@@ -22,6 +22,7 @@ import numpy as np
 import soundfile
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.audio import BadClip, load_segment, read_header
 from voxtral.checkpoint import SafetensorsFile, read_json, save_tensors
 from voxtral.codes import read_codes
