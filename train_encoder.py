@@ -24,7 +24,6 @@ COMMAND_LINE = training_command_line(__doc__, "configs/encoder.yaml", "train.max
 if __name__ == "__main__":
     COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
 
-import soundfile
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -43,7 +42,7 @@ from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebo
                             diversity_loss, l1_loss, stft_loss)
 from voxtral.matching import CodeMatching
 from voxtral.metrics import code_statistics
-from voxtral.plots import plot_run, save_figure, spectrogram_figure
+from voxtral.plots import plot_run
 from voxtral.presets import codes_to_match
 from voxtral.processes import Process
 from voxtral.quantizer import QuantizationDraws
@@ -51,7 +50,7 @@ from voxtral.run import Logger, SideStream, adamw, cosine_with_warmup, set_learn
 from voxtral.run_folder import RunFolder, Tensors, write_files
 from voxtral.sources import DataError, final_clips, find_clips, split_validation
 from voxtral.speaker import SpeakerEncoder, speaker_loss
-from voxtral.validation import embedding_norm, evaluate_codec, in_words, test_weights
+from voxtral.validation import embedding_norm, evaluate_codec, in_words, test_weights, write_samples
 
 
 class TrainingModel(nn.Module):
@@ -278,19 +277,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         with autocast:
             metrics, encoded = evaluate_codec(codec_to_check, fixed, true_codes=true_codes)
         log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
-        folder = run.path / "samples" / f"step_{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        clips = [(e.waveform[i, 0, :n], e.reconstruction[i, 0, :n]) for e in encoded for i, n in enumerate(e.lengths.tolist())]
-        for i, (source, reconstruction) in enumerate(clips[:settings.n_samples]):
-            paths = {folder / f"clip_{i}_reconstruction.wav": reconstruction}
-            if not (once := folder.parent / f"clip_{i}_source.wav").exists():
-                paths[once] = source
-            for path, audio in paths.items():
-                soundfile.write(path, audio.numpy(), params.sampling_rate)
-                log.board.add_audio(path.stem, audio.clamp(-1, 1)[None], step, params.sampling_rate)
-            figure = spectrogram_figure({"source": source, "reconstruction": reconstruction}, params.sampling_rate)
-            save_figure(figure, folder / f"clip_{i}.png")
-            log.board.add_figure(f"clip_{i}/spectrogram", figure, step)
+        write_samples(run.path / "samples", encoded, settings.n_samples, params.sampling_rate, log.board, step)
         log.say(f"validation at step {step}: {in_words(metrics)}")
         return metrics["mel_distance"]
 

@@ -19,9 +19,10 @@ from peft import LoraConfig, get_peft_model
 import inject_encoder
 from inject_encoder import changed_shares
 from voxtral.backbone import Backbone
-from voxtral.checkpoint import Checkpoint, SafetensorsFile, remove_json, save_tensors, set_json
+from voxtral.checkpoint import Checkpoint, SafetensorsFile, save_tensors
 from voxtral.codec import VoxtralCodec
 from voxtral.inject import BACKUP, INDEX, MARKER, RECORD, eject, inject
+from voxtral.json_edit import remove_json, set_json
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import CheckpointError, load_params
 from voxtral.reference import prepare_reference

@@ -1,11 +1,11 @@
 """Which encoder a LoRA adapter was trained with: noted beside it, since with another one it does harm."""
 import json
-from hashlib import sha256
 from pathlib import Path
 
 from torch import Tensor
 
-from voxtral.checkpoint import SafetensorsFile, read_json, tensor_bytes, write_text
+from voxtral.checkpoint import SafetensorsFile, digest, write_text
+from voxtral.json_edit import read_json
 from voxtral.params import CheckpointError
 
 RECORD = "encoder.json"  # in the adapter's folder
@@ -13,11 +13,7 @@ RECORD = "encoder.json"  # in the adapter's folder
 
 def encoder_digest(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of encoder tensors in bf16, as a checkpoint holds them: the same for a run's fp32 file."""
-    digest = sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensor_bytes(tensors[name].detach().bfloat16().cpu().contiguous()))
-    return digest.hexdigest()
+    return digest((name, tensors[name].detach().bfloat16()) for name in sorted(tensors))
 
 
 def write_adapter_record(folder, encoder: str, tensors: dict[str, Tensor]) -> None:

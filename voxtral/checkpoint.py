@@ -326,92 +326,15 @@ def save_tensors(path, tensors: dict[str, Tensor]) -> None:
                       lambda name: tensors[name])
 
 
+def digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of tensors and their names, in this order."""
+    found = hashlib.sha256()
+    for name, tensor in named:
+        found.update(name.encode())
+        found.update(tensor_bytes(tensor.detach().cpu().contiguous()))
+    return found.hexdigest()
+
+
 def fingerprint(tensors: Iterable[Tensor]) -> str:
     """Tells tensors from others: 16 digits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor_bytes(tensor.detach().cpu().contiguous()))
-    return digest.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------- one value of a JSON file, every other byte kept
-
-def read_json(path) -> tuple[str, dict]:
-    """-> (the text as it stands in the file, its content). Raises CheckpointError when missing or no JSON object."""
-    path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8")
-        content = json.loads(text)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: download it again.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object: download it again.")
-    return text, content
-
-
-def set_json(text: str, path: list[str], value) -> str:
-    """A valid JSON text with the value at `path` replaced, or appended to its object as the members before are written.
-
-    Raises KeyError when an object on the way is missing. remove_json takes an appended member out again, exactly.
-    """
-    start, members = _members(text, path[:-1])
-    written, name = json.dumps(value), json.dumps(path[-1])
-    if path[-1] in members:
-        _, _, begin, end = members[path[-1]]
-        return text[:begin] + written + text[end:]
-    if not members:
-        return text[:start + 1] + f"{name}: {written}" + text[start + 1:]
-    spans = list(members.values())
-    key, key_end, begin, end = spans[-1]
-    colon = text[key_end:begin]
-    before = text[start + 1:key] if len(spans) == 1 else text[spans[-2][3]:key].partition(",")[2]
-    if len(spans) == 1 and not before and colon.endswith(" "):
-        before = " "  # {"a": 1} is usually followed by {"a": 1, "b": 2}
-    return text[:end] + "," + before + name + colon + written + text[end:]
-
-
-def remove_json(text: str, path: list[str]) -> str:
-    """A valid JSON text without the member at `path`. Raises KeyError when it is not there."""
-    start, members = _members(text, path[:-1])
-    first, _, _, end = members[path[-1]]
-    others = [span for name, span in members.items() if name != path[-1]]
-    before = [span for span in others if span[0] < first]
-    if before:
-        return text[:before[-1][3]] + text[end:]
-    if others:
-        return text[:first] + text[others[0][0]:]
-    return text[:start + 1] + text[text.index("}", end):]
-
-
-def _members(text: str, path: list[str]) -> tuple[int, dict[str, tuple[int, int, int, int]]]:
-    """The object at `path` -> (position of its brace, name -> (start, end of the name, start, end of the value))."""
-    start = _skip_space(text, 0)
-    members = _scan_object(text, start)
-    for name in path:
-        start = members[name][2]
-        if text[start] != "{":
-            raise KeyError(name)
-        members = _scan_object(text, start)
-    return start, members
-
-
-def _scan_object(text: str, start: int) -> dict[str, tuple[int, int, int, int]]:
-    members, decoder = {}, json.JSONDecoder()
-    position = _skip_space(text, start + 1)
-    while text[position] != "}":
-        name, name_end = decoder.raw_decode(text, position)
-        begin = _skip_space(text, text.index(":", name_end) + 1)
-        end = decoder.raw_decode(text, begin)[1]
-        members[name] = (position, name_end, begin, end)
-        position = _skip_space(text, end)
-        if text[position] == ",":
-            position = _skip_space(text, position + 1)
-    return members
-
-
-def _skip_space(text: str, position: int) -> int:
-    while text[position] in " \t\r\n":
-        position += 1
-    return position
+    return digest(("", tensor) for tensor in tensors)[:16]

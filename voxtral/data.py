@@ -37,6 +37,7 @@ from yaml import YAMLError
 
 from voxtral.audio import SAMPLE_RATE, BadClip, Header, complaints, load_segment, read_header
 from voxtral.clip_list import Clips
+from voxtral.codec import ceil_div
 from voxtral.codes import read_coded
 from voxtral.errors import one_sentence, reason_of, shown
 from voxtral.loader import Loader, TensorBatch
@@ -92,22 +93,23 @@ class SpeechDataset(Dataset):
     def load(self, index: int, random: np.random.Generator) -> dict:
         """-> waveform [1, max_samples] padded with zeros, length (samples), native_rate (Hz); with `params` also codes
         [1 + acoustic_dim, max_frames], -1 where they are not known. Raises BadClip."""
+        clip, known = self.clips[index], {}
         if self.params:
-            return self._load_with_codes(self.clips[index], random)
+            n_frames = ceil_div(round(self.max_sec * SAMPLE_RATE), self.params.frame_size)
+            known["codes"] = torch.full((self.params.n_codebooks, n_frames), -1)
+            if clip.codes:
+                return self._cut_at_a_frame(clip, random, **known)
         position, speed = (0.0, 1.0) if self.fixed else (random.random(), random.uniform(*self.speed))
-        return self.padded(*load_segment(self.clips[index].path, position, self.max_sec, speed))
+        return self.padded(*load_segment(clip.path, position, self.max_sec, speed)) | known
 
-    def _load_with_codes(self, clip: Clip, random: np.random.Generator) -> dict:
+    def _cut_at_a_frame(self, clip: Clip, random: np.random.Generator, codes: Tensor) -> dict:
+        """As load(), of a clip with known codes, which are put into `codes`."""
         frame_size = self.params.frame_size
-        codes = torch.full((self.params.n_codebooks, -(-round(self.max_sec * SAMPLE_RATE) // frame_size)), -1)
-        if not clip.codes:
-            segment = load_segment(clip.path, random.random(), self.max_sec, random.uniform(*self.speed))
-            return {**self.padded(*segment), "codes": codes}
         known, waveform = read_coded(clip, self.params)
         n_frames = min(known.shape[1], int(self.max_sec * SAMPLE_RATE) // frame_size)
         start = int(random.integers(known.shape[1] - n_frames + 1))
         codes[:, :n_frames] = known[:, start:start + n_frames]
-        return {**self.padded(waveform[start * frame_size:(start + n_frames) * frame_size], SAMPLE_RATE), "codes": codes}
+        return self.padded(waveform[start * frame_size:(start + n_frames) * frame_size], SAMPLE_RATE) | {"codes": codes}
 
     def padded(self, segment: np.ndarray, rate: int) -> dict:
         """What load_segment() gives -> waveform, length, native_rate: see load()."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from voxtral.adapters import check_adapter
 from voxtral.checkpoint import (ENCODER_PREFIXES, TORCH_DTYPES, Checkpoint, Item, SafetensorsFile, Span, atomic_path,
-                                check_shapes, flush, parse_header, read_json, remove_json, set_json, weight_files, write_items,
-                                write_safetensors, write_text)
+                                check_shapes, flush, parse_header, weight_files, write_items, write_safetensors,
+                                write_text)
+from voxtral.json_edit import read_json, remove_json, set_json
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import LORA_MODULES, CheckpointError, ModelParams
 

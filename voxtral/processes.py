@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from voxtral.config import ConfigError
+from voxtral.errors import reason_of
 
 AGAIN_SEC = 1.0  # a second Ctrl-C that comes later than this is one that a person has pressed again
 
@@ -147,7 +148,7 @@ def training_process(device: str):
         except TrainingDiverged as error:
             sys.exit(f"training stopped: {error}")
         except RuntimeError as error:
-            reason = str(error).split("\n")[0]
+            reason = reason_of(error)
             if _is_out_of_memory(error):
                 sys.exit("training stopped: the GPU has too little memory; lower data.batch_size (train.accumulation makes up "
                          f"for it) or data.max_sec ({reason}).")

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from voxtral.checkpoint import SafetensorsFile, atomic_path, flush, save_tensors, write_text
 from voxtral.config import KEPT_ON_RESUMING, SWITCHES, ConfigError, dump_config, load_config
-from voxtral.errors import UserError
+from voxtral.errors import UserError, reason_of
 from voxtral.history import History, metric_rows
 from voxtral.params import CheckpointError
 from voxtral.processes import Process
+from voxtral.tracking import dotted
 
 STATE = "run_state.pt"  # in the folder of a checkpoint; without it, there are only weights to look at later
 CONFIG = "config.yaml"
@@ -142,7 +143,7 @@ class RunFolder:
             os.replace(temporary, final)
             flush(final.parent)
         except (OSError, RuntimeError) as error:  # of a full disk, torch makes the latter
-            free_gb, reason = shutil.disk_usage(self.path).free / 1e9, str(error).split("\n")[0]
+            free_gb, reason = shutil.disk_usage(self.path).free / 1e9, reason_of(error)
             raise UserError(f"{final} could not be written ({reason}; {free_gb:.1f} GB are free there): what was saved before is "
                             f"whole, the newest checkpoint is {self.latest() or 'none yet'}; make room, and go on with "
                             "resume=true.") from error
@@ -169,8 +170,7 @@ class RunFolder:
             try:
                 part.load_state_dict(found)
             except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-                reason = str(error).split("\n")[0]
-                raise ConfigError(f"{self.path}: the run state does not fit ({name}: {reason}): it was written by another version "
+                raise ConfigError(f"{self.path}: the run state does not fit ({name}: {reason_of(error)}): it was written by another version "
                                   "of these scripts, or with other sizes; choose another output_dir.") from error
         return record
 
@@ -209,7 +209,7 @@ def read_checkpoint(folder: Path, names) -> dict:
     try:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except DAMAGE as error:
-        raise CheckpointError(f"{STATE}: {str(error).splitlines()[0] if str(error) else 'empty'}") from error
+        raise CheckpointError(f"{STATE}: {reason_of(error)}") from error
     return state | {name: SafetensorsFile(folder / name).read() for name in names}
 
 
@@ -251,19 +251,9 @@ def load_run_config(schema: type, path, overrides: list[str], name: str = CONFIG
     return config
 
 
-def settings(config) -> dict[str, Any]:
-    """A configuration as one mapping with dotted keys."""
-    def flat(values: dict, prefix: str) -> dict:
-        result = {}
-        for key, value in values.items():
-            result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return result
-    return flat(asdict(config), "")
-
-
 def differences(first, second) -> list[tuple[str, Any, Any]]:
     """(key, value in the first, value in the second) of all keys that two configurations of a run set differently."""
-    one, other = settings(first), settings(second)
+    one, other = dotted(asdict(first)), dotted(asdict(second))
     return [(key, one.get(key), other.get(key)) for key in dict.fromkeys([*one, *other])
             if key not in NO_SETTINGS and one.get(key) != other.get(key)]
 

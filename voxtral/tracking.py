@@ -60,7 +60,7 @@ class Mlflow:
         self.module.set_experiment(PROJECT)
         self.id = self.module.start_run(run_id=run_id, run_name=folder.name).info.run_id
         if run_id is None:  # parameters of a run cannot be changed
-            self.module.log_params({name: str(value)[:500] for name, value in flat(config).items()})
+            self.module.log_params({name: str(value)[:500] for name, value in dotted(config).items()})
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.module.log_metrics(metrics, step=step)
@@ -69,9 +69,9 @@ class Mlflow:
         self.module.end_run()
 
 
-def flat(config: dict, prefix: str = "") -> dict:
+def dotted(values: dict, prefix: str = "") -> dict:
     """{"train": {"epochs": 3}} -> {"train.epochs": 3}"""
     result = {}
-    for name, value in config.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    for key, value in values.items():
+        result |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return result

@@ -2,10 +2,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.tensorboard import SummaryWriter
 
 from voxtral.checkpoint import SafetensorsFile
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
@@ -13,6 +15,7 @@ from voxtral.codes import codes_of_clips
 from voxtral.data import Batch, validation_batches
 from voxtral.losses import MelDistance, stft_distance
 from voxtral.metrics import code_agreement, code_statistics
+from voxtral.plots import save_figure, spectrogram_figure
 from voxtral.sources import Clip, DataConfig, source_name
 
 
@@ -80,6 +83,25 @@ def test_weights(codec: VoxtralCodec, folder: Path, clips: list[Clip], config: D
         metrics[name] = {"clips": len(true_codes)} | evaluate_codec(codec, batches, true_codes=true_codes)[0]
         all_bad += [*batches[0].bad, *bad] if name == "all" else []
     return metrics, all_bad
+
+
+def write_samples(folder: Path, encoded: list[Encoded], n_clips: int, sampling_rate: int, board: SummaryWriter,
+                  step: int) -> None:
+    """The first clips as audio and spectrogram, in folder/step_XXXXXXXX and on the board; their sources once."""
+    place = folder / f"step_{step:08d}"
+    place.mkdir(parents=True, exist_ok=True)
+    clips = [(e.waveform[i, 0, :n], e.reconstruction[i, 0, :n]) for e in encoded
+             for i, n in enumerate(e.lengths.tolist())]
+    for i, (source, reconstruction) in enumerate(clips[:n_clips]):
+        paths = {place / f"clip_{i}_reconstruction.wav": reconstruction}
+        if not (once := folder / f"clip_{i}_source.wav").exists():
+            paths[once] = source
+        for path, audio in paths.items():
+            soundfile.write(path, audio.numpy(), sampling_rate)
+            board.add_audio(path.stem, audio.clamp(-1, 1)[None], step, sampling_rate)
+        figure = spectrogram_figure({"source": source, "reconstruction": reconstruction}, sampling_rate)
+        save_figure(figure, place / f"clip_{i}.png")
+        board.add_figure(f"clip_{i}/spectrogram", figure, step)
 
 
 def in_words(metrics: dict) -> str:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from voxtral.audio import AUDIO_SUFFIXES, CONVERT, OTHER_MEDIA
-from voxtral.checkpoint import (EMBEDDING_NAME, Checkpoint, SafetensorsFile, atomic_path, read_json, remove_json,
-                                set_json, write_text)
+from voxtral.checkpoint import EMBEDDING_NAME, Checkpoint, SafetensorsFile, atomic_path, write_text
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError, reason_of
+from voxtral.json_edit import read_json, remove_json, set_json
 from voxtral.layout import meta_codec
 from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams
 from voxtral.paths import find_files, is_inside, no_file
