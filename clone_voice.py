@@ -3,14 +3,16 @@
 No server is needed. The reference is cleaned and cut to at most 25 s, and encoded by the encoder that
 inject_encoder.py put into the checkpoint.
 """
+
 import argparse
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 EXAMPLES = """examples:
   # a sentence in the voice of a recording (3 to 25 s of one clean speaker)
@@ -28,27 +30,56 @@ EXAMPLES = """examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        default=os.environ.get("VOXTRAL_CKPT"),
+        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
+    )
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--reference", metavar="FILE", help="recording of the voice; needs an injected encoder")
     who.add_argument("--voice", metavar="NAME", help="voice of the checkpoint; patch_tokenizer.py --list shows them")
     parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="what to say; repeatable")
-    parser.add_argument("--text-file", metavar="FILE", action="append", default=[],
-                        help="one text in a UTF-8 file; long texts are split at sentences; repeatable")
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True,
-                        help=".wav, .flac or .ogg; several texts get -1, -2, … before the suffix")
-    parser.add_argument("--refine", metavar="SECONDS", type=float, default=0.0,
-                        help="fit the codes of the recording to it for at most so long, in at most 40 steps (default: "
-                             "0, the encoder's codes)")
+    parser.add_argument(
+        "--text-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="one text in a UTF-8 file; long texts are split at sentences; repeatable",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help=".wav, .flac or .ogg; several texts get -1, -2, … before the suffix",
+    )
+    parser.add_argument(
+        "--refine",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="fit the codes of the recording to it for at most so long, in at most 40 steps (default: "
+        "0, the encoder's codes)",
+    )
     parser.add_argument("--save-voice", metavar="NAME", help="register the reference as a voice of the checkpoint")
-    parser.add_argument("--max-sec", type=float, default=60.0, help="longest audio of a piece of about 300 characters, "
-                        "for speech that finds no end (default: 60)")
+    parser.add_argument(
+        "--max-sec",
+        type=float,
+        default=60.0,
+        help="longest audio of a piece of about 300 characters, for speech that finds no end (default: 60)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed is another reading (default: 0)")
-    parser.add_argument("--cfg-alpha", metavar="WEIGHT", type=float, default=1.2,
-                        help="more than 1 pushes the speech towards voice and text (default: 1.2, as in serving)")
+    parser.add_argument(
+        "--cfg-alpha",
+        metavar="WEIGHT",
+        type=float,
+        default=1.2,
+        help="more than 1 pushes the speech towards voice and text (default: 1.2, as in serving)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser
 
@@ -71,12 +102,13 @@ from voxtral.tts import TTS, Request, named_voice
 from voxtral.voices import check_name, encode_reference, register
 
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS")}
-BATCH_SIZE = 16      # pieces of text spoken at once
-PAUSE_SEC = 0.2      # between the pieces of a long text
+BATCH_SIZE = 16  # pieces of text spoken at once
+PAUSE_SEC = 0.2  # between the pieces of a long text
 
 
 class Piece(NamedTuple):
     """What is spoken in one go: `file` counts the outputs."""
+
     file: int
     text: str
 
@@ -99,12 +131,13 @@ def reference_voice(checkpoint: str, path: str, device: torch.device, refine_sec
     return embedding.bfloat16()
 
 
-def speak(tts: TTS, pieces: list[Piece], voice: Tensor, seed: int, max_frames: int,
-          cfg_alpha: float) -> Iterator[tuple[int, Tensor]]:
+def speak(
+    tts: TTS, pieces: list[Piece], voice: Tensor, seed: int, max_frames: int, cfg_alpha: float
+) -> Iterator[tuple[int, Tensor]]:
     """Yields (index of the piece, samples [n] float32) in order, at least once per piece; the audio of the first piece
     of every batch while it is still being generated."""
     for start in range(0, len(pieces), BATCH_SIZE):
-        batch = pieces[start:start + BATCH_SIZE]
+        batch = pieces[start : start + BATCH_SIZE]
         requests = [Request(piece.text, voice, (seed, start + i), cfg_alpha) for i, piece in enumerate(batch)]
         decoder = StreamingDecoder(tts.codec)
         for takes in tts.takes(requests, max_frames):
@@ -117,14 +150,23 @@ def speak(tts: TTS, pieces: list[Piece], voice: Tensor, seed: int, max_frames: i
                     yield start + i, samples[0]
             if not take.ended:
                 limit_sec = max_frames / tts.codec.params.frame_rate_hz
-                print(f"warning: no END_AUDIO within {limit_sec:g} s, cut off there: {batch[i].text[:60]}",
-                      file=sys.stderr)
+                print(
+                    f"warning: no END_AUDIO within {limit_sec:g} s, cut off there: {batch[i].text[:60]}",
+                    file=sys.stderr,
+                )
             elif not take.codes.shape[1]:
                 print(f"warning: END_AUDIO came at once, there is no audio: {batch[i].text[:60]}", file=sys.stderr)
 
 
-def write_all(tts: TTS, paths: list[Path], pieces: list[Piece], voice: Tensor, seed: int, max_frames: int,
-              cfg_alpha: float = CFG_ALPHA) -> None:
+def write_all(
+    tts: TTS,
+    paths: list[Path],
+    pieces: list[Piece],
+    voice: Tensor,
+    seed: int,
+    max_frames: int,
+    cfg_alpha: float = CFG_ALPHA,
+) -> None:
     """Speaks all pieces and writes one file after the other; prints the speed."""
     rate, started, first_audio_sec, total = tts.codec.params.sampling_rate, time.perf_counter(), None, 0
     spoken = speak(tts, pieces, voice, seed, max_frames, cfg_alpha)
@@ -144,8 +186,10 @@ def write_all(tts: TTS, paths: list[Path], pieces: list[Piece], voice: Tensor, s
         print(f"{path}: {n_samples / rate:.2f} s of audio")
     elapsed = time.perf_counter() - started
     if total:
-        print(f"{elapsed:.2f} s for {total / rate:.2f} s of audio: real-time factor {elapsed * rate / total:.3f}, "
-              f"first audio after {1000 * first_audio_sec:.0f} ms")
+        print(
+            f"{elapsed:.2f} s for {total / rate:.2f} s of audio: real-time factor {elapsed * rate / total:.3f}, "
+            f"first audio after {1000 * first_audio_sec:.0f} ms"
+        )
 
 
 def main(arguments=None) -> None:

@@ -4,6 +4,7 @@ The stand-in (assets/standin) has the released checkpoint's layout at small widt
 Its true encoder was withheld from training. So what this prints is what nobody can say of the real model: how much of a
 voice that it never heard comes through the true encoder, through ours, and through an untrained one.
 """
+
 import argparse
 import json
 import shutil
@@ -17,12 +18,23 @@ CONFIG = "configs/demo.yaml"
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--whisper", metavar="MODEL", help="counts wrong words, too: openai-whisper's name of a model "
-                        "(base: downloaded once, 145 MB) or a local .pt")
-    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
-                        help="Resemblyzer's pretrained.pt (default: the one in its package)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help=f"settings that override {CONFIG}, such as train.max_steps=100")
+    parser.add_argument(
+        "--whisper",
+        metavar="MODEL",
+        help="counts wrong words, too: openai-whisper's name of a model (base: downloaded once, 145 MB) or a local .pt",
+    )
+    parser.add_argument(
+        "--speaker-model",
+        metavar="FILE",
+        default="resemblyzer",
+        help="Resemblyzer's pretrained.pt (default: the one in its package)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help=f"settings that override {CONFIG}, such as train.max_steps=100",
+    )
     return parser
 
 
@@ -50,24 +62,35 @@ from voxtral.validation import evaluate_codec
 FULL_CONFIG = "configs/demo_full_pipeline.yaml"
 SENTENCES = "assets/sentences_talk.tsv"
 WITHHELD = "assets/standin_withheld_encoder.safetensors"
-CLIPS_PER_VOICE = 24    # that the stand-in's presets say: known codes for phase 1, pairs for phase 2
+CLIPS_PER_VOICE = 24  # that the stand-in's presets say: known codes for phase 1, pairs for phase 2
 SENTENCES_PER_VOICE = 2  # that every unheard voice says
-LONGEST_SEC = 8.0       # of a clone
-WHOLE_CLIP_SEC = 7.0    # no clip of assets/speech/talk is longer
+LONGEST_SEC = 8.0  # of a clone
+WHOLE_CLIP_SEC = 7.0  # no clip of assets/speech/talk is longer
 LONGEST_REFINED_SEC = 60.0  # of each of them; it takes a few seconds
-N_LISTEN = 4            # clones of each encoder on the page: two voices, two sentences each
-HEADERS = ["reference through", "sound: mel distance ↓", "voice: like its speaker ↑", "like other speakers",
-           "voice kept ↑", "words wrong ↓"]
-LABELS = {"true": "the true encoder", "trained": "ours, after phase 1", "refined": "the same, codes refined",
-          "adapted": "ours, after phase 2",
-          "untrained": "an untrained encoder"}
+N_LISTEN = 4  # clones of each encoder on the page: two voices, two sentences each
+HEADERS = [
+    "reference through",
+    "sound: mel distance ↓",
+    "voice: like its speaker ↑",
+    "like other speakers",
+    "voice kept ↑",
+    "words wrong ↓",
+]
+LABELS = {
+    "true": "the true encoder",
+    "trained": "ours, after phase 1",
+    "refined": "the same, codes refined",
+    "adapted": "ours, after phase 2",
+    "untrained": "an untrained encoder",
+}
 
 
 def adapt(config: EncoderConfig, injected: Path) -> dict:
     """Phase 2 on the clips that the stand-in has spoken -> {"before": ..., "after": ...}."""
     run = Path(config.output_dir)
-    train_full_pipeline.main(["--config", FULL_CONFIG, f"checkpoint={injected}", f"output_dir={run / 'full'}",
-                              f"data.data_root={run}"])
+    train_full_pipeline.main(
+        ["--config", FULL_CONFIG, f"checkpoint={injected}", f"output_dir={run / 'full'}", f"data.data_root={run}"]
+    )
     return json.loads((run / "full" / "report.json").read_text())
 
 
@@ -98,8 +121,16 @@ def table_rows(rows: dict[str, dict], clones: dict) -> list[list[str]]:
         kept = clones["margin_kept"].get(name, {"value": 1.0})["value"]
         words = f"{metrics['wer']['value']:.0%}" if "wer" in metrics else "–"
         distance = f"{rows[name]['mel_distance']:.2f}" if name in rows else "–"
-        lines.append([LABELS[name], distance, f"{metrics['own']['value']:.2f}",
-                      f"{metrics['others']['value']:.2f}", f"{kept:.0%}", words])
+        lines.append(
+            [
+                LABELS[name],
+                distance,
+                f"{metrics['own']['value']:.2f}",
+                f"{metrics['others']['value']:.2f}",
+                f"{kept:.0%}",
+                words,
+            ]
+        )
     return lines
 
 
@@ -108,15 +139,22 @@ def plain(lines: list[list[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def write_report(folder: Path, report: dict, rows: dict, items: list[Item], spoken: list[dict], audio: dict,
-                 intro: str) -> None:
+def write_report(
+    folder: Path, report: dict, rows: dict, items: list[Item], spoken: list[dict], audio: dict, intro: str
+) -> None:
     """metrics.json, levels.png, and index.html with its wavs and spectrograms."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "metrics.json", json.dumps(finite(report), indent=2) + "\n")
     histograms = {name: metrics["level_histogram"] for name, metrics in rows.items()}
     save_figure(levels_figure(histograms), folder / "levels.png")
-    write_page(folder / "index.html", "A voice that says something new", f"<p>{escape(intro)}</p>", HEADERS,
-               table_rows(rows, report["clones"]), write_voices(folder, items, spoken, audio))
+    write_page(
+        folder / "index.html",
+        "A voice that says something new",
+        f"<p>{escape(intro)}</p>",
+        HEADERS,
+        table_rows(rows, report["clones"]),
+        write_voices(folder, items, spoken, audio),
+    )
 
 
 def main(arguments=None) -> None:
@@ -130,8 +168,22 @@ def main(arguments=None) -> None:
             shutil.rmtree(run)  # of an earlier demo
 
         # ---- 1. the checkpoint's presets speak: clips whose codes are known ----
-        generate_clips.main(["--checkpoint", config.checkpoint, "--output", str(run / "generated"), "--device", "cpu",
-                             "--per-voice", str(CLIPS_PER_VOICE), "--max-sec", str(LONGEST_SEC), "--texts", SENTENCES])
+        generate_clips.main(
+            [
+                "--checkpoint",
+                config.checkpoint,
+                "--output",
+                str(run / "generated"),
+                "--device",
+                "cpu",
+                "--per-voice",
+                str(CLIPS_PER_VOICE),
+                "--max-sec",
+                str(LONGEST_SEC),
+                "--texts",
+                SENTENCES,
+            ]
+        )
         # ---- 2. phase 1, and the encoder into the checkpoint ----
         began = time.monotonic()
         train_encoder.main(["--config", CONFIG, *overrides])
@@ -141,8 +193,10 @@ def main(arguments=None) -> None:
         full, adapted = adapt(config, injected), run / "full" / "best" / "encoder.safetensors"
         # ---- 4. new sentences in voices that nothing here has heard ----
         tts = TTS.from_checkpoint(injected)
-        systems = [read_system(system, tts, config.seed) for system in (
-            f"true={WITHHELD}", "trained=own", f"adapted={adapted}", "untrained=untrained")]
+        systems = [
+            read_system(system, tts, config.seed)
+            for system in (f"true={WITHHELD}", "trained=own", f"adapted={adapted}", "untrained=untrained")
+        ]
         # As patch_tokenizer.py --refine registers a voice: the codes of our encoder, fitted to the recording.
         systems.insert(2, replace(systems[1], name="refined", refine_sec=LONGEST_REFINED_SEC))
         items = unheard(config)
@@ -152,18 +206,27 @@ def main(arguments=None) -> None:
         mel = {name: metrics["mel_distance"] for name, metrics in rows.items()}
         closed = (mel["untrained"] - mel["trained"]) / (mel["untrained"] - mel["true"])
         clones = summarize(spoken, config.seed)
-        report = {"rows": rows, "mel_gap_closed": closed, "clones": clones, "full_pipeline": full,
-                  "trained_sec": trained_sec}
-        intro = (f"{len(config.data.validation.speakers)} voices that neither the stand-in nor our encoder has heard say "
-                 f"{len(items)} sentences that were in no training. The language model hears the voice in the codes of "
-                 "one recording: through the true encoder, which was withheld, through ours, and through an untrained "
-                 "one. Voice kept: of what makes the true encoder's clones more like their own speaker than like the "
-                 "others.")
+        report = {
+            "rows": rows,
+            "mel_gap_closed": closed,
+            "clones": clones,
+            "full_pipeline": full,
+            "trained_sec": trained_sec,
+        }
+        intro = (
+            f"{len(config.data.validation.speakers)} voices that neither the stand-in nor our encoder has heard say "
+            f"{len(items)} sentences that were in no training. The language model hears the voice in the codes of "
+            "one recording: through the true encoder, which was withheld, through ours, and through an untrained "
+            "one. Voice kept: of what makes the true encoder's clones more like their own speaker than like the "
+            "others."
+        )
         write_report(run / "report", report, rows, items, spoken, audio, intro)
-        print(f"\n{intro}\n\n{plain([HEADERS, *table_rows(rows, clones)])}\n\nPhase 1 took {trained_sec / 60:.1f} min and "
-              f"closed {closed:.1%} of the gap in sound; all of it {(time.monotonic() - started) / 60:.1f} min.\n"
-              f"{injected} is the checkpoint with our encoder.\n"
-              f"Listen: {run}/report/index.html (a plain file for any browser)")
+        print(
+            f"\n{intro}\n\n{plain([HEADERS, *table_rows(rows, clones)])}\n\nPhase 1 took {trained_sec / 60:.1f} min and "
+            f"closed {closed:.1%} of the gap in sound; all of it {(time.monotonic() - started) / 60:.1f} min.\n"
+            f"{injected} is the checkpoint with our encoder.\n"
+            f"Listen: {run}/report/index.html (a plain file for any browser)"
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ worth.
 
 OUTPUT gets metrics.json, table.md, clips.csv, plots (png), and the first clips as wavs and spectrograms.
 """
+
 import argparse
 import json
 import math
@@ -37,25 +38,50 @@ examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        default=os.environ.get("VOXTRAL_CKPT"),
+        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
+    )
     parser.add_argument("--encoder", metavar="FILE", help="encoder .safetensors (default: the checkpoint's own)")
     parser.add_argument("--reference-encoder", metavar="FILE", help="the true encoder, to compare with")
     parser.add_argument("--degrade", action="store_true", help="score known degradations; no checkpoint is read")
-    parser.add_argument("--data", metavar="CONFIG|FOLDER", required=True,
-                        help="a folder of recordings, whose sub-folders are the speakers, or a YAML with a data: block")
+    parser.add_argument(
+        "--data",
+        metavar="CONFIG|FOLDER",
+        required=True,
+        help="a folder of recordings, whose sub-folders are the speakers, or a YAML with a data: block",
+    )
     parser.add_argument("--all", action="store_true", help="all clips of a config, not its held-out ones alone")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--metrics", metavar="NAME,...", default=",".join(DEFAULT_SCORES),
-                        help=f"scores, of {','.join(SCORES)} (default: %(default)s)")
-    parser.add_argument("--whisper", metavar="MODEL", default="base",
-                        help="for wer: openai-whisper's name of a model, or a local .pt (default: %(default)s)")
-    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
-                        help="for speaker: a pretrained.pt (default: the one in the resemblyzer package)")
-    parser.add_argument("--ecapa-model", metavar="MODEL", default=ECAPA_MODEL,
-                        help="for ecapa: a SpeechBrain model, or the folder that holds one (default: %(default)s)")
+    parser.add_argument(
+        "--metrics",
+        metavar="NAME,...",
+        default=",".join(DEFAULT_SCORES),
+        help=f"scores, of {','.join(SCORES)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--whisper",
+        metavar="MODEL",
+        default="base",
+        help="for wer: openai-whisper's name of a model, or a local .pt (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--speaker-model",
+        metavar="FILE",
+        default="resemblyzer",
+        help="for speaker: a pretrained.pt (default: the one in the resemblyzer package)",
+    )
+    parser.add_argument(
+        "--ecapa-model",
+        metavar="MODEL",
+        default=ECAPA_MODEL,
+        help="for ecapa: a SpeechBrain model, or the folder that holds one (default: %(default)s)",
+    )
     parser.add_argument("--max-sec", type=float, default=20.0, help="longer clips are cut (default: %(default)g)")
     parser.add_argument("--samples", metavar="N", type=int, default=4, help="clips to write as audio (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained encoder and the bootstrap (default: 0)")
@@ -75,9 +101,22 @@ from voxtral.codec import VoxtralCodec
 from voxtral.data import SAMPLE_RATE, read_config
 from voxtral.degrade import DEGRADATIONS, order
 from voxtral.errors import UserError, one_sentence
-from voxtral.evaluation import (METRICS, Agreement, Averages, Encoded, Sample, all_codes, compare_voices,
-                                finite, fresh_encoder, gap_closed, load_samples, measure_clips, read_true_codes,
-                                voice_statistics)
+from voxtral.evaluation import (
+    METRICS,
+    Agreement,
+    Averages,
+    Encoded,
+    Sample,
+    all_codes,
+    compare_voices,
+    finite,
+    fresh_encoder,
+    gap_closed,
+    load_samples,
+    measure_clips,
+    read_true_codes,
+    voice_statistics,
+)
 from voxtral.evaluation_report import gap_figure, scores_figure, table, voices_figure, write_clips, write_listening
 from voxtral.plots import levels_figure, save_figure
 from voxtral.processes import start_process
@@ -85,8 +124,8 @@ from voxtral.scores import Scorer, check_scores, not_measured
 from voxtral.sources import Clip, DataConfig, SourceConfig, final_clips, find_clips, split_validation
 from voxtral.voices import list_voices, load_pt
 
-
 # ---------------------------------------------------------------- what is measured
+
 
 def choose_clips(data: str, overrides: list[str], everything: bool) -> tuple[list[Clip], list[str]]:
     """-> clips of a folder (all) or a config (its test clips, without these its validation clips, or all), absent
@@ -128,6 +167,7 @@ def read_presets(folder) -> list[torch.Tensor]:
 
 # ---------------------------------------------------------------- the two ways to measure
 
+
 def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages, device) -> tuple[dict, dict, dict]:
     """-> report, rows of clips by system, audio of the first clips by system. Writes levels.png and voices.png."""
     # ---- 1. the codec and its encoders ----
@@ -144,8 +184,14 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
     for system, tensors in encoders.items():
         codec.load_encoder(tensors, files.get(system, "a fresh encoder"))
         rows[system], audio[system], encoded[system] = [], [], []
-        measured = measure_clips(codec, samples, sources, scorer, agreement,
-                                 encoded["reference"] if system != "reference" and agreement else None)
+        measured = measure_clips(
+            codec,
+            samples,
+            sources,
+            scorer,
+            agreement,
+            encoded["reference"] if system != "reference" and agreement else None,
+        )
         for i, (row, clip, decoded) in enumerate(progress(measured, system, len(samples))):
             rows[system].append(row)
             encoded[system].append(clip)
@@ -156,8 +202,10 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
     # ---- 3. codes and voice embeddings of all clips together ----
     for system in encoders:
         systems[system]["codes"] = all_codes(codec, encoded[system])
-    save_figure(levels_figure({name: systems[name]["codes"]["level_histogram"] for name in encoders}),
-                options.output / "levels.png")
+    save_figure(
+        levels_figure({name: systems[name]["codes"]["level_histogram"] for name in encoders}),
+        options.output / "levels.png",
+    )
     report = {"systems": systems, "bad_codes": bad_codes}
     if presets:
         report["presets"] = measure_voices(options, codec, encoded, systems, presets, [s.speaker for s in samples])
@@ -165,8 +213,9 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
     # ---- 4. share of the gap closed ----
     if "reference" in encoders:
         three = ("untrained", "encoder", "reference")
-        gaps = {name: averages.summary(gap_closed(*(means[system][name] for system in three)))
-                for name in means["encoder"]}
+        gaps = {
+            name: averages.summary(gap_closed(*(means[system][name] for system in three))) for name in means["encoder"]
+        }
         for name in ("semantic_used", "semantic_perplexity", "semantic_dead_share"):
             # No interval: the number of codes in use falls when speakers are drawn with repeats.
             share = gap_closed(*(systems[system]["codes"][name] for system in three))
@@ -183,8 +232,9 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
     return report, rows, audio
 
 
-def measure_voices(options, codec: VoxtralCodec, encoded: dict[str, list[Encoded]], systems: dict, presets: list,
-                   speakers: list) -> dict:
+def measure_voices(
+    options, codec: VoxtralCodec, encoded: dict[str, list[Encoded]], systems: dict, presets: list, speakers: list
+) -> dict:
     """Adds `voices` to every system, plots them, and returns the same numbers of the presets."""
     rms = math.sqrt(sum(p.square().sum().item() for p in presets) / sum(p.numel() for p in presets))
     own = voice_statistics(presets, list(range(len(presets))), rms)
@@ -218,9 +268,12 @@ def summaries(rows: dict[str, list[dict]], averages: Averages) -> tuple[dict, di
     systems, means = {}, {}
     for system, clips in rows.items():
         means[system] = {name: averages.means(clips, name) for name in METRICS if name in clips[0]}
-        systems[system] = {"metrics": {
-            name: averages.summary(values) | {"clips": sum(not math.isnan(row[name]) for row in clips)}
-            for name, values in means[system].items()}}
+        systems[system] = {
+            "metrics": {
+                name: averages.summary(values) | {"clips": sum(not math.isnan(row[name]) for row in clips)}
+                for name, values in means[system].items()
+            }
+        }
     return systems, means
 
 
@@ -239,8 +292,11 @@ def main(arguments=None) -> None:
             raise UserError("--degrade uses no encoder: leave out --encoder and --reference-encoder.")
         if not (options.degrade or options.checkpoint):
             raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
-        for name, value, least in (("--samples", options.samples, 0), ("--seed", options.seed, 0),
-                                   ("--max-sec", options.max_sec, 0.1)):
+        for name, value, least in (
+            ("--samples", options.samples, 0),
+            ("--seed", options.seed, 0),
+            ("--max-sec", options.max_sec, 0.1),
+        ):
             if not least <= value < math.inf:
                 raise UserError(f"{name} is {value}; it must be {least} or more.")
         clips, absent = choose_clips(options.data, options.overrides, options.all)
@@ -254,13 +310,23 @@ def main(arguments=None) -> None:
         else:
             report, rows, audio = evaluate(options, samples, scorer, averages, device)
 
-        report = {"clips": len(samples), "speakers": averages.n_speakers,
-                   "seconds": sum(len(sample.waveform) for sample in samples) / SAMPLE_RATE,
-                   "settings": {name: value if isinstance(value, (int, float, list, type(None))) else str(value)
-                                for name, value in vars(options).items()},
-                   "not_measured": not_measured(names), "absent_sources": absent, "bad_clips": bad,
-                   "definitions": {name: METRICS[name].definition for name in METRICS
-                                   if any(name in system["metrics"] for system in report["systems"].values())}} | report
+        report = {
+            "clips": len(samples),
+            "speakers": averages.n_speakers,
+            "seconds": sum(len(sample.waveform) for sample in samples) / SAMPLE_RATE,
+            "settings": {
+                name: value if isinstance(value, (int, float, list, type(None))) else str(value)
+                for name, value in vars(options).items()
+            },
+            "not_measured": not_measured(names),
+            "absent_sources": absent,
+            "bad_clips": bad,
+            "definitions": {
+                name: METRICS[name].definition
+                for name in METRICS
+                if any(name in system["metrics"] for system in report["systems"].values())
+            },
+        } | report
         if not (options.degrade or "presets" in report):
             report["not_measured"]["voices"] = f"{options.checkpoint} has no presets to compare voice embeddings with"
         if not (options.degrade or options.reference_encoder):
@@ -269,8 +335,10 @@ def main(arguments=None) -> None:
         write_text(options.output / "metrics.json", json.dumps(finite(report), indent=2) + "\n")
         write_text(options.output / "table.md", text)
         write_clips(options.output / "clips.csv", samples, rows)
-        save_figure(scores_figure({name: system["metrics"] for name, system in report["systems"].items()}),
-                    options.output / "scores.png")
+        save_figure(
+            scores_figure({name: system["metrics"] for name, system in report["systems"].items()}),
+            options.output / "scores.png",
+        )
         if options.samples:
             write_listening(options.output, samples, audio)
         print(f"{text}\nwritten to {options.output}/")

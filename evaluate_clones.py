@@ -6,6 +6,7 @@ with the first one, pair by pair.
 
 OUTPUT gets index.html to listen to, metrics.json, table.md, clips.csv, clones.png and the first clones as wavs.
 """
+
 import argparse
 import json
 import math
@@ -30,14 +31,24 @@ EXAMPLES = """examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        default=os.environ.get("VOXTRAL_CKPT"),
+        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
+    )
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--system", metavar="NAME=ENCODER[,ADAPTER]", action="append", default=[],
-                        help="an encoder .safetensors, `own` (the checkpoint's) or `untrained`, and a LoRA adapter's "
-                        "folder; repeatable, the others are compared with the first (default: own=own)")
+    parser.add_argument(
+        "--system",
+        metavar="NAME=ENCODER[,ADAPTER]",
+        action="append",
+        default=[],
+        help="an encoder .safetensors, `own` (the checkpoint's) or `untrained`, and a LoRA adapter's "
+        "folder; repeatable, the others are compared with the first (default: own=own)",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", metavar="FILE", help="Seed-TTS-eval's meta.lst or F5-TTS's LibriSpeech-PC list")
     what.add_argument("--data", metavar="MANIFEST", help="CSV, TSV or JSON lines with path, speaker and text")
@@ -47,17 +58,33 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--sentences", metavar="FILE", help="to be said, one a line (default: texts of other speakers)")
     parser.add_argument("--per-voice", metavar="K", type=int, help="sentences that each reference says (default: 2)")
     parser.add_argument("--whisper", metavar="MODEL", help="for word errors: openai-whisper's name of one, or a .pt")
-    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
-                        help="a pretrained.pt (default: the one in the resemblyzer package)")
+    parser.add_argument(
+        "--speaker-model",
+        metavar="FILE",
+        default="resemblyzer",
+        help="a pretrained.pt (default: the one in the resemblyzer package)",
+    )
     parser.add_argument("--language", metavar="CODE", default="en", help="that is spoken (default: %(default)s)")
     parser.add_argument("--max-sec", type=float, default=20.0, help="longest clone (default: %(default)g)")
     parser.add_argument("--samples", metavar="N", type=int, default=6, help="items to write as audio (default: 6)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of noise, sentences, untrained encoder and bootstrap (default: 0)")
-    parser.add_argument("--refine", metavar="SECONDS", type=float, default=0.0, help="every system once more, as "
-                        "NAME_refined: with the codes that clone_voice.py --refine makes (default: 0, no)")
-    parser.add_argument("--cfg-alpha", metavar="WEIGHT", type=float, default=1.2,
-                        help="more than 1 pushes the speech towards voice and text (default: 1.2, as in serving)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of noise, sentences, untrained encoder and bootstrap (default: 0)"
+    )
+    parser.add_argument(
+        "--refine",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="every system once more, as "
+        "NAME_refined: with the codes that clone_voice.py --refine makes (default: 0, no)",
+    )
+    parser.add_argument(
+        "--cfg-alpha",
+        metavar="WEIGHT",
+        type=float,
+        default=1.2,
+        help="more than 1 pushes the speech towards voice and text (default: 1.2, as in serving)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser
 
@@ -66,26 +93,33 @@ if __name__ == "__main__":
     command_line().parse_args()  # --help and mistyped options: before imports that take seconds
 
 from voxtral.checkpoint import write_text
-from voxtral.clones import (METRICS, Item, Judge, items_of_manifest, read_list, read_system, speak_and_score,
-                            summarize)
+from voxtral.clones import METRICS, Item, Judge, items_of_manifest, read_list, read_system, speak_and_score, summarize
 from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import finite
 from voxtral.evaluation_report import arrow, cell, clones_figure, markdown, number, write_rows
 from voxtral.listening import Voice, record, write_page
 from voxtral.plots import save_figure
-from voxtral.reference import prepare_reference
 from voxtral.processes import start_process
+from voxtral.reference import prepare_reference
 from voxtral.text import read_sentences
 from voxtral.tts import TTS
 
-COLUMNS = {"wer": ("word errors, %", 100), "own": ("like its reference", 1),
-           "own_codec": ("like it through the codec", 1), "others": ("like other voices", 1), "margin": ("margin", 1),
-           "nearest": ("own voice nearest, %", 100), "ended": ("ended by itself, %", 100), "seconds": ("seconds", 1)}
+COLUMNS = {
+    "wer": ("word errors, %", 100),
+    "own": ("like its reference", 1),
+    "own_codec": ("like it through the codec", 1),
+    "others": ("like other voices", 1),
+    "margin": ("margin", 1),
+    "nearest": ("own voice nearest, %", 100),
+    "ended": ("ended by itself, %", 100),
+    "seconds": ("seconds", 1),
+}
 OF_MANIFEST = {"speakers": None, "prompts": 1, "sentences": None, "per_voice": 2}  # options of --data, their defaults
 
 
 # ---------------------------------------------------------------- what is said
+
 
 def choose_items(options) -> tuple[list[Item], list[str]]:
     """-> items, why clips were passed over. Raises UserError, also for an option that goes with the other of --list and
@@ -107,31 +141,38 @@ def choose_items(options) -> tuple[list[Item], list[str]]:
 
 # ---------------------------------------------------------------- the report
 
+
 def summary_rows(systems: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
     """-> header, one row per system."""
     names = list(next(iter(systems.values())))
     header = ["", *(COLUMNS[name][0] + arrow(name, METRICS) for name in names)]
-    return header, [[system, *(cell(metrics[name], COLUMNS[name][1]) for name in names)]
-                    for system, metrics in systems.items()]
+    return header, [
+        [system, *(cell(metrics[name], COLUMNS[name][1]) for name in names)] for system, metrics in systems.items()
+    ]
 
 
 def table(report: dict) -> str:
     """The content of metrics.json as Markdown."""
-    parts = [f"Clones: {report['items']}. References: {report['references']}. Speakers: {report['speakers']}.\n",
-             markdown(*summary_rows(report["systems"]))]
+    parts = [
+        f"Clones: {report['items']}. References: {report['references']}. Speakers: {report['speakers']}.\n",
+        markdown(*summary_rows(report["systems"])),
+    ]
     if report["differences"]:
         header, rows = summary_rows(report["differences"])
         rows = [[*row, cell(report["margin_kept"][row[0]], 100)] for row in rows]
-        parts.append(f"## Differences to {next(iter(report['systems']))}, clip by clip\n\n"
-                     + markdown([*header, "share of its margin kept, %"], rows))
+        parts.append(
+            f"## Differences to {next(iter(report['systems']))}, clip by clip\n\n"
+            + markdown([*header, "share of its margin kept, %"], rows)
+        )
     if report["speakers"] > 1:
         parts.append("In brackets: 95 % intervals, bootstrapped over speakers.\n")
     for key, title in (("not_measured", "Not measured"), ("definitions", "Definitions")):
         if report[key]:
             parts.append(f"## {title}\n\n" + "".join(f"- {name}: {text}\n" for name, text in report[key].items()))
     if report["left_out"]:
-        parts.append(f"## Left out: {len(report['left_out'])} clips\n\n"
-                     + "".join(f"- {line}\n" for line in report["left_out"]))
+        parts.append(
+            f"## Left out: {len(report['left_out'])} clips\n\n" + "".join(f"- {line}\n" for line in report["left_out"])
+        )
     return "\n".join(parts)
 
 
@@ -148,10 +189,17 @@ def write_voices(folder, items: list[Item], rows: list[dict], audio: dict) -> li
     """wavs and spectrograms of the first items -> what the page says of them. audio: system -> their clones [T]."""
     voices = []
     for i in range(len(next(iter(audio.values())))):
-        reference = record(folder, f"clone_{i}_reference", "reference",
-                           prepare_reference(items[i].reference).waveform[0, 0], SAMPLE_RATE)
-        clones = [record(folder, f"clone_{i}_{system}", system, clones[i], SAMPLE_RATE,
-                         notes(rows[len(items) * place + i])) for place, (system, clones) in enumerate(audio.items())]
+        reference = record(
+            folder,
+            f"clone_{i}_reference",
+            "reference",
+            prepare_reference(items[i].reference).waveform[0, 0],
+            SAMPLE_RATE,
+        )
+        clones = [
+            record(folder, f"clone_{i}_{system}", system, clones[i], SAMPLE_RATE, notes(rows[len(items) * place + i]))
+            for place, (system, clones) in enumerate(audio.items())
+        ]
         voices.append(Voice(items[i].speaker, items[i].text, reference, clones))
     return voices
 
@@ -163,8 +211,15 @@ def main(arguments=None) -> None:
         # ---- 1. what is asked for ----
         if not options.checkpoint:
             raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
-        for name, least in (("prompts", 1), ("per_voice", 1), ("samples", 0), ("seed", 0), ("max_sec", 0.08),
-                            ("cfg_alpha", 0), ("refine", 0)):
+        for name, least in (
+            ("prompts", 1),
+            ("per_voice", 1),
+            ("samples", 0),
+            ("seed", 0),
+            ("max_sec", 0.08),
+            ("cfg_alpha", 0),
+            ("refine", 0),
+        ):
             value = getattr(options, name)
             if value is not None and not least <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more.")
@@ -182,20 +237,30 @@ def main(arguments=None) -> None:
 
         # ---- 3. speak and score ----
         options.output.mkdir(parents=True, exist_ok=True)
-        rows, audio = speak_and_score(tts, systems, items, judge, options.max_sec, options.seed, options.samples,
-                                      options.cfg_alpha)
+        rows, audio = speak_and_score(
+            tts, systems, items, judge, options.max_sec, options.seed, options.samples, options.cfg_alpha
+        )
 
         # ---- 4. report ----
         speakers = {item.speaker for item in items}
-        settings = {name: value if isinstance(value, (int, float, list, type(None))) else str(value)
-                    for name, value in vars(options).items()}
-        report = {"items": len(items), "references": len({item.reference for item in items}), "speakers": len(speakers),
-                  "settings": settings, "left_out": left_out, "not_measured": {},
-                  "definitions": {name: metric.definition for name, metric in METRICS.items() if name in rows[0]},
-                  **summarize(rows, options.seed)}
+        settings = {
+            name: value if isinstance(value, (int, float, list, type(None))) else str(value)
+            for name, value in vars(options).items()
+        }
+        report = {
+            "items": len(items),
+            "references": len({item.reference for item in items}),
+            "speakers": len(speakers),
+            "settings": settings,
+            "left_out": left_out,
+            "not_measured": {},
+            "definitions": {name: metric.definition for name, metric in METRICS.items() if name in rows[0]},
+            **summarize(rows, options.seed),
+        }
         if not options.whisper:
-            report["not_measured"]["word errors"] = ("--whisper names one of openai-whisper's models, which is "
-                                                     "downloaded once, or a local .pt")
+            report["not_measured"]["word errors"] = (
+                "--whisper names one of openai-whisper's models, which is downloaded once, or a local .pt"
+            )
         if len(speakers) == 1:
             report["not_measured"]["likeness with other voices"] = "needs references of two speakers or more"
         text = table(report)
@@ -203,13 +268,20 @@ def main(arguments=None) -> None:
         write_text(options.output / "table.md", text)
         write_rows(options.output / "clips.csv", rows)
         save_figure(clones_figure(report["systems"]), options.output / "clones.png")
-        intro = ('<p>New sentences in the voices of recordings. In brackets: 95 % intervals over speakers. '
-                 '<a href="table.md">The whole table</a>, <a href="clones.png">a picture of it</a>, '
-                 '<a href="clips.csv">all clips</a>.</p>')
+        intro = (
+            "<p>New sentences in the voices of recordings. In brackets: 95 % intervals over speakers. "
+            '<a href="table.md">The whole table</a>, <a href="clones.png">a picture of it</a>, '
+            '<a href="clips.csv">all clips</a>.</p>'
+        )
         header, lines = summary_rows(report["systems"])
-        write_page(options.output / "index.html", f"Clones by {Path(options.checkpoint).resolve().name}", intro, header,
-                   [[value.replace(" [", "\n[") for value in line] for line in lines],
-                   write_voices(options.output, items, rows, audio))
+        write_page(
+            options.output / "index.html",
+            f"Clones by {Path(options.checkpoint).resolve().name}",
+            intro,
+            header,
+            [[value.replace(" [", "\n[") for value in line] for line in lines],
+            write_voices(options.output, items, rows, audio),
+        )
         print(f"{text}\nwritten to {options.output}/, to be heard in {options.output}/index.html")
 
 

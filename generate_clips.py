@@ -4,6 +4,7 @@ No recording has such ground truth. train_encoder.py reads the folder as a sourc
 after an interruption, or with a larger --per-voice, and it makes what is missing. Under torchrun, every process makes
 its share.
 """
+
 import argparse
 import os
 import time
@@ -24,18 +25,29 @@ SENTENCES = Path(__file__).parent / "assets" / "sentences.tsv"
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        default=os.environ.get("VOXTRAL_CKPT"),
+        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
+    )
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of clips and manifest.jsonl")
     parser.add_argument("--per-voice", metavar="N", type=int, required=True, help="clips of every voice")
     parser.add_argument("--voices", metavar="NAME", nargs="+", help="which voices (default: all of the checkpoint)")
-    parser.add_argument("--texts", metavar="FILE", type=Path, default=SENTENCES,
-                        help="sentences to say (default: the list that comes with this project, nine languages)")
+    parser.add_argument(
+        "--texts",
+        metavar="FILE",
+        type=Path,
+        default=SENTENCES,
+        help="sentences to say (default: the list that comes with this project, nine languages)",
+    )
     parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="clips made at once (default: 32)")
-    parser.add_argument("--max-sec", type=float, default=30.0,
-                        help="a clip without END_AUDIO by then is dropped (default: 30)")
+    parser.add_argument(
+        "--max-sec", type=float, default=30.0, help="a clip without END_AUDIO by then is dropped (default: 30)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="other texts per voice, other noise (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser
@@ -56,7 +68,7 @@ from voxtral.voices import list_voices
 
 SORTED_BATCHES = 8  # so many batches are sorted by length of text: the items of one then end at about the same time
 LINE_SEC = 30  # between lines of progress, where there is no bar
-WRITERS = 8         # threads
+WRITERS = 8  # threads
 
 
 def check_voices(checkpoint: str, names: list[str] | None) -> list[str]:
@@ -74,8 +86,8 @@ def batches_of(clips: list[PlannedClip], batch_size: int) -> list[list[PlannedCl
     window = SORTED_BATCHES * batch_size
     batches = []
     for start in range(0, len(clips), window):
-        ordered = sorted(clips[start:start + window], key=lambda clip: len(clip.text))
-        batches += [ordered[i:i + batch_size] for i in range(0, len(ordered), batch_size)]
+        ordered = sorted(clips[start : start + window], key=lambda clip: len(clip.text))
+        batches += [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     return batches
 
 
@@ -85,8 +97,9 @@ def make_batch(tts: TTS, folder: ClipFolder, clips: list[PlannedClip], voices: d
     takes = tts.generate([Request(clip.text, voices[clip.voice], clip.seed) for clip in clips], max_frames)
     audio = decode_batch(tts.codec, [take.codes for take in takes])
     defects = [defect(take, samples, rate) for take, samples in zip(takes, audio)]
-    kept = [(clip, take.codes, samples)
-            for clip, take, samples, reason in zip(clips, takes, audio, defects) if not reason]
+    kept = [
+        (clip, take.codes, samples) for clip, take, samples, reason in zip(clips, takes, audio, defects) if not reason
+    ]
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(lambda item: folder.save_audio(*item, rate), kept))
     folder.record(clips, defects, [len(samples) / rate for samples in audio])
@@ -99,7 +112,7 @@ def generate(options, process: Process) -> None:
     voices = {name: named_voice(options.checkpoint, name) for name in names}
     folder = ClipFolder(options.output, process.rank)
     clips = plan(names, sentences, options.per_voice, options.seed)
-    mine = folder.missing(clips[process.rank::process.world_size])
+    mine = folder.missing(clips[process.rank :: process.world_size])
     n_made = 0
     if mine:
         tts = TTS.from_checkpoint(options.checkpoint, process.device)
@@ -114,15 +127,20 @@ def generate(options, process: Process) -> None:
                 bar.set_postfix_str(f"{seconds / elapsed:.1f} s of audio per second")
                 if bar.disable and elapsed - said > LINE_SEC:
                     said = elapsed
-                    print(f"process {process.rank}: {n_made} of {len(mine)} clips, "
-                          f"{seconds / elapsed:.1f} s of audio per second", flush=True)
+                    print(
+                        f"process {process.rank}: {n_made} of {len(mine)} clips, "
+                        f"{seconds / elapsed:.1f} s of audio per second",
+                        flush=True,
+                    )
                 if process.stopping():
                     print(f"process {process.rank}: stopped; the same command goes on", flush=True)
                     break
     dropped = folder.write_manifest()
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items())) or "none"
-    print(f"process {process.rank}: {n_made} clips made now; {folder.path} has {len(folder.records)} of them, "
-          f"{len(folder.records) - dropped.total()} kept; dropped: {reasons}")
+    print(
+        f"process {process.rank}: {n_made} clips made now; {folder.path} has {len(folder.records)} of them, "
+        f"{len(folder.records) - dropped.total()} kept; dropped: {reasons}"
+    )
 
 
 def main(arguments=None) -> None:
@@ -131,8 +149,11 @@ def main(arguments=None) -> None:
     with one_sentence():
         if not options.checkpoint:
             raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
-        for name, value, least in (("--per-voice", options.per_voice, 1), ("--batch-size", options.batch_size, 1),
-                                   ("--seed", options.seed, 0)):
+        for name, value, least in (
+            ("--per-voice", options.per_voice, 1),
+            ("--batch-size", options.batch_size, 1),
+            ("--seed", options.seed, 0),
+        ):
             if value < least:
                 raise UserError(f"{name} is {value}; it must be {least} or more.")
         if not options.max_sec > 0:

@@ -4,6 +4,7 @@ The checkpoint is copied tensor by tensor (a few hundred MB of memory) and appea
 interrupted at any moment, you have either the old one or the new one. params.json gains the key that serving's request
 gate looks for.
 """
+
 import argparse
 import os
 import sys
@@ -24,17 +25,31 @@ EXAMPLES = """examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--encoder", metavar="FILE", type=Path,
-                        help="encoder.safetensors of a run (default: the newest runs/*/best/encoder.safetensors)")
-    parser.add_argument("--lora", metavar="DIR", type=Path,
-                        help="peft adapter folder to merge into the attention weights")
-    parser.add_argument("--weights", metavar="FILE", type=Path,
-                        help="weights.safetensors of phase 2 (train.trainable=[embedding]) in the place of the "
-                             "checkpoint's; with --output")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        default=os.environ.get("VOXTRAL_CKPT"),
+        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
+    )
+    parser.add_argument(
+        "--encoder",
+        metavar="FILE",
+        type=Path,
+        help="encoder.safetensors of a run (default: the newest runs/*/best/encoder.safetensors)",
+    )
+    parser.add_argument(
+        "--lora", metavar="DIR", type=Path, help="peft adapter folder to merge into the attention weights"
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        type=Path,
+        help="weights.safetensors of phase 2 (train.trainable=[embedding]) in the place of the "
+        "checkpoint's; with --output",
+    )
     parser.add_argument("--verify", metavar="CLIP", help="read the result back, compare the codes of this audio file")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", metavar="DIR", type=Path, help="folder to write; one of an earlier run is replaced")
@@ -87,8 +102,10 @@ def verify(folder: Path, encoder: Path, clip: str) -> None:
     codec.load_encoder(file.read(), encoder)
     exact = codec.quantizer.encode(codec.encode_latent(waveform))
     n_frames = exact.shape[-1]
-    print(f"verified: all {len(file.entries)} encoder tensors are those of {encoder}, rounded to bf16; of {clip} "
-          f"({n_frames} frames), against fp32,")
+    print(
+        f"verified: all {len(file.entries)} encoder tensors are those of {encoder}, rounded to bf16; of {clip} "
+        f"({n_frames} frames), against fp32,"
+    )
     print(f"  bf16 weights change {changed_shares(rounded, exact)}")
     print(f"  serving, which computes in bf16 from the waveform to the levels, changes {changed_shares(served, exact)}")
 
@@ -116,12 +133,16 @@ def main(arguments=None) -> None:
         if options.lora and not adapter_record(options.lora):
             print(f"{options.lora} does not say which encoder it was trained with", file=sys.stderr)
         folder = inject(options.checkpoint, encoder, options.lora, options.output, options.weights)
-        print(f"{folder} now holds the encoder{' and the merged LoRA' if options.lora else ''}"
-              f"{' and the other weights of phase 2' if options.weights else ''}"
-              f"{'; --eject takes it out again' if options.in_place else ''}")
+        print(
+            f"{folder} now holds the encoder{' and the merged LoRA' if options.lora else ''}"
+            f"{' and the other weights of phase 2' if options.weights else ''}"
+            f"{'; --eject takes it out again' if options.in_place else ''}"
+        )
         if lost:
-            print(f"voices of the earlier {folder} to be registered again (patch_tokenizer.py): {', '.join(lost)}",
-                  file=sys.stderr)
+            print(
+                f"voices of the earlier {folder} to be registered again (patch_tokenizer.py): {', '.join(lost)}",
+                file=sys.stderr,
+            )
         if options.verify:
             verify(folder, encoder, options.verify)
 

@@ -7,13 +7,14 @@ without the encoder, and OUTPUT_DIR/withheld_encoder.safetensors is what to meas
 language_model: leaves backbone and acoustic transformer random: what such a checkpoint says is noise, what its codec
 repeats is speech.
 """
+
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Callable
 
 EXAMPLES = """examples:
   # the embedded stand-in (assets/standin), from a folder that holds train.csv and its clips
@@ -27,13 +28,18 @@ EXAMPLES = """examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", metavar="YAML", help="train a stand-in with these settings")
     parser.add_argument("--random", action="store_true", help="write random weights, nothing is trained")
-    parser.add_argument("--size", choices=("small", "codec", "full"), default="small",
-                        help="of a --random checkpoint: 0.9 M parameters, the full codec with a small backbone (what "
-                             "train_encoder.py reads, 0.3 GB), or all 4 G (8 GB) (default: %(default)s)")
+    parser.add_argument(
+        "--size",
+        choices=("small", "codec", "full"),
+        default="small",
+        help="of a --random checkpoint: 0.9 M parameters, the full codec with a small backbone (what "
+        "train_encoder.py reads, 0.3 GB), or all 4 G (8 GB) (default: %(default)s)",
+    )
     parser.add_argument("--output", metavar="DIR", help="folder of a --random checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML")
     return parser
@@ -73,8 +79,10 @@ LEARNS = ["backbone", "acoustic", "embedding"]  # of a language model from nothi
 def params_of(config: StandinConfig) -> dict:
     """params.json of the stand-in, without voices. Raises ConfigError for a key that params.json does not have."""
     sizes = config.standin
-    known = {"codec": {f.name for f in fields(CodecParams)} - {"voice"},
-             "acoustic": {f.name for f in fields(TransformerParams)}}
+    known = {
+        "codec": {f.name for f in fields(CodecParams)} - {"voice"},
+        "acoustic": {f.name for f in fields(TransformerParams)},
+    }
     known["backbone"] = known["acoustic"] | {"vocab_size"}
     for block, names in known.items():
         for key in getattr(sizes, block):
@@ -112,18 +120,25 @@ def make_codec(config: StandinConfig, raw_params: dict, process: Process) -> dic
         stage.encoder = "checkpoint" if trainable == ["decoder"] else None if tensors else config.encoder
         if tensors or not config.checkpoint:
             stage.checkpoint = str(run / "initial")
-            start = {name: tensor for name, tensor in tensors.items()
-                     if trainable != ["encoder"] or not name.startswith(ENCODER_PREFIXES)}
+            start = {
+                name: tensor
+                for name, tensor in tensors.items()
+                if trainable != ["encoder"] or not name.startswith(ENCODER_PREFIXES)
+            }
             if process.is_main and not Path(stage.checkpoint, "tekken.json").is_file():
-                write_random_checkpoint(stage.checkpoint, raw_params, {}, config.seed, config.standin.n_text_tokens,
-                                        start)
+                write_random_checkpoint(
+                    stage.checkpoint, raw_params, {}, config.seed, config.standin.n_text_tokens, start
+                )
             process.wait()
         if trainable == ["decoder"]:
             stage.loss.commit = stage.loss.asr = 0.0  # they are the encoder's
         if not finish(train, stage, process):
             return None
-        tensors |= {name: tensor.bfloat16() for path in sorted((run / "best").glob("*.safetensors"))
-                    for name, tensor in SafetensorsFile(path).read().items()}
+        tensors |= {
+            name: tensor.bfloat16()
+            for path in sorted((run / "best").glob("*.safetensors"))
+            for name, tensor in SafetensorsFile(path).read().items()
+        }
     return tensors
 
 
@@ -131,7 +146,7 @@ def finish(train: Callable, config, process: Process) -> bool:
     """Trains, or goes on, unless it is done already. Whether the run is at its end, and nobody wants to stop here."""
     if not (config.resume and last_step(config.output_dir) == config.train.max_steps):
         train(config, process)
-    stopping, = process.any(process.stopping())
+    (stopping,) = process.any(process.stopping())
     return last_step(config.output_dir) == config.train.max_steps and not stopping
 
 
@@ -147,11 +162,21 @@ def make_language_model(config: StandinConfig, folder: Path, process: Process) -
     if process.is_main and not (output / "coded" / "manifest.jsonl").is_file():
         speakers = set(language_model.data.validation.speakers)
         clips = texts_of(config)
-        print(f"{len(clips)} clips with a text, of speakers with two sentences or more, are encoded "
-              f"{len(language_model.speeds) * len(language_model.offsets_ms)} times each", flush=True)
+        print(
+            f"{len(clips)} clips with a text, of speakers with two sentences or more, are encoded "
+            f"{len(language_model.speeds) * len(language_model.offsets_ms)} times each",
+            flush=True,
+        )
         held_out = {clip.path for clip in clips if clip.speaker in speakers}
-        encode_speech(VoxtralCodec.from_checkpoint(folder, process.device), clips, held_out, output / "coded",
-                      language_model.data.max_sec, language_model.speeds, language_model.offsets_ms)
+        encode_speech(
+            VoxtralCodec.from_checkpoint(folder, process.device),
+            clips,
+            held_out,
+            output / "coded",
+            language_model.data.max_sec,
+            language_model.speeds,
+            language_model.offsets_ms,
+        )
     process.wait()
     if not finish(train_full_pipeline.train, language_model, process):
         return None
@@ -179,12 +204,16 @@ def check_language_model(config: StandinConfig) -> None:
         raise ConfigError("language_model.train.max_steps is null: it needs a number of steps.")
     n_ids = N_SPECIAL_TOKENS + sizes.n_text_tokens
     if params_of(config)["vocab_size"] < n_ids:
-        raise ConfigError(f"standin.backbone.vocab_size is {params_of(config)['vocab_size']}, but standin.n_text_tokens "
-                          f"needs {n_ids} ids: raise the one, or lower the other.")
+        raise ConfigError(
+            f"standin.backbone.vocab_size is {params_of(config)['vocab_size']}, but standin.n_text_tokens "
+            f"needs {n_ids} ids: raise the one, or lower the other."
+        )
     clips = texts_of(config)
     if not clips:
-        raise ConfigError("language_model.data.sources: no speaker in them has two clips with different texts, which a "
-                          "reference and what is said after it are; a manifest needs the columns path, speaker and text.")
+        raise ConfigError(
+            "language_model.data.sources: no speaker in them has two clips with different texts, which a "
+            "reference and what is said after it are; a manifest needs the columns path, speaker and text."
+        )
     split_validation([clips], language_model.data.validation)
 
 
@@ -201,8 +230,10 @@ def make_trained(config: StandinConfig) -> None:
         check_language_model(config)
     with training_process(config.device) as process:
         if process.world_size != process.n_local:
-            raise ConfigError("make_standin.py trains on one machine, since each stage reads what the one before has written; start it "
-                              "with torchrun --nproc-per-node N, without --nnodes.")
+            raise ConfigError(
+                "make_standin.py trains on one machine, since each stage reads what the one before has written; start it "
+                "with torchrun --nproc-per-node N, without --nnodes."
+            )
         judge = None
         if config.language_model and process.is_main:  # what it lacks is said before the work
             judge = Judge(config.speaker.model, config.language_model.whisper, process.device)
@@ -214,8 +245,9 @@ def make_trained(config: StandinConfig) -> None:
             return
         if config.language_model:
             if process.is_main:
-                write_random_checkpoint(output / "whole", raw_params, {}, config.seed, config.standin.n_text_tokens,
-                                        tensors)
+                write_random_checkpoint(
+                    output / "whole", raw_params, {}, config.seed, config.standin.n_text_tokens, tensors
+                )
             process.wait()
             spoken = make_language_model(config, output / "whole", process)
             if spoken is None:
@@ -238,12 +270,18 @@ def what_it_says(config: StandinConfig, judge: Judge) -> str:
     rows, _ = speak_and_score(tts, [system], items, judge, LONGEST_SPOKEN * language_model.data.max_sec)
     found = summarize(rows)["systems"]["true"]
     write_text(output / "clones.json", json.dumps(finite(found), indent=2) + "\n")
-    return (f"{len(items)} new sentences in {len({item.speaker for item in items})} held-out voices: "
-            + ", ".join(f"{name} {metric['value']:.3g}" for name, metric in found.items()))
+    return f"{len(items)} new sentences in {len({item.speaker for item in items})} held-out voices: " + ", ".join(
+        f"{name} {metric['value']:.3g}" for name, metric in found.items()
+    )
 
 
-def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str], tensors: dict[str, Tensor],
-               language_model: dict[str, Tensor]) -> None:
+def cut_in_two(
+    config: StandinConfig,
+    raw_params: dict,
+    voices: dict[str, str],
+    tensors: dict[str, Tensor],
+    language_model: dict[str, Tensor],
+) -> None:
     """Writes released/, with the presets that the true encoder makes, and withheld_encoder.safetensors."""
     output, params = Path(config.output_dir), parse_params(raw_params)
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER_PREFIXES)}
@@ -254,18 +292,23 @@ def cut_in_two(config: StandinConfig, raw_params: dict, voices: dict[str, str], 
     random_table = random_tensor(EMBEDDING_NAME, (params.audio_embedding_size, params.dim), config.seed)
     codec.audio_embedding = language_model.get(EMBEDDING_NAME, random_table)
     embeddings = {name: encode_reference(codec, path)[0] for name, path in voices.items()}
-    write_random_checkpoint(output / "released", raw_params, embeddings, config.seed, config.standin.n_text_tokens,
-                            rest | language_model)
+    write_random_checkpoint(
+        output / "released", raw_params, embeddings, config.seed, config.standin.n_text_tokens, rest | language_model
+    )
     save_tensors(output / "withheld_encoder.safetensors", encoder)
 
 
 def make_random(size: str, output: str) -> None:
     """A released folder with random weights; one tensor at a time is in memory."""
     full = full_params()
-    raw_params = {"small": small_params(), "full": full,
-                  "codec": small_params(codec=full["multimodal"]["audio_tokenizer_args"])}[size]
-    write_random_checkpoint(output, raw_params, RANDOM_VOICES,
-                            n_text_tokens=N_FULL_TEXT_TOKENS if size == "full" else None)
+    raw_params = {
+        "small": small_params(),
+        "full": full,
+        "codec": small_params(codec=full["multimodal"]["audio_tokenizer_args"]),
+    }[size]
+    write_random_checkpoint(
+        output, raw_params, RANDOM_VOICES, n_text_tokens=N_FULL_TEXT_TOKENS if size == "full" else None
+    )
     print(f"wrote {output}: {size} size, random weights, no encoder")
 
 

@@ -4,6 +4,7 @@ A voice is made of a recording (prepared, then encoded with the checkpoint's inj
 (.pt, .safetensors). It is written into the checkpoint alone: params.json, tekken.json and voice_embedding/NAME.pt. No
 installed package is changed.
 """
+
 import argparse
 import math
 import os
@@ -22,20 +23,34 @@ EXAMPLES = """examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--voice-dir", metavar="DIR",
-                        help="register every recording and embedding in it (default: $VOXTRAL_VOICE_DIR, unless "
-                             "--voice, --remove or --list is given)")
-    parser.add_argument("--voice", metavar="NAME=FILE", action="append", default=[],
-                        help="register one voice; repeatable")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        default=os.environ.get("VOXTRAL_CKPT"),
+        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
+    )
+    parser.add_argument(
+        "--voice-dir",
+        metavar="DIR",
+        help="register every recording and embedding in it (default: $VOXTRAL_VOICE_DIR, unless "
+        "--voice, --remove or --list is given)",
+    )
+    parser.add_argument(
+        "--voice", metavar="NAME=FILE", action="append", default=[], help="register one voice; repeatable"
+    )
     parser.add_argument("--remove", metavar="NAME", action="append", default=[], help="remove a voice; repeatable")
     parser.add_argument("--list", action="store_true", help="show all voices, and where their three places disagree")
-    parser.add_argument("--refine", metavar="SECONDS", type=float, default=0.0,
-                        help="fit the codes of each recording to it for at most so long, in at most 40 steps (default: "
-                             "0, the encoder's codes)")
+    parser.add_argument(
+        "--refine",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="fit the codes of each recording to it for at most so long, in at most 40 steps (default: "
+        "0, the encoder's codes)",
+    )
     parser.add_argument("--force", action="store_true", help="allow replacing or removing presets")
     return parser
 
@@ -47,8 +62,18 @@ from voxtral.codec import VoxtralCodec
 from voxtral.errors import one_sentence, shown
 from voxtral.params import load_params
 from voxtral.remarks import Remarks
-from voxtral.voices import (EMBEDDING_SUFFIXES, VoiceError, check_name, encode_reference, end_audio_row, list_voices,
-                            load_embedding, register, remove, voice_files)
+from voxtral.voices import (
+    EMBEDDING_SUFFIXES,
+    VoiceError,
+    check_name,
+    encode_reference,
+    end_audio_row,
+    list_voices,
+    load_embedding,
+    register,
+    remove,
+    voice_files,
+)
 
 
 def parse_voices(pairs: list[str]) -> dict[str, Path]:
@@ -90,8 +115,16 @@ def show(checkpoint: str) -> None:
     for voice in list_voices(checkpoint):
         rows = voice.n_rows or voice.n_tokens
         seconds = f"{(rows - 1) / load_params(checkpoint).codec.frame_rate_hz:.1f}" if rows else ""
-        print(row(voice.name, "" if voice.index is None else voice.index, rows or "", seconds,
-                  "preset" if voice.is_preset else "registered", voice.problem or "ok"))
+        print(
+            row(
+                voice.name,
+                "" if voice.index is None else voice.index,
+                rows or "",
+                seconds,
+                "preset" if voice.is_preset else "registered",
+                voice.problem or "ok",
+            )
+        )
 
 
 def main(arguments=None) -> None:

@@ -12,11 +12,12 @@ decoder rebuilds the speech, by the recipe of the Voxtral TTS paper (section 2.1
 Any key of the YAML can be overridden as key=value. The run folder (output_dir) holds checkpoints/, best/,
 metrics.jsonl, plots/, samples/, tensorboard/, and at the end test.json.
 """
+
 import json
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Iterator
 
 from voxtral.command_line import training_command_line
 
@@ -36,10 +37,29 @@ from voxtral.clip_list import Clips
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
 from voxtral.codes import codes_of_clips
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
-from voxtral.data import SAMPLE_RATE, BadClipLog, Batch, SpeechDataset, collate, make_loader, steps_per_epoch, validation_batches
+from voxtral.data import (
+    SAMPLE_RATE,
+    BadClipLog,
+    Batch,
+    SpeechDataset,
+    collate,
+    make_loader,
+    steps_per_epoch,
+    validation_batches,
+)
 from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
-from voxtral.losses import (DECAYING, ON_WAVEFORM, Balancer, MelDistance, codebook_scale, codes_loss, commitment_loss,
-                            diversity_loss, l1_loss, stft_loss)
+from voxtral.losses import (
+    DECAYING,
+    ON_WAVEFORM,
+    Balancer,
+    MelDistance,
+    codebook_scale,
+    codes_loss,
+    commitment_loss,
+    diversity_loss,
+    l1_loss,
+    stft_loss,
+)
 from voxtral.matching import CodeMatching
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run
@@ -82,14 +102,19 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     settings, weights = config.train, vars(config.loss)
     on_cuda = process.device.type == "cuda"
     # No cache of cast weights: a CUDA graph would keep the ones it was captured with.
-    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False)
+    autocast = torch.autocast(
+        process.device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False
+    )
     torch.manual_seed(config.seed)
 
     # ---- 2. checkpoint ---------------------------------------------------------------------------------------------
     codec, origin = VoxtralCodec.start(checkpoint_folder(config), config.encoder)
     params = codec.params
-    parts = {"encoder": codec.encoder_parameters(), "codebook": [],  # the codebook follows an average, no gradient
-             "decoder": [*codec.decoder_blocks.parameters(), *codec.output_proj.parameters()]}
+    parts = {
+        "encoder": codec.encoder_parameters(),
+        "codebook": [],  # the codebook follows an average, no gradient
+        "decoder": [*codec.decoder_blocks.parameters(), *codec.output_proj.parameters()],
+    }
     codec.requires_grad_(False)
     for part in settings.trainable:
         for parameter in parts[part]:
@@ -107,8 +132,10 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     final = final_clips(sources, config.data.validation)
     train_clips = Clips.join(train_clips)
     if weights["codes"] and not train_clips.any_codes:
-        raise DataError("loss.codes needs clips whose codes are known, but no source has any: add one of kind generated "
-                        "(generate_clips.py makes it), or set loss.codes=0.")
+        raise DataError(
+            "loss.codes needs clips whose codes are known, but no source has any: add one of kind generated "
+            "(generate_clips.py makes it), or set loss.codes=0."
+        )
     process.check_same("the training clips (data.sources)", train_clips.keys().tobytes())
     fixed = validation_batches(validation_clips, config.data)
     true_codes, bad_codes = codes_of_clips(validation_clips, fixed, params)  # of generated clips among them
@@ -116,8 +143,10 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         # All validation clips, so that the start does not hang on the batch size.
         heard, heard_lengths = torch.cat([b.waveform for b in fixed]), torch.cat([b.lengths for b in fixed])
         with torch.no_grad():
-            latent = codec.encode_latent(heard, heard_lengths)[:, :params.semantic_dim]
-        codec.quantizer.semantic_codebook.start_from(latent.transpose(1, 2).flatten(0, 1), torch.Generator().manual_seed(config.seed))
+            latent = codec.encode_latent(heard, heard_lengths)[:, : params.semantic_dim]
+        codec.quantizer.semantic_codebook.start_from(
+            latent.transpose(1, 2).flatten(0, 1), torch.Generator().manual_seed(config.seed)
+        )
     per_epoch = steps_per_epoch(train_clips, config.data, process.world_size, settings.accumulation)
     max_steps = settings.max_steps or max(1, round(settings.epochs * per_epoch))
     global_batch = config.data.batch_size * process.world_size
@@ -125,7 +154,11 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
 
     # ---- 4. models -------------------------------------------------------------------------------------------------
     teacher = WhisperTeacher(config.asr, config.data.max_sec, process.device) if weights["asr"] else None
-    said_before = AsrCache(config.asr.teacher_cache, teacher, config.asr, config.data.max_sec) if teacher and config.asr.teacher_cache else None
+    said_before = (
+        AsrCache(config.asr.teacher_cache, teacher, config.asr, config.data.max_sec)
+        if teacher and config.asr.teacher_cache
+        else None
+    )
     speaker_encoder = SpeakerEncoder(config.speaker, process.device) if weights["speaker"] else None
     discriminators = Discriminators(config.discriminator).to(process.device) if weights["feature"] else None
     mel_distance = MelDistance(params.sampling_rate).to(process.device)
@@ -142,42 +175,64 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     graphed = torch.cuda.make_graphed_callables if recording else lambda function, samples: function
     if teacher and recording:
         teacher.record(config.data.batch_size)
-    wrap = partial(DistributedDataParallel, broadcast_buffers=False) if process.world_size > 1 else lambda module: module
-    n_samples, crop_samples = (round(min(sec, config.data.max_sec) * SAMPLE_RATE)
-                               for sec in (config.data.max_sec, config.discriminator.crop_sec))
+    wrap = (
+        partial(DistributedDataParallel, broadcast_buffers=False) if process.world_size > 1 else lambda module: module
+    )
+    n_samples, crop_samples = (
+        round(min(sec, config.data.max_sec) * SAMPLE_RATE)
+        for sec in (config.data.max_sec, config.discriminator.crop_sec)
+    )
     audio = torch.zeros(config.data.batch_size, 1, n_samples, device=process.device)
     audio_crop, lengths = audio[..., :crop_samples].clone(), torch.full((len(audio),), n_samples, device=process.device)
     draws = QuantizationDraws.sample(0, len(audio), params.acoustic_dim, n_frames, process.device)
     with autocast:
         parallel_model = wrap(graphed(model, (audio, lengths, *vars(draws).values())))
         if discriminators:
-            hinge_loss = graphed(DiscriminatorLoss(discriminators), (audio_crop, audio_crop.clone(), lengths / n_samples))
+            hinge_loss = graphed(
+                DiscriminatorLoss(discriminators), (audio_crop, audio_crop.clone(), lengths / n_samples)
+            )
             real = [m.detach().clone() for m in hinge_loss(audio_crop, audio_crop, lengths / n_samples)[1:]]
-            matching_loss = graphed(partial(feature_loss, discriminators),
-                                    (audio_crop.clone().requires_grad_(), lengths / n_samples, *real))
+            matching_loss = graphed(
+                partial(feature_loss, discriminators), (audio_crop.clone().requires_grad_(), lengths / n_samples, *real)
+            )
             hinge_loss = wrap(hinge_loss)
 
     # ---- 5. optimizers ---------------------------------------------------------------------------------------------
     optimizer = adamw(model.parameters(), config.optimizer.learning_rate, config.optimizer)
-    discriminator_optimizer = (adamw(discriminators.parameters(), config.discriminator.learning_rate, config.optimizer)
-                               if discriminators else None)
+    discriminator_optimizer = (
+        adamw(discriminators.parameters(), config.discriminator.learning_rate, config.optimizer)
+        if discriminators
+        else None
+    )
     optimizers = [o for o in (optimizer, discriminator_optimizer) if o]
     for parameter in (p for o in optimizers for group in o.param_groups for p in group["params"]):
-        parameter.grad = torch.zeros_like(parameter)  # of its own: a graph would lend the memory that it writes next time
+        parameter.grad = torch.zeros_like(
+            parameter
+        )  # of its own: a graph would lend the memory that it writes next time
 
     # ---- 6. run folder, resuming -----------------------------------------------------------------------------------
     run = RunFolder(config.output_dir, config, process, config.resume)
     frozen = other_names if settings.trainable == ["encoder"] else []  # to be read from the checkpoint folder again
-    stateful = {"model": Tensors({name: tensor for name, tensor in model.state_dict().items() if name.removeprefix("codec.") not in frozen}),
-                "averaged": Tensors({"n_averaged": averaged.n_averaged}), "discriminators": discriminators, "optimizer": optimizer,
-                "discriminator_optimizer": discriminator_optimizer, "balancer": balancer, "matching": matching}
+    stateful = {
+        "model": Tensors(
+            {name: tensor for name, tensor in model.state_dict().items() if name.removeprefix("codec.") not in frozen}
+        ),
+        "averaged": Tensors({"n_averaged": averaged.n_averaged}),
+        "discriminators": discriminators,
+        "optimizer": optimizer,
+        "discriminator_optimizer": discriminator_optimizer,
+        "balancer": balancer,
+        "matching": matching,
+    }
     stateful = {name: part for name, part in stateful.items() if part is not None}
     averages = averaged.module.state_dict()
     files = {"encoder.safetensors": Tensors({CODEC_PREFIX + name: averages[name] for name in own_names})}
     if not frozen:
         files["decoder.safetensors"] = Tensors({CODEC_PREFIX + name: averages[name] for name in other_names})
-    facts = {"checkpoint": fingerprint(codec.state_dict()[name] for name in frozen),
-             "data.batch_size × train.accumulation × processes": global_batch * settings.accumulation}
+    facts = {
+        "checkpoint": fingerprint(codec.state_dict()[name] for name in frozen),
+        "data.batch_size × train.accumulation × processes": global_batch * settings.accumulation,
+    }
     before = run.restore(stateful, files, facts) if config.resume else {}
     start_step, best = before.get("step", 0), before.get("best", math.inf)
     better, better_record = {}, {}  # weights since the last checkpoint that are the best so far
@@ -188,36 +243,53 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         log.say(line)
     if before.get("clips", len(train_clips)) != len(train_clips):
         log.say(f"there were {before['clips']} training clips before: from here on they come in another order")
-    log.say(f"{len(train_clips)} training clips, {len(validation_clips)} validation clips, {per_epoch:.1f} steps per epoch; "
-            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {process.device}; "
-            f"steps {start_step} to {max_steps} in {run.path}")
+    log.say(
+        f"{len(train_clips)} training clips, {len(validation_clips)} validation clips, {per_epoch:.1f} steps per epoch; "
+        f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {process.device}; "
+        f"steps {start_step} to {max_steps} in {run.path}"
+    )
     if known:
-        log.say(f"loss.match holds codes to the statistics of {sum(codes.shape[1] for codes in known):,} frames "
-                f"({config.match.codes})")
+        log.say(
+            f"loss.match holds codes to the statistics of {sum(codes.shape[1] for codes in known):,} frames "
+            f"({config.match.codes})"
+        )
     bad_clips.add([*fixed[0].bad, *bad_codes, *bad_known])
 
     # ---- 7. the pieces of a step -----------------------------------------------------------------------------------
     def waveform_losses(names, reconstruction, target, lengths):
-        functions = {"l1": lambda: l1_loss(reconstruction, target, lengths),
-                     "stft": lambda: stft_loss(reconstruction, target, lengths, settings.stft_fft_sizes),
-                     "mel": lambda: mel_distance(reconstruction, target, lengths)}
+        functions = {
+            "l1": lambda: l1_loss(reconstruction, target, lengths),
+            "stft": lambda: stft_loss(reconstruction, target, lengths, settings.stft_fft_sizes),
+            "mel": lambda: mel_distance(reconstruction, target, lengths),
+        }
         return {name: functions[name]() for name in names if name in functions}
 
     def latent_losses(names, output, batch, frames):
-        semantic = output.latent[:, :params.semantic_dim]
-        functions = {"commit": lambda: commitment_loss(semantic, output.semantic_quantized, frames),
-                     "diversity": lambda: diversity_loss(semantic, codec.quantizer.semantic_codebook.embedding, scale, frames)}
+        semantic = output.latent[:, : params.semantic_dim]
+        functions = {
+            "commit": lambda: commitment_loss(semantic, output.semantic_quantized, frames),
+            "diversity": lambda: diversity_loss(semantic, codec.quantizer.semantic_codebook.embedding, scale, frames),
+        }
         if matching:
             functions["match"] = lambda: matching(output, frames)
         if batch.codes is not None:
             functions["codes"] = lambda: codes_loss(output.latent, batch.codes, codec.quantizer, scale)
         return {name: functions[name]() for name in names if name in functions}
 
-    def micro_step(step: int, micro: int, batch: Batch, log_zero_weights: bool) -> tuple[dict, CodecOutput, torch.Tensor]:
+    def micro_step(
+        step: int, micro: int, batch: Batch, log_zero_weights: bool
+    ) -> tuple[dict, CodecOutput, torch.Tensor]:
         """Forward and backward of one micro-batch: (scalars, codec output, frames per clip)."""
         seed = hash((config.seed, step, micro)) & 0x7FFFFFFF
-        draws = QuantizationDraws.sample(seed, config.data.batch_size, params.acoustic_dim, n_frames, process.device,
-                                         process.rank, process.world_size)
+        draws = QuantizationDraws.sample(
+            seed,
+            config.data.batch_size,
+            params.acoustic_dim,
+            n_frames,
+            process.device,
+            process.rank,
+            process.world_size,
+        )
         lengths, frames = batch.lengths, ceil_div(batch.lengths, params.frame_size)
         targets = said_before and batch.targets
         asked = teacher and not targets
@@ -228,7 +300,11 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             *fields, projected = parallel_model(batch.waveform, lengths, *vars(draws).values())
         output = CodecOutput(*fields)
         reconstruction = mask_samples(output.reconstruction, lengths)
-        active = {name: w * (settings.reconstruction_decay ** step if name in DECAYING else 1.0) for name, w in weights.items() if w}
+        active = {
+            name: w * (settings.reconstruction_decay**step if name in DECAYING else 1.0)
+            for name, w in weights.items()
+            if w
+        }
 
         losses, scalars = {}, {}
         if discriminators:
@@ -243,7 +319,9 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             else:
                 with autocast:
                     losses["feature"] = matching_loss(fake_crop, share, *(m.detach() for m in maps))
-        losses |= waveform_losses(active, reconstruction, batch.waveform, lengths) | latent_losses(active, output, batch, frames)
+        losses |= waveform_losses(active, reconstruction, batch.waveform, lengths) | latent_losses(
+            active, output, batch, frames
+        )
         if "speaker" in active:
             with torch.no_grad():
                 wanted = speaker_encoder(batch.waveform, lengths)
@@ -257,7 +335,9 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             on_waveform = {name: loss for name, loss in losses.items() if name in ON_WAVEFORM}
             rest = sum(active[name] * loss for name, loss in losses.items() if name not in ON_WAVEFORM)
             gradient = balancer.gradient(on_waveform, active, reconstruction)
-            total_backward = (reconstruction * gradient.detach()).sum() / len(lengths) + rest  # a mean over clips, as all losses
+            total_backward = (reconstruction * gradient.detach()).sum() / len(
+                lengths
+            ) + rest  # a mean over clips, as all losses
         else:
             total_backward = total
         (total_backward / settings.accumulation).backward()
@@ -267,7 +347,9 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         if log_zero_weights:  # cheap losses of weight 0 are shown all the same
             idle = [name for name, w in weights.items() if not w]
             with torch.no_grad():
-                losses |= waveform_losses(idle, reconstruction, batch.waveform, lengths) | latent_losses(idle, output, batch, frames)
+                losses |= waveform_losses(idle, reconstruction, batch.waveform, lengths) | latent_losses(
+                    idle, output, batch, frames
+                )
         scalars |= {f"loss/{name}": loss.detach().clone() for name, loss in losses.items()}  # a graph reuses its memory
         return {"loss/total": total.detach(), **scalars}, output, frames
 
@@ -285,16 +367,41 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         """A checkpoint, and the best weights if they are newer than the last one: not at every validation, which comes often."""
         if better:
             run.save_best(partial(write_files, files=better), **better_record)
-        run.save_step(step, partial(write_files, files={name: part.state_dict() for name, part in files.items()}), stateful,
-                      max_steps, best=best, facts=facts, clips=len(train_clips))
+        run.save_step(
+            step,
+            partial(write_files, files={name: part.state_dict() for name, part in files.items()}),
+            stateful,
+            max_steps,
+            best=best,
+            facts=facts,
+            clips=len(train_clips),
+        )
 
     # ---- 8. the loop: step, log, validate, save --------------------------------------------------------------------
     yield start_step
-    dataset = (SegmentDataset(train_clips, config.seed, said_before) if said_before else
-               SpeechDataset(train_clips, config.data.max_sec, config.seed, speed=config.data.speed,
-                             params=params if weights["codes"] else None))
-    batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size, settings.accumulation,
-                               said_before.collate if said_before else collate))
+    dataset = (
+        SegmentDataset(train_clips, config.seed, said_before)
+        if said_before
+        else SpeechDataset(
+            train_clips,
+            config.data.max_sec,
+            config.seed,
+            speed=config.data.speed,
+            params=params if weights["codes"] else None,
+        )
+    )
+    batches = iter(
+        make_loader(
+            dataset,
+            config.data,
+            config.seed,
+            start_step,
+            process.rank,
+            process.world_size,
+            settings.accumulation,
+            said_before.collate if said_before else collate,
+        )
+    )
     audio_sec_per_step = global_batch * settings.accumulation * config.data.max_sec
     codebook_generator = torch.Generator(device=process.device)
     bad = []
@@ -314,11 +421,17 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             scalars = {name: scalars.get(name, 0.0) + loss / settings.accumulation for name, loss in losses.items()}
         if "codebook" in settings.trainable:
             valid = valid_mask(frames, n_frames)
-            semantic = output.latent[:, :params.semantic_dim].transpose(1, 2)
-            codec.quantizer.semantic_codebook.update(semantic.flatten(0, 1), valid.flatten(), codebook_generator.manual_seed(step))
-        scalars["grad/encoder"] = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings.gradient_clip)
+            semantic = output.latent[:, : params.semantic_dim].transpose(1, 2)
+            codec.quantizer.semantic_codebook.update(
+                semantic.flatten(0, 1), valid.flatten(), codebook_generator.manual_seed(step)
+            )
+        scalars["grad/encoder"] = nn.utils.clip_grad_norm_(
+            [p for p in model.parameters() if p.requires_grad], settings.gradient_clip
+        )
         if discriminators:
-            scalars["grad/discriminator"] = nn.utils.clip_grad_norm_(discriminators.parameters(), settings.gradient_clip)
+            scalars["grad/discriminator"] = nn.utils.clip_grad_norm_(
+                discriminators.parameters(), settings.gradient_clip
+            )
         for each in optimizers:
             each.step()
             each.zero_grad(set_to_none=False)
@@ -332,10 +445,18 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         if logging or validating or saving:  # a loss that is not finite is found before anything is kept
             bad_clips.add(process.gather(bad))
             bad = []
-            statistics = code_statistics(output.codes, frames, params.semantic_codebook_size, params.acoustic_codebook_size)
-            log.flush({"optimizer/learning_rate": config.optimizer.learning_rate * factor, "data/bad_clips": float(bad_clips.count),
-                       "code/embedding_norm": embedding_norm(codec, output.codes, frames),
-                       **{f"code/{name}": value for name, value in statistics.items()}}, work=audio_sec_per_step)
+            statistics = code_statistics(
+                output.codes, frames, params.semantic_codebook_size, params.acoustic_codebook_size
+            )
+            log.flush(
+                {
+                    "optimizer/learning_rate": config.optimizer.learning_rate * factor,
+                    "data/bad_clips": float(bad_clips.count),
+                    "code/embedding_norm": embedding_norm(codec, output.codes, frames),
+                    **{f"code/{name}": value for name, value in statistics.items()},
+                },
+                work=audio_sec_per_step,
+            )
         if validating:
             if process.is_main:
                 with log.timed("validate", step + 1):
@@ -344,7 +465,10 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
                     plot_run(log.history.rows, run.path / "plots")
                 if distance < best:
                     best, better_record = distance, {"step": step + 1, "mel_distance": distance}
-                    better = {name: {key: tensor.cpu().clone() for key, tensor in part.state_dict().items()} for name, part in files.items()}
+                    better = {
+                        name: {key: tensor.cpu().clone() for key, tensor in part.state_dict().items()}
+                        for name, part in files.items()
+                    }
             process.wait()
             log.restart_clock()
         if saving:

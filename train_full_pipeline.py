@@ -13,6 +13,7 @@ Any key of the YAML can be overridden as key=value. The run folder (output_dir) 
 checkpoints/, metrics.jsonl, report.json, plots/ and tensorboard/. Validation row 0 is the model before training: `ours`
 is to get closer to the base model under true references, and `preset` is to stay what it was.
 """
+
 import json
 import math
 from contextlib import nullcontext
@@ -45,8 +46,13 @@ from voxtral.run_folder import RunFolder, Tensors
 from voxtral.sources import find_clips, split_validation
 from voxtral.tts import load_tokenizer
 
-
-SHOWN = ("ours_mse_audio", "ours_top1", "preset_top1", "semantic_equal", "levels_equal")  # of a validation, on the terminal
+SHOWN = (
+    "ours_mse_audio",
+    "ours_top1",
+    "preset_top1",
+    "semantic_equal",
+    "levels_equal",
+)  # of a validation, on the terminal
 
 
 def load_models(config: FullPipelineConfig, device: torch.device) -> Models:
@@ -57,8 +63,10 @@ def load_models(config: FullPipelineConfig, device: torch.device) -> Models:
     if config.encoder:
         models.codec.load_encoder(SafetensorsFile(config.encoder).read(), config.encoder)
     if not (models.codec.has_encoder or config.reference_sec):
-        raise UserError(f"{checkpoint_folder(config)} has no encoder: pass encoder=runs/encoder/best/encoder.safetensors "
-                        "(train_encoder.py makes it).")
+        raise UserError(
+            f"{checkpoint_folder(config)} has no encoder: pass encoder=runs/encoder/best/encoder.safetensors "
+            "(train_encoder.py makes it)."
+        )
     return models
 
 
@@ -90,7 +98,9 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     model = FullPipeline(models, config).to(process.device).train()
     trained = model.trained()
     autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    wrap = partial(DistributedDataParallel, broadcast_buffers=False) if process.world_size > 1 else lambda module: module
+    wrap = (
+        partial(DistributedDataParallel, broadcast_buffers=False) if process.world_size > 1 else lambda module: module
+    )
     parallel_model = wrap(model)
     optimizer = adamw(trained.values(), config.optimizer.learning_rate, config.optimizer)
 
@@ -98,17 +108,23 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     run = RunFolder(config.output_dir, config, process, config.resume)
     stateful = {"trained": Tensors(trained), "optimizer": optimizer}
     frozen = {} if "encoder" in settings.trainable or config.reference_sec else models.codec.encoder_tensors()
-    facts = {"encoder": fingerprint(frozen.values()),
-             "data.batch_size × train.accumulation × processes": config.data.batch_size * settings.accumulation * process.world_size}
+    facts = {
+        "encoder": fingerprint(frozen.values()),
+        "data.batch_size × train.accumulation × processes": config.data.batch_size
+        * settings.accumulation
+        * process.world_size,
+    }
     before = run.restore(stateful, {}, facts) if config.resume else {}
     start_step, best = before.get("step", 0), before.get("best", math.inf)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
     bad_clips = BadClipLog(run.path if process.is_main else None)
     for line in [*left_out, *run.changes]:
         log.say(line)
-    log.say(f"{len(dataset)} training clips, {len(held_out)} validation clips of other voices and texts, "
-            f"{per_epoch:.1f} steps per epoch; {sum(p.numel() for p in trained.values()):,} trainable parameters "
-            f"({', '.join(settings.trainable)}) on {process.device}; steps {start_step} to {max_steps} in {run.path}")
+    log.say(
+        f"{len(dataset)} training clips, {len(held_out)} validation clips of other voices and texts, "
+        f"{per_epoch:.1f} steps per epoch; {sum(p.numel() for p in trained.values()):,} trainable parameters "
+        f"({', '.join(settings.trainable)}) on {process.device}; steps {start_step} to {max_steps} in {run.path}"
+    )
     bad_clips.add(dataset.bad + held_out.bad)
 
     # ---- 5. validating, saving -------------------------------------------------------------------------------------
@@ -121,19 +137,26 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         model.train()
         log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
         shown = SHOWN if measure is compare else metrics
-        log.say(f"validation at step {step}: total {metrics['loss/total']:.4g}  " + "  ".join(
-            f"{name} {metrics[name]:.4g}" for name in shown if name != "loss/total"))
+        log.say(
+            f"validation at step {step}: total {metrics['loss/total']:.4g}  "
+            + "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name != "loss/total")
+        )
         return metrics["loss/flow" if measure is held_out_losses and config.loss.flow else "loss/total"]
 
     def draw() -> None:
         rows = log.history.rows
         plot_run(rows, run.path / "plots")
         if not config.reference_sec:
-            save_figure(layers_figure([row for row in rows if "validation/loss/total" in row]),
-                        run.path / "plots" / "layers.png")
+            save_figure(
+                layers_figure([row for row in rows if "validation/loss/total" in row]),
+                run.path / "plots" / "layers.png",
+            )
 
-    encoder = ("encoder.safetensors beside it" if "encoder" in settings.trainable else
-               config.encoder or checkpoint_folder(config))
+    encoder = (
+        "encoder.safetensors beside it"
+        if "encoder" in settings.trainable
+        else config.encoder or checkpoint_folder(config)
+    )
 
     def write_weights(folder):
         if model.adapter:
@@ -159,8 +182,18 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     if start_step == 0 and process.is_main:
         keep_if_best(0)
     process.wait()
-    batches = iter(make_loader(dataset, config.data, config.seed, start_step, process.rank, process.world_size,
-                               settings.accumulation, collate_pairs))
+    batches = iter(
+        make_loader(
+            dataset,
+            config.data,
+            config.seed,
+            start_step,
+            process.rank,
+            process.world_size,
+            settings.accumulation,
+            collate_pairs,
+        )
+    )
     log.restart_clock()
     n_tokens, bad = 0, []
     for step in range(start_step, max_steps):
@@ -193,8 +226,14 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         if logging or validating or saving:  # a loss that is not finite is found before anything is kept
             bad_clips.add(process.gather(bad))
             bad = []
-            log.flush({"optimizer/learning_rate": config.optimizer.learning_rate * factor,
-                       "data/bad_clips": float(bad_clips.count)}, n_tokens / len(log.pending), "tokens")
+            log.flush(
+                {
+                    "optimizer/learning_rate": config.optimizer.learning_rate * factor,
+                    "data/bad_clips": float(bad_clips.count),
+                },
+                n_tokens / len(log.pending),
+                "tokens",
+            )
             n_tokens = 0
         if validating:
             if process.is_main:
@@ -222,12 +261,16 @@ def write_report(run: RunFolder) -> str:
     """report.json with the validation before training and at the best step; returns a table of them."""
     rows = [row for row in metric_rows(run.path / "metrics.jsonl") if "validation/loss/total" in row]
     step = json.loads((run.path / "best" / "metrics.json").read_text())["step"]
-    found = {name: {key.removeprefix("validation/"): value for key, value in row.items() if key.startswith("validation/")}
-             for name, row in (("before", rows[0]), ("after", next(row for row in rows if row["step"] == step)))}
+    found = {
+        name: {key.removeprefix("validation/"): value for key, value in row.items() if key.startswith("validation/")}
+        for name, row in (("before", rows[0]), ("after", next(row for row in rows if row["step"] == step)))
+    }
     write_text(run.path / "report.json", json.dumps({"best_step": step, **found}, indent=2) + "\n")
     shown = [name for name, value in found["before"].items() if isinstance(value, float)]
     lines = [f"{'held-out pairs':<28}{'before':>12}{f'step {step}':>14}"]
-    return "\n".join(lines + [f"{name:<28}{found['before'][name]:>12.4g}{found['after'][name]:>14.4g}" for name in shown])
+    return "\n".join(
+        lines + [f"{name:<28}{found['before'][name]:>12.4g}{found['after'][name]:>14.4g}" for name in shown]
+    )
 
 
 def main(arguments=None) -> None:

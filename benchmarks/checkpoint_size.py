@@ -3,6 +3,7 @@
 Tensors of the real sizes are written by the run folder's own functions (2.4 GB of memory and of disk); what they hold does not
 matter. `before`: what was saved until checkpoints left out what the model's own checkpoint has (computed, not written).
 """
+
 import argparse
 import sys
 import tempfile
@@ -44,9 +45,14 @@ def main(arguments=None) -> None:
 
     def filled(tensors: dict) -> Tensors:
         return Tensors({name: torch.rand(tensor.shape) for name, tensor in tensors.items()})
+
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         run = RunFolder(folder, config, Process(0, 1, torch.device("cpu")), resume=False)
-        parts = {"model": filled(encoder), "judges": filled(judges), **{f"moments_{i}": filled(part) for i, part in enumerate(moments)}}
+        parts = {
+            "model": filled(encoder),
+            "judges": filled(judges),
+            **{f"moments_{i}": filled(part) for i, part in enumerate(moments)},
+        }
         averages = filled(encoder)
         began = time.monotonic()
         run.save_best(partial(write_files, files={"encoder.safetensors": averages.state_dict()}))
@@ -54,12 +60,29 @@ def main(arguments=None) -> None:
         seconds = time.monotonic() - began
         written = sum(path.stat().st_size for path in run.latest().iterdir()) / 1e9
     train = config.train
-    print(markdown(["full width, fp32", "before", "now"], [
-        ["GB of a checkpoint", f"{before:.2f}", f"{after:.2f} (written: {written:.2f})"],
-        ["GB of a run", f"{train.keep_last * before + weights:.1f}",
-         f"{train.keep_last * after + weights:.1f}, and {train.milestones} milestones {train.milestones * weights:.1f}"],
-        ["a checkpoint every", "1,000 steps; best/ at any of them", f"{train.save_every_minutes:g} minutes, best/ with it"],
-        ["seconds to write it and best/ here", "", f"{seconds:.1f}: {seconds / 60 / train.save_every_minutes:.2%} of the time"]]))
+    print(
+        markdown(
+            ["full width, fp32", "before", "now"],
+            [
+                ["GB of a checkpoint", f"{before:.2f}", f"{after:.2f} (written: {written:.2f})"],
+                [
+                    "GB of a run",
+                    f"{train.keep_last * before + weights:.1f}",
+                    f"{train.keep_last * after + weights:.1f}, and {train.milestones} milestones {train.milestones * weights:.1f}",
+                ],
+                [
+                    "a checkpoint every",
+                    "1,000 steps; best/ at any of them",
+                    f"{train.save_every_minutes:g} minutes, best/ with it",
+                ],
+                [
+                    "seconds to write it and best/ here",
+                    "",
+                    f"{seconds:.1f}: {seconds / 60 / train.save_every_minutes:.2%} of the time",
+                ],
+            ],
+        )
+    )
 
 
 if __name__ == "__main__":

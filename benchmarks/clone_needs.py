@@ -7,6 +7,7 @@ beside what can be said of the codes: with the true encoder's at hand, and witho
 An --encoder is a file, `untrained`, or a run folder of train_encoder.py, whose checkpoints are taken one by one.
 OUTPUT gets table.md, rows.json and clone_needs.png: the share of the voice that is kept against each measure of codes.
 """
+
 import argparse
 import json
 import sys
@@ -27,16 +28,21 @@ from voxtral.losses import MelDistance  # noqa: E402
 from voxtral.metrics import code_agreement  # noqa: E402
 from voxtral.params import CodecParams  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
-from voxtral.reference import prepare_reference  # noqa: E402
 from voxtral.processes import start_process  # noqa: E402
+from voxtral.reference import prepare_reference  # noqa: E402
 from voxtral.tts import TTS  # noqa: E402
 
-MEASURES = {"levels_within_1": "levels within one of the true ones",
-            "levels_correlation": "levels: correlation with the true ones", "clip_correlation": "means of a clip's levels: correlation", "semantic_equal": "semantic codes equal",
-            "mel_distance": "mel distance of the reference"}
+MEASURES = {
+    "levels_within_1": "levels within one of the true ones",
+    "levels_correlation": "levels: correlation with the true ones",
+    "clip_correlation": "means of a clip's levels: correlation",
+    "semantic_equal": "semantic codes equal",
+    "mel_distance": "mel distance of the reference",
+}
 
 
 # ---------------------------------------------------------------- known errors of true codes
+
 
 def errors_of_codes(params: CodecParams, seed: int) -> dict:
     """Name -> function of codes [1, 37, L] that puts an error into them; the same in every call with equal codes."""
@@ -67,13 +73,19 @@ def errors_of_codes(params: CodecParams, seed: int) -> dict:
         codes[:, 1:] = integers(top + 1, codes[:, 1:].shape, generator)
         return codes
 
-    return {"semantic codes random": drawn(semantic_random), "levels off by one, at random": off_by(1),
-            "off by two": off_by(2), "off by four": off_by(4),
-            "each channel off by one, always the same way": biased_by(1), "off by two, so": biased_by(2),
-            "all codes random": drawn(all_random)}
+    return {
+        "semantic codes random": drawn(semantic_random),
+        "levels off by one, at random": off_by(1),
+        "off by two": off_by(2),
+        "off by four": off_by(4),
+        "each channel off by one, always the same way": biased_by(1),
+        "off by two, so": biased_by(2),
+        "all codes random": drawn(all_random),
+    }
 
 
 # ---------------------------------------------------------------- systems and what is said of their codes
+
 
 def systems_of(description: str, tts: TTS) -> list[System]:
     """NAME=FILE, NAME=untrained or NAME=RUN_FOLDER -> systems; of a run, NAME STEP for each of its checkpoints."""
@@ -85,23 +97,29 @@ def systems_of(description: str, tts: TTS) -> list[System]:
 
 
 @torch.no_grad()
-def measure(codec: VoxtralCodec, system: System, waveforms: list[Tensor],
-            true: list[Tensor] | None) -> tuple[dict, list[Tensor]]:
+def measure(
+    codec: VoxtralCodec, system: System, waveforms: list[Tensor], true: list[Tensor] | None
+) -> tuple[dict, list[Tensor]]:
     """-> MEASURES of the references [1, 1, T] through a system, its codes [1, 37, L]; true: the true encoder's."""
     codec.load_encoder(system.encoder, system.name)
     codes = [codec.encode(waveform) for waveform in waveforms]
     codes = [system.change(one) for one in codes] if system.change else codes
     mel = MelDistance(codec.params.sampling_rate).to(codes[0].device)
-    distances = [mel(codec.decode(one)[..., :w.shape[-1]].float(), w,
-                     torch.tensor([w.shape[-1]], device=w.device)).item() for one, w in zip(codes, waveforms)]
+    distances = [
+        mel(codec.decode(one)[..., : w.shape[-1]].float(), w, torch.tensor([w.shape[-1]], device=w.device)).item()
+        for one, w in zip(codes, waveforms)
+    ]
     ours, theirs = torch.cat(codes, dim=2), torch.cat(true or codes, dim=2)
-    means, true_means = (torch.stack([one[0, 1:].float().mean(dim=1) for one in each], dim=1)
-                         for each in (codes, true or codes))
+    means, true_means = (
+        torch.stack([one[0, 1:].float().mean(dim=1) for one in each], dim=1) for each in (codes, true or codes)
+    )
     agreement = code_agreement(ours, theirs, torch.tensor([ours.shape[2]], device=ours.device))
-    return {**{name: value.item() for name, value in agreement.items()},
-            "mel_distance": sum(distances) / len(distances),
-            "levels_correlation": correlation(ours[0, 1:].float(), theirs[0, 1:].float()),
-            "clip_correlation": correlation(means, true_means)}, codes
+    return {
+        **{name: value.item() for name, value in agreement.items()},
+        "mel_distance": sum(distances) / len(distances),
+        "levels_correlation": correlation(ours[0, 1:].float(), theirs[0, 1:].float()),
+        "clip_correlation": correlation(means, true_means),
+    }, codes
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -113,18 +131,37 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 # ---------------------------------------------------------------- report
 
+
 def table(rows: list[dict]) -> str:
     with_words = "wer" in rows[0]["clones"]
-    header = ["reference through", "levels within one", "levels' correlation", "clip means' correlation",
-              "semantic equal", "mel distance", "like its reference", "like other voices", "margin", "margin kept",
-              *["word errors"] * with_words]
+    header = [
+        "reference through",
+        "levels within one",
+        "levels' correlation",
+        "clip means' correlation",
+        "semantic equal",
+        "mel distance",
+        "like its reference",
+        "like other voices",
+        "margin",
+        "margin kept",
+        *["word errors"] * with_words,
+    ]
     lines = []
     for row in rows:
         clones = row["clones"]
-        line = [row["system"], f"{row['levels_within_1']:.1%}", number(row["levels_correlation"]),
-                number(row["clip_correlation"]), f"{row['semantic_equal']:.1%}", number(row["mel_distance"]),
-                number(clones["own"]["value"]), number(clones["others"]["value"]), cell(clones["margin"]),
-                cell(row["kept"], 100) + " %"]
+        line = [
+            row["system"],
+            f"{row['levels_within_1']:.1%}",
+            number(row["levels_correlation"]),
+            number(row["clip_correlation"]),
+            f"{row['semantic_equal']:.1%}",
+            number(row["mel_distance"]),
+            number(clones["own"]["value"]),
+            number(clones["others"]["value"]),
+            cell(clones["margin"]),
+            cell(row["kept"], 100) + " %",
+        ]
         lines.append(line + [cell(clones["wer"], 100) + " %"] if with_words else line)
     return markdown(header, lines)
 
@@ -134,8 +171,13 @@ def figure(rows: list[dict]) -> Figure:
     drawn = Figure(figsize=(3.4 * len(MEASURES), 3.4), layout="constrained")
     for axis, (name, title) in zip(drawn.subplots(1, len(MEASURES), sharey=True), MEASURES.items()):
         for row in rows:
-            axis.plot(row[name], 100 * row["kept"]["value"], "o" if row["is_encoder"] else "x", markersize=5,
-                      color="tab:blue" if row["is_encoder"] else "tab:orange")
+            axis.plot(
+                row[name],
+                100 * row["kept"]["value"],
+                "o" if row["is_encoder"] else "x",
+                markersize=5,
+                color="tab:blue" if row["is_encoder"] else "tab:orange",
+            )
         axis.axhline(100, color="black", linewidth=0.6)
         axis.set_xlabel(title, fontsize=8)
         axis.grid(alpha=0.3)
@@ -162,11 +204,17 @@ def run(options) -> None:
         measured, found = measure(tts.codec, system, waveforms, codes)
         codes = codes or found
         kept = summary["margin_kept"].get(system.name, {"value": 1.0, "interval": None})
-        rows.append({"system": system.name, "is_encoder": system.change is None, **measured, "kept": kept,
-                     "clones": summary["systems"][system.name]})
+        rows.append(
+            {
+                "system": system.name,
+                "is_encoder": system.change is None,
+                **measured,
+                "kept": kept,
+                "clones": summary["systems"][system.name],
+            }
+        )
     options.output.mkdir(parents=True, exist_ok=True)
-    text = (f"{len(items)} clones of {len({item.speaker for item in items})} unheard voices.\n\n"
-            + table(rows))
+    text = f"{len(items)} clones of {len({item.speaker for item in items})} unheard voices.\n\n" + table(rows)
     write_text(options.output / "table.md", text)
     write_text(options.output / "rows.json", json.dumps(finite(rows), indent=2) + "\n")
     save_figure(figure(rows), options.output / "clone_needs.png")
@@ -177,15 +225,17 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a stand-in that talks")
     parser.add_argument("--true", metavar="FILE", required=True, help="its true encoder")
-    parser.add_argument("--encoder", metavar="NAME=PATH", action="append", default=[],
-                        help="what is compared; repeatable")
+    parser.add_argument(
+        "--encoder", metavar="NAME=PATH", action="append", default=[], help="what is compared; repeatable"
+    )
     parser.add_argument("--errors", action="store_true", help="known errors of the true codes, too")
     parser.add_argument("--data", metavar="MANIFEST", required=True, help="with path, speaker and text")
     parser.add_argument("--speakers", metavar="NAME,...", required=True, help="that nothing has heard")
     parser.add_argument("--per-voice", metavar="K", type=int, default=2, help="sentences of each (default: 2)")
     parser.add_argument("--whisper", metavar="MODEL", help="counts wrong words: openai-whisper's name of one, or a .pt")
-    parser.add_argument("--speaker-model", metavar="FILE", default="resemblyzer",
-                        help="a pretrained.pt (default: the package's)")
+    parser.add_argument(
+        "--speaker-model", metavar="FILE", default="resemblyzer", help="a pretrained.pt (default: the package's)"
+    )
     parser.add_argument("--max-sec", type=float, default=8.0, help="longest clone (default: 8)")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")

@@ -17,6 +17,7 @@ encoders Trained encoders (--encoder FILE ...): do they err alike, and in which 
 Needs a stand-in checkpoint and its withheld encoder, minutes on two CPU cores. OUTPUT gets results.json, table.md and
 limits.png (with --encoder also errors.png).
 """
+
 import argparse
 import json
 import sys
@@ -28,6 +29,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
+from withheld_encoder import training_clips, unseen_clips  # noqa: E402
+
 from evaluate import finite  # noqa: E402
 from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask  # noqa: E402
@@ -43,12 +46,16 @@ from voxtral.processes import start_process  # noqa: E402
 from voxtral.run import cosine_with_warmup, set_learning_rate  # noqa: E402
 from voxtral.run_folder import environment  # noqa: E402
 from voxtral.sources import Clip  # noqa: E402
-from withheld_encoder import training_clips, unseen_clips  # noqa: E402
 
 NOISE = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the deviation of every latent channel
-N_SHOWN = 6                         # points of a descent
-COLUMNS = {"mel": "mel ↓", "semantic_equal": "semantic =", "levels_equal": "levels =", "levels_within_1": "levels ±1",
-           "loss": "loss"}
+N_SHOWN = 6  # points of a descent
+COLUMNS = {
+    "mel": "mel ↓",
+    "semantic_equal": "semantic =",
+    "levels_equal": "levels =",
+    "levels_within_1": "levels ±1",
+    "loss": "loss",
+}
 
 EXAMPLES = """examples:
   # the embedded stand-in, its held-out synthetic voices
@@ -83,8 +90,9 @@ class Limits:
 
     def together(self, latents: list[Tensor]) -> Tensor:
         """[latent_dim, frames] of all clips, as the decoder sees them."""
-        return torch.cat([self.codec.quantizer.squash(latent).transpose(1, 2)[self.valid(i)]
-                          for i, latent in enumerate(latents)]).T
+        return torch.cat(
+            [self.codec.quantizer.squash(latent).transpose(1, 2)[self.valid(i)] for i, latent in enumerate(latents)]
+        ).T
 
     def unsquash(self, seen: Tensor) -> Tensor:
         """A latent that Quantizer.squash() gives `seen` of."""
@@ -105,19 +113,21 @@ class Limits:
         codes = [self.codec.quantizer.encode(latent) for latent in latents]
         mel = 0.0
         for batch, ours in zip(self.batches, codes):
-            decoded = self.codec.decode(ours)[..., :batch.waveform.shape[-1]].float()
+            decoded = self.codec.decode(ours)[..., : batch.waveform.shape[-1]].float()
             mel += len(batch.lengths) * self.mel_distance(decoded, batch.waveform, batch.lengths).item()
         return {"mel": mel / sum(len(batch.lengths) for batch in self.batches)} | self.agreement(codes, self.codes)
 
     def loss(self, i: int, latent: Tensor) -> Tensor:
         """The reconstruction losses of the config at step 0, nothing quantized, clips weighing alike whatever the batch."""
         batch, weights, semantic = self.batches[i], self.config.loss, self.codec.params.semantic_dim
-        decoded = self.codec.decode_latent(self.codec.quantizer.squash(latent))[..., :batch.waveform.shape[-1]].float()
+        decoded = self.codec.decode_latent(self.codec.quantizer.squash(latent))[..., : batch.waveform.shape[-1]].float()
         quantized = self.codec.quantizer.decode(self.codec.quantizer.encode(latent.detach()))[:, :semantic]
-        losses = {"l1": lambda: l1_loss(decoded, batch.waveform, batch.lengths),
-                  "stft": lambda: stft_loss(decoded, batch.waveform, batch.lengths, self.config.train.stft_fft_sizes),
-                  "mel": lambda: self.mel_distance(decoded, batch.waveform, batch.lengths),
-                  "commit": lambda: commitment_loss(latent[:, :semantic], quantized, self.frames[i])}
+        losses = {
+            "l1": lambda: l1_loss(decoded, batch.waveform, batch.lengths),
+            "stft": lambda: stft_loss(decoded, batch.waveform, batch.lengths, self.config.train.stft_fft_sizes),
+            "mel": lambda: self.mel_distance(decoded, batch.waveform, batch.lengths),
+            "commit": lambda: commitment_loss(latent[:, :semantic], quantized, self.frames[i]),
+        }
         return sum(getattr(weights, name) * loss() for name, loss in losses.items() if getattr(weights, name))
 
     # ------------------------------------------------------------ the measurements
@@ -138,8 +148,15 @@ class Limits:
         generator = torch.Generator().manual_seed(0)
         rows = []
         for share in (0.0, *NOISE):
-            latents = [self.unsquash(self.codec.quantizer.squash(true) + share * self.deviation * torch.randn(true.shape, generator=generator)
-                                     .to(true.device)) if share else true for true in self.true]
+            latents = [
+                self.unsquash(
+                    self.codec.quantizer.squash(true)
+                    + share * self.deviation * torch.randn(true.shape, generator=generator).to(true.device)
+                )
+                if share
+                else true
+                for true in self.true
+            ]
             rows.append({"measurement": "noise", "at": share} | self.measure(latents))
         return rows
 
@@ -156,17 +173,25 @@ class Limits:
                 loss.backward()
                 total += loss.item()
             if step in shown:
-                rows.append({"measurement": "descent", "at": step} | self.measure([latent.detach() for latent in latents])
-                            | {"loss": total / n_clips})
-                print(f"descent, step {step}: " + "  ".join(f"{COLUMNS[name]} {rows[-1][name]:.3f}" for name in COLUMNS), flush=True)
+                rows.append(
+                    {"measurement": "descent", "at": step}
+                    | self.measure([latent.detach() for latent in latents])
+                    | {"loss": total / n_clips}
+                )
+                print(
+                    f"descent, step {step}: " + "  ".join(f"{COLUMNS[name]} {rows[-1][name]:.3f}" for name in COLUMNS),
+                    flush=True,
+                )
             optimizer.param_groups[0]["lr"] = learning_rate * cosine_with_warmup(step, 0, steps)
             optimizer.step()
         return rows
 
     @torch.no_grad()
     def echo(self) -> list[dict]:
-        again = [self.encode(self.codec.decode(codes)[..., :batch.waveform.shape[-1]], batch.lengths)
-                 for codes, batch in zip(self.codes, self.batches)]
+        again = [
+            self.encode(self.codec.decode(codes)[..., : batch.waveform.shape[-1]], batch.lengths)
+            for codes, batch in zip(self.codes, self.batches)
+        ]
         return [{"measurement": "echo", "at": 1} | self.measure(again)]
 
     def told(self, clips: list[Clip], steps: int) -> dict:
@@ -177,9 +202,20 @@ class Limits:
         parameters = student.requires_grad_(False).encoder_parameters()
         for parameter in parameters:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.learning_rate, betas=tuple(config.optimizer.betas),
-                                      weight_decay=config.optimizer.weight_decay, fused=device.type == "cuda")
-        batches = iter(make_loader(SpeechDataset(clips, config.data.max_sec, config.seed, speed=config.data.speed), config.data, config.seed))
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=config.optimizer.learning_rate,
+            betas=tuple(config.optimizer.betas),
+            weight_decay=config.optimizer.weight_decay,
+            fused=device.type == "cuda",
+        )
+        batches = iter(
+            make_loader(
+                SpeechDataset(clips, config.data.max_sec, config.seed, speed=config.data.speed),
+                config.data,
+                config.seed,
+            )
+        )
         for step in range(steps):
             set_learning_rate(optimizer, config.optimizer.learning_rate * cosine_with_warmup(step, steps // 20, steps))
             batch = next(batches).to(device, non_blocking=True)
@@ -212,36 +248,66 @@ class Limits:
             error = self.together(latents)[semantic:] / self.deviation[semantic:] - true
             codes = [self.codec.quantizer.encode(latent) for latent in latents]
             first = first or (error, codes)
-            alike = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(error, first[0])]).mean().item()
+            alike = (
+                torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(error, first[0])]).mean().item()
+            )
             spread = (directions.T @ error).square().mean(dim=1) / variances
-            rows.append({"measurement": f"encoder {'/'.join(file.parent.parts[-2:])}", "at": i} | self.measure(latents)
-                        | {"error": error.square().mean().sqrt().item(), "error_correlation": alike,
-                           "levels_as_first": self.agreement(codes, first[1])["levels_equal"], "error_by_direction": spread.flip(0).tolist()})
+            rows.append(
+                {"measurement": f"encoder {'/'.join(file.parent.parts[-2:])}", "at": i}
+                | self.measure(latents)
+                | {
+                    "error": error.square().mean().sqrt().item(),
+                    "error_correlation": alike,
+                    "levels_as_first": self.agreement(codes, first[1])["levels_equal"],
+                    "error_by_direction": spread.flip(0).tolist(),
+                }
+            )
         return rows
 
 
 def table(rows: list[dict]) -> str:
     names = {"noise": "noise, of the deviation", "descent": "descent, step", "told": "told, steps"}
-    lines = [[names.get(row["measurement"], row["measurement"]), f"{row['at']:g}", f"{row['mel']:.3f}",
-              *(f"{row[name]:.1%}" for name in ("semantic_equal", "levels_equal", "levels_within_1")),
-              f"{row['loss']:.3f}" if "loss" in row else ""] for row in rows]
+    lines = [
+        [
+            names.get(row["measurement"], row["measurement"]),
+            f"{row['at']:g}",
+            f"{row['mel']:.3f}",
+            *(f"{row[name]:.1%}" for name in ("semantic_equal", "levels_equal", "levels_within_1")),
+            f"{row['loss']:.3f}" if "loss" in row else "",
+        ]
+        for row in rows
+    ]
     return markdown(["", "at", *COLUMNS.values()], lines)
 
 
 def figure_of(rows: list[dict]) -> Figure:
     """Agreement with the true codes against noise and along the descent; the mel distance beside it."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axis, (name, label) in zip(figure.subplots(1, 2), (("noise", "noise, of the latents' deviation"),
-                                                           ("descent", "step of the descent from the true latents"))):
+    for axis, (name, label) in zip(
+        figure.subplots(1, 2),
+        (("noise", "noise, of the latents' deviation"), ("descent", "step of the descent from the true latents")),
+    ):
         chosen = [row for row in rows if row["measurement"] == name]
         for column in ("semantic_equal", "levels_equal", "levels_within_1"):
-            axis.plot([row["at"] for row in chosen], [row[column] for row in chosen], marker="o", markersize=3, label=COLUMNS[column])
+            axis.plot(
+                [row["at"] for row in chosen],
+                [row[column] for row in chosen],
+                marker="o",
+                markersize=3,
+                label=COLUMNS[column],
+            )
         axis.set_xlabel(label)
         axis.set_ylabel("share of the true codes")
         axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
         beside = axis.twinx()
-        beside.plot([row["at"] for row in chosen], [row["mel"] for row in chosen], color="black", linestyle="--", label="mel distance")
+        beside.plot(
+            [row["at"] for row in chosen],
+            [row["mel"] for row in chosen],
+            color="black",
+            linestyle="--",
+            label="mel distance",
+        )
         beside.set_ylim(0, 1.3 * max(row["mel"] for row in chosen))
         beside.set_ylabel("mel distance (dashed)")
         axis.legend(fontsize=8, loc="lower left")
@@ -249,17 +315,31 @@ def figure_of(rows: list[dict]) -> Figure:
 
 
 def errors_table(rows: list[dict]) -> str:
-    return markdown(["", "error, of the deviation", "correlation with the first one's", "levels as the first one's"],
-                    [[row["measurement"], f"{row['error']:.3f}", f"{row['error_correlation']:.2f}", f"{row['levels_as_first']:.1%}"]
-                     for row in rows])
+    return markdown(
+        ["", "error, of the deviation", "correlation with the first one's", "levels as the first one's"],
+        [
+            [
+                row["measurement"],
+                f"{row['error']:.3f}",
+                f"{row['error_correlation']:.2f}",
+                f"{row['levels_as_first']:.1%}",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def errors_figure(rows: list[dict]) -> Figure:
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axis = figure.subplots()
     for row in rows:
-        axis.plot(range(1, 1 + len(row["error_by_direction"])), row["error_by_direction"], marker="o", markersize=3,
-                  label=row["measurement"])
+        axis.plot(
+            range(1, 1 + len(row["error_by_direction"])),
+            row["error_by_direction"],
+            marker="o",
+            markersize=3,
+            label=row["measurement"],
+        )
     axis.axhline(1, color="black", linewidth=0.8, linestyle="--", label="what the mean would miss")
     axis.set_yscale("log")
     axis.set_xlabel("principal direction of the true acoustic latents, the largest first")
@@ -270,19 +350,37 @@ def errors_figure(rows: list[dict]) -> Figure:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--standin", metavar="DIR", required=True, help="checkpoint without encoder (make_standin.py)")
     parser.add_argument("--withheld", metavar="FILE", required=True, help="its true encoder")
-    parser.add_argument("--data", metavar="CONFIG", required=True,
-                        help="YAML of train_encoder.py or make_standin.py: held-out speakers, data.max_sec, losses")
+    parser.add_argument(
+        "--data",
+        metavar="CONFIG",
+        required=True,
+        help="YAML of train_encoder.py or make_standin.py: held-out speakers, data.max_sec, losses",
+    )
     parser.add_argument("--eval", metavar="WHAT", help="other speech to measure on: a folder, a manifest or a config")
-    parser.add_argument("--clips", metavar="N", type=int, default=32, help="spread over the speakers (default: %(default)s)")
+    parser.add_argument(
+        "--clips", metavar="N", type=int, default=32, help="spread over the speakers (default: %(default)s)"
+    )
     parser.add_argument("--steps", metavar="N", type=int, default=120, help="of the descent (default: %(default)s)")
-    parser.add_argument("--learning-rate", metavar="R", type=float, default=0.02, help="of the descent (default: %(default)s)")
-    parser.add_argument("--told", metavar="N,...", default="200", help="steps of encoders that are told the true latents "
-                                                                       "(default: %(default)s; 0: none)")
-    parser.add_argument("--encoder", metavar="FILE", type=Path, action="append", default=[], help="a trained encoder, again for more")
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/code_limits"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--learning-rate", metavar="R", type=float, default=0.02, help="of the descent (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--told",
+        metavar="N,...",
+        default="200",
+        help="steps of encoders that are told the true latents (default: %(default)s; 0: none)",
+    )
+    parser.add_argument(
+        "--encoder", metavar="FILE", type=Path, action="append", default=[], help="a trained encoder, again for more"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, default=Path("runs/code_limits"), help="(default: %(default)s)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config of --data")
     options = parser.parse_intermixed_args(arguments)
     with one_sentence():
@@ -302,15 +400,25 @@ def main(arguments=None) -> None:
             codec.load_encoder(SafetensorsFile(file).read(), file)
         limits = Limits(codec.to(process.device).requires_grad_(False), batches, config)
         if options.encoder and sum(map(torch.sum, limits.frames)) <= codec.params.acoustic_dim:
-            raise UserError(f"--clips {options.clips}: so few frames have no {codec.params.acoustic_dim} principal directions; take more.")
+            raise UserError(
+                f"--clips {options.clips}: so few frames have no {codec.params.acoustic_dim} principal directions; take more."
+            )
         options.output.mkdir(parents=True, exist_ok=True)
         trained_on = training_clips(config.data)
-        rows = [*limits.shuffle(), *limits.noise(), *limits.descent(options.steps, options.learning_rate), *limits.echo(),
-                *(limits.told(trained_on, int(steps)) for steps in told if int(steps))]
+        rows = [
+            *limits.shuffle(),
+            *limits.noise(),
+            *limits.descent(options.steps, options.learning_rate),
+            *limits.echo(),
+            *(limits.told(trained_on, int(steps)) for steps in told if int(steps)),
+        ]
         trained = limits.encoders(options.encoder)
         rows += trained
-        report = environment(process) | {"clips": sum(len(batch.lengths) for batch in batches), "rows": rows,
-                                         "options": {name: str(value) for name, value in vars(options).items()}}
+        report = environment(process) | {
+            "clips": sum(len(batch.lengths) for batch in batches),
+            "rows": rows,
+            "options": {name: str(value) for name, value in vars(options).items()},
+        }
         write_text(options.output / "results.json", json.dumps(finite(report), indent=2) + "\n")
         text = table(rows) + (f"\n{errors_table(trained)}" if trained else "")
         write_text(options.output / "table.md", text)

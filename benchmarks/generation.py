@@ -3,15 +3,16 @@
 END_AUDIO is overlooked, so every run makes the same number of frames. Prompts are random embeddings: tokenizing, which
 takes less than a millisecond, is left out. 12.5 frames are one second of audio.
 """
+
 import argparse
 import gc
 import os
 import sys
 import time
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from statistics import median
-from typing import Callable
 
 import torch
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
@@ -66,6 +67,7 @@ def fill(module: torch.nn.Module) -> None:
 
 def measured(run: Callable[[], None], device: torch.device, repeats: int = REPEATS, calls: int = 1) -> float:
     """Median seconds of a call of `run`, after one that does not count."""
+
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -83,8 +85,9 @@ def measured(run: Callable[[], None], device: torch.device, repeats: int = REPEA
 
 
 @torch.no_grad()
-def measure(models: Models, backbone: CachedBackbone, batch_size: int, n_prompt: int,
-            n_frames: int) -> dict[str, float]:
+def measure(
+    models: Models, backbone: CachedBackbone, batch_size: int, n_prompt: int, n_frames: int
+) -> dict[str, float]:
     """Seconds by name, for one batch size; `memory`: GiB of weights, cache and activations at the peak."""
     device, codec = backbone.device, models.codec
     on_gpu = device.type == "cuda"
@@ -113,16 +116,20 @@ def measure(models: Models, backbone: CachedBackbone, batch_size: int, n_prompt:
         for _ in range(n_frames):
             loop.step()
 
-    result = {"first audio": measured(lambda: speak(FIRST_BLOCK, FIRST_BLOCK), device, 2 * REPEATS + 1),
-              "prompt": measured(lambda: loop.start(prompts, noise), device),
-              "all": measured(lambda: speak(n_frames, BLOCK), device) / n_frames,
-              "loop": measured(loop_alone, device) / n_frames}
+    result = {
+        "first audio": measured(lambda: speak(FIRST_BLOCK, FIRST_BLOCK), device, 2 * REPEATS + 1),
+        "prompt": measured(lambda: loop.start(prompts, noise), device),
+        "all": measured(lambda: speak(n_frames, BLOCK), device) / n_frames,
+        "loop": measured(loop_alone, device) / n_frames,
+    }
     if on_gpu:
         result["memory"] = torch.cuda.max_memory_allocated() / 2**30
 
     x, slot = loop.hidden[:, None].clone(), torch.full((1,), n_prompt, device=device)
-    steps = {"backbone": lambda: backbone(x, loop.cache, slot, loop.n_padding, loop.cache.n_slots),
-             "acoustic": lambda: models.acoustic.frame(loop.hidden, loop.noise[:, 0])}
+    steps = {
+        "backbone": lambda: backbone(x, loop.cache, slot, loop.n_padding, loop.cache.n_slots),
+        "acoustic": lambda: models.acoustic.frame(loop.hidden, loop.noise[:, 0]),
+    }
     for name, step in steps.items():
         result[name] = measured(graphed(step) if on_gpu else step, device, calls=20)
     context = left_context(codec)
@@ -136,28 +143,60 @@ def report(result: dict[str, float], batch_size: int, frame_rate_hz: float) -> s
     """One row of the table."""
     memory = f"{result['memory']:.1f}" if "memory" in result else "-"
     real_time = frame_rate_hz * result["all"]
-    times = [f"{1000 * result[name]:.2f}"
-             for name in ("prompt", "loop", "backbone", "acoustic", "codec, streamed", "codec, in chunks")]
-    cells = [str(batch_size), f"{batch_size / result['all']:.0f}", f"{real_time:.3f}", f"{batch_size / real_time:.1f}",
-             f"{1000 * result['first audio']:.0f}", memory, *times]
+    times = [
+        f"{1000 * result[name]:.2f}"
+        for name in ("prompt", "loop", "backbone", "acoustic", "codec, streamed", "codec, in chunks")
+    ]
+    cells = [
+        str(batch_size),
+        f"{batch_size / result['all']:.0f}",
+        f"{real_time:.3f}",
+        f"{batch_size / real_time:.1f}",
+        f"{1000 * result['first audio']:.0f}",
+        memory,
+        *times,
+    ]
     return f"| {' | '.join(cells)} |"
 
 
-HEAD = ["batch", "frames/s", "RTF of an item", "x real time", "first audio ms", "peak GiB", "prompt ms",
-        "loop ms/frame", "backbone ms", "acoustic ms", "codec ms/frame, streamed", "codec ms/frame, in chunks"]
+HEAD = [
+    "batch",
+    "frames/s",
+    "RTF of an item",
+    "x real time",
+    "first audio ms",
+    "peak GiB",
+    "prompt ms",
+    "loop ms/frame",
+    "backbone ms",
+    "acoustic ms",
+    "codec ms/frame, streamed",
+    "codec ms/frame, in chunks",
+]
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--random-full", action="store_true",
-                        help="random weights of the released sizes, no checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        default=os.environ.get("VOXTRAL_CKPT"),
+        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
+    )
+    parser.add_argument(
+        "--random-full", action="store_true", help="random weights of the released sizes, no checkpoint"
+    )
     parser.add_argument("--batch-sizes", metavar="B", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--frames", metavar="N", type=int, default=250, help="of every run (default: 250, 20 s)")
-    parser.add_argument("--prompt", metavar="N", type=int, default=200,
-                        help="positions of the prompt (default: 200, a voice of 12 s and a sentence)")
+    parser.add_argument(
+        "--prompt",
+        metavar="N",
+        type=int,
+        default=200,
+        help="positions of the prompt (default: 200, a voice of 12 s and a sentence)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options = parser.parse_args(arguments)
 
@@ -172,8 +211,10 @@ def main(arguments=None) -> None:
             models = Models.from_checkpoint(options.checkpoint, device, dtype)
         backbone = CachedBackbone(models.backbone)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        print(f"{name}, torch {torch.__version__}, {backbone.dtype}, prompt of {options.prompt} positions, "
-              f"{options.frames} frames, weights there after {time.perf_counter() - started:.0f} s\n")
+        print(
+            f"{name}, torch {torch.__version__}, {backbone.dtype}, prompt of {options.prompt} positions, "
+            f"{options.frames} frames, weights there after {time.perf_counter() - started:.0f} s\n"
+        )
         print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
         for batch_size in options.batch_sizes:
             result = measure(models, backbone, batch_size, options.prompt, options.frames)

@@ -6,6 +6,7 @@ at once, as often as asked; every output and every gradient is compared bit for 
 other with itself says which tensors differ by chance alone (sums whose order the GPU chooses). Exit code 1: some differ at
 once that never do one after the other.
 """
+
 import argparse
 import sys
 import tempfile
@@ -49,7 +50,9 @@ class Graphs:
         self.lengths = torch.full((len(self.audio),), n_samples, device=device)
         draws = QuantizationDraws.sample(0, len(self.audio), codec.params.acoustic_dim, self.n_frames, device)
         self.inputs = (self.audio, self.lengths, *vars(draws).values())
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16", cache_enabled=False)
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=config.train.precision == "bf16", cache_enabled=False
+        )
         if device.type == "cuda":
             self.teacher.record(len(self.audio))
             with self.autocast:
@@ -67,7 +70,9 @@ class Graphs:
                 torch.cuda.synchronize()
         with self.autocast:
             outputs = self.model(*self.inputs)
-        (outputs[0].square().mean() + outputs[1].float().square().mean() + outputs[4].float().square().mean()).backward()
+        (
+            outputs[0].square().mean() + outputs[1].float().square().mean() + outputs[4].float().square().mean()
+        ).backward()
         self.beside.wait()
         found = {f"whisper.{name}": tensor for name, tensor in vars(targets).items()}
         found |= {f"codec.output.{i}": tensor for i, tensor in enumerate(outputs)}
@@ -85,11 +90,19 @@ def differing(graphs: Graphs, expected: dict[str, torch.Tensor], n_replays: int,
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="YAML", default="configs/encoder.yaml", help="as of train_encoder.py (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", metavar="YAML", default="configs/encoder.yaml", help="as of train_encoder.py (default: %(default)s)"
+    )
     parser.add_argument("--replays", metavar="N", type=int, default=300, help="of each kind (default: 300)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML; checkpoint=DIR, in the "
-                        "place of random weights at full width")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that override the YAML; checkpoint=DIR, in the place of random weights at full width",
+    )
     options = parser.parse_intermixed_args(arguments)
     with one_sentence(), tempfile.TemporaryDirectory() as folder:
         if options.replays < 1:
@@ -107,7 +120,9 @@ def main(arguments=None) -> None:
     suspicious = {key: count for key, count in together.items() if key not in alone}
     print(f"{len(expected)} tensors, {options.replays} replays each on {name}, PyTorch {torch.__version__}")
     print(f"one after the other: {len(alone)} tensors differ from the first replay {alone or ''}")
-    print(f"at once: {len(together)} tensors differ from it, {len(suspicious)} of them never one after the other {suspicious or ''}")
+    print(
+        f"at once: {len(together)} tensors differ from it, {len(suspicious)} of them never one after the other {suspicious or ''}"
+    )
     sys.exit(1 if suspicious else 0)
 
 

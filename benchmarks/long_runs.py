@@ -6,6 +6,7 @@
 Everything is made up in a temporary folder and removed: rows of metrics, or a folder of empty files that
 nothing opens (a million of them need a million inodes and 100 MB).
 """
+
 import argparse
 import json
 import math
@@ -25,31 +26,53 @@ def rows(count: int):
     losses = ["total", "l1", "stft", "mel", "feature", "asr", "commit", "diversity", "match", "discriminator"]
     for number in range(1, count + 1):
         value = 1 / math.sqrt(number)
-        row = {"step": 10 * number, **{f"loss/{name}": value for name in losses}, "grad/encoder": value,
-               "grad/discriminator": value, "optimizer/learning_rate": value, "data/bad_clips": 0.0,
-               "code/embedding_norm": value, "code/semantic_used": value, "code/semantic_perplexity": value,
-               "code/extremes_share": value, "code/level_histogram": [value] * 21, "time/step_ms": value,
-               "time/audio_sec_per_sec": value}
+        row = {
+            "step": 10 * number,
+            **{f"loss/{name}": value for name in losses},
+            "grad/encoder": value,
+            "grad/discriminator": value,
+            "optimizer/learning_rate": value,
+            "data/bad_clips": 0.0,
+            "code/embedding_norm": value,
+            "code/semantic_used": value,
+            "code/semantic_perplexity": value,
+            "code/extremes_share": value,
+            "code/level_histogram": [value] * 21,
+            "time/step_ms": value,
+            "time/audio_sec_per_sec": value,
+        }
         yield row
         if number % 100 == 0:
-            measures = ["mel_distance", "stft_distance", "semantic_used", "semantic_perplexity", "extremes_share",
-                        "embedding_norm"]
-            yield {"step": 10 * number, **{f"validation/{name}": value for name in measures},
-                   "validation/level_histogram": [value] * 21}
+            measures = [
+                "mel_distance",
+                "stft_distance",
+                "semantic_used",
+                "semantic_perplexity",
+                "extremes_share",
+                "embedding_norm",
+            ]
+            yield {
+                "step": 10 * number,
+                **{f"validation/{name}": value for name in measures},
+                "validation/level_histogram": [value] * 21,
+            }
 
 
 def time_plots(folder: Path, counts: list[int]) -> None:
     """Seconds of a core for a validation's plots, of all rows of metrics.jsonl (as before) and of the history."""
     from voxtral.history import History, read_metrics
     from voxtral.plots import plot_run
+
     print(f"{'rows':>8}  {'all rows read and drawn':>24}  {'history drawn':>14}  {'history read at a resume':>25}")
     for count in counts:
         path, history = folder / "metrics.jsonl", History()
         with path.open("w") as file:
             for row in rows(count):
                 file.write(json.dumps(row) + "\n")
-        took = [timed(lambda: plot_run(read_metrics(path), folder / "plots")),
-                timed(lambda: [history.add(row) for row in read_metrics(path)])]
+        took = [
+            timed(lambda: plot_run(read_metrics(path), folder / "plots")),
+            timed(lambda: [history.add(row) for row in read_metrics(path)]),
+        ]
         took.insert(1, min(timed(lambda: plot_run(history.rows, folder / "plots")) for _ in range(2)))
         print(f"{count:>8}  {took[0]:>22.1f} s  {took[1]:>12.1f} s  {took[2]:>23.1f} s", flush=True)
 
@@ -128,10 +151,16 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("plots", "start"))
     parser.add_argument("--rows", metavar="N", type=int, nargs="+", default=[10_000, 520_000], help="of metrics.jsonl")
-    parser.add_argument("--clips", metavar="N", type=int, default=1_000_000,
-                        help="files and rows to find (default: a million)")
-    parser.add_argument("--code", metavar="DIR", nargs="+", default=[str(Path(__file__).resolve().parents[1])],
-                        help="checkouts of this project whose search is timed (default: this one)")
+    parser.add_argument(
+        "--clips", metavar="N", type=int, default=1_000_000, help="files and rows to find (default: a million)"
+    )
+    parser.add_argument(
+        "--code",
+        metavar="DIR",
+        nargs="+",
+        default=[str(Path(__file__).resolve().parents[1])],
+        help="checkouts of this project whose search is timed (default: this one)",
+    )
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="long_runs_"))
     try:

@@ -3,6 +3,7 @@
 To see whether a change that should only make training faster also changes what is learnt: the same seed with and without
 it, and another seed, which shows how much is chance.
 """
+
 import argparse
 import statistics
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.evaluation_report import markdown  # noqa: E402
-from voxtral.plots import curves_figure, save_figure  # noqa: E402
 from voxtral.history import read_metrics  # noqa: E402
+from voxtral.plots import curves_figure, save_figure  # noqa: E402
 
 N_PARTS = 4  # of a run, each with a mean of its own
 
@@ -28,15 +29,20 @@ def means(rows: list[dict], name: str) -> list[float]:
 
 
 def table(runs: dict[str, list[dict]], names: list[str]) -> str:
-    lines = [[name.removeprefix("loss/"), run, *(f"{value:.4f}" for value in means(rows, name))]
-             for name in names for run, rows in runs.items()]
+    lines = [
+        [name.removeprefix("loss/"), run, *(f"{value:.4f}" for value in means(rows, name))]
+        for name in names
+        for run, rows in runs.items()
+    ]
     return markdown(["loss", "run", *(f"quarter {i + 1}" for i in range(N_PARTS))], lines)
 
 
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="output_dir of a run")
-    parser.add_argument("--output", metavar="PNG", default="runs/loss_curves.png", help="the plot (default: %(default)s)")
+    parser.add_argument(
+        "--output", metavar="PNG", default="runs/loss_curves.png", help="the plot (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     with one_sentence():
         runs = {}
@@ -45,7 +51,9 @@ def main(arguments=None) -> None:
             runs[folder.name] = read_metrics(path) if path.is_file() else []
             if not runs[folder.name]:
                 raise UserError(f"{folder} holds no metrics.jsonl with rows: give the output_dir of a run.")
-        names = list(dict.fromkeys(name for rows in runs.values() for row in rows for name in row if name.startswith("loss/")))
+        names = list(
+            dict.fromkeys(name for rows in runs.values() for row in rows for name in row if name.startswith("loss/"))
+        )
         save_figure(curves_figure(runs, names, ""), options.output)
         print(f"{table(runs, names)}\n{options.output}")
 

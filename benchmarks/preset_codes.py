@@ -7,6 +7,7 @@ Rows are scaled so that a preset's rows have the norm of the release's (4.4), an
 `independent`: every row of the table is drawn alone. `smooth=X`: the rows of an acoustic codebook lie on a parabola,
 and a share X of their deviation is their own, so that neighbouring levels are hard to tell apart.
 """
+
 import argparse
 import sys
 import time
@@ -25,7 +26,7 @@ from voxtral.processes import start_process  # noqa: E402
 from voxtral.standin import full_params  # noqa: E402
 
 ROW_NORM, MEAN_NORM = 4.4, 3.8  # of a frame, and of a voice's mean frame, in the release's presets
-SEMANTIC_SHARE = 0.1            # of the variance of a frame
+SEMANTIC_SHARE = 0.1  # of the variance of a frame
 STRUCTURES = ["independent", "smooth=0.3", "smooth=0.1", "smooth=0.03", "smooth=0.01"]
 
 
@@ -50,21 +51,21 @@ def made_up_table(params: ModelParams, structure: str, codes: Tensor, generator)
 
     position = torch.linspace(-1, 1, n_levels)
     curve = torch.stack([position, position.square()], dim=1)
-    curve = (curve - curve.mean(dim=0)) / curve.std(dim=0) / 2 ** 0.5  # [levels, 2]
-    levels = torch.einsum("ld,kdn->kln", curve, draw(sizes.acoustic_dim, 2)) * (1 - own ** 2) ** 0.5
+    curve = (curve - curve.mean(dim=0)) / curve.std(dim=0) / 2**0.5  # [levels, 2]
+    levels = torch.einsum("ld,kdn->kln", curve, draw(sizes.acoustic_dim, 2)) * (1 - own**2) ** 0.5
     levels += own * draw(sizes.acoustic_dim, n_levels)
     semantic = draw(sizes.semantic_codebook_size) * (SEMANTIC_SHARE / (1 - SEMANTIC_SHARE) * sizes.acoustic_dim) ** 0.5
     table = torch.zeros(params.audio_embedding_size, dim)
     semantic_start, *starts = (codebook_offsets(sizes) + N_SPECIAL_IDS).tolist()
-    table[semantic_start:semantic_start + len(semantic)] = semantic
+    table[semantic_start : semantic_start + len(semantic)] = semantic
     for start, rows in zip(starts, levels):
-        table[start:start + n_levels] = rows
+        table[start : start + n_levels] = rows
     frames = summed(params, codes, table)
-    table *= (ROW_NORM ** 2 - MEAN_NORM ** 2) ** 0.5 / (frames - frames.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+    table *= (ROW_NORM**2 - MEAN_NORM**2) ** 0.5 / (frames - frames.mean(dim=0)).square().sum(dim=1).mean().sqrt()
     mean = summed(params, codes, table).mean(dim=0)
-    wanted = draw() * MEAN_NORM / dim ** 0.5
+    wanted = draw() * MEAN_NORM / dim**0.5
     for start in starts:  # every row has a part that all of its codebook share
-        table[start:start + n_levels] += (wanted - mean) / len(starts)
+        table[start : start + n_levels] += (wanted - mean) / len(starts)
     return table.bfloat16()
 
 
@@ -75,8 +76,9 @@ def summed(params: ModelParams, codes: Tensor, table: Tensor) -> Tensor:
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=2900, help="(default: 2900)")
-    parser.add_argument("--structure", action="append", default=[],
-                        help=f"repeatable (default: {', '.join(STRUCTURES)})")
+    parser.add_argument(
+        "--structure", action="append", default=[], help=f"repeatable (default: {', '.join(STRUCTURES)})"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options = parser.parse_args(arguments)
     with one_sentence():
@@ -93,14 +95,23 @@ def main(arguments=None) -> None:
             codec.audio_embedding = made_up_table(params, structure, codes, generator).float().to(device)
             frames = summed(params, codes, codec.audio_embedding.cpu()).bfloat16()
             first = codebook_offsets(params.codec)[1] + N_SPECIAL_IDS
-            level = codec.audio_embedding[first:first + params.codec.acoustic_codebook_size]
+            level = codec.audio_embedding[first : first + params.codec.acoustic_codebook_size]
             started = time.perf_counter()
             found = recover(codec, frames)
             seconds = time.perf_counter() - started
             norm = frames.float().norm(dim=1).mean()
             near = torch.pdist(level).min() / norm
-            print(row(structure, f"{norm:.2f}", f"{near:.4f}", f"{found.exact.float().mean():.2%}",
-                      f"{(found.codes == codes).all(dim=0).float().mean():.2%}", f"{seconds:.1f}"), flush=True)
+            print(
+                row(
+                    structure,
+                    f"{norm:.2f}",
+                    f"{near:.4f}",
+                    f"{found.exact.float().mean():.2%}",
+                    f"{(found.codes == codes).all(dim=0).float().mean():.2%}",
+                    f"{seconds:.1f}",
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ What is printed
 
 Everything is also in OUTPUT/train_step.json; what train_encoder.py says meanwhile is in OUTPUT/train_step.log.
 """
+
 import argparse
 import functools
 import json
@@ -40,8 +41,9 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from make_standin import make_random  # noqa: E402
 from train_step_timing import N_PROFILED, breakdown, measure  # noqa: E402
+
+from make_standin import make_random  # noqa: E402
 from voxtral.checkpoint import write_text  # noqa: E402
 from voxtral.config import EncoderConfig, check_encoder_config, load_config  # noqa: E402
 from voxtral.data import SAMPLE_RATE, SpeechDataset, make_loader  # noqa: E402
@@ -72,11 +74,12 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 2 benchmarks/train_step.py --random-full data.data_root=/speech
 """
 OWN_DEFAULTS = ["discriminator.warmup_steps=0", "train.max_total_loss=1e9"]
-H100_TFLOPS = 790.0     # bf16, stated, not measured here
-WHISPER_SEC = 30.0      # asr.context_sec cannot be more
+H100_TFLOPS = 790.0  # bf16, stated, not measured here
+WHISPER_SEC = 30.0  # asr.context_sec cannot be more
 GROWTH_AXES = {"batch": (int, "clips in a batch"), "seconds": (float, "seconds of a clip")}
 
 # ---------------------------------------------------------------- the loader alone
+
 
 def measure_loader(config: EncoderConfig, workers: list[int], n_batches: int) -> list[dict]:
     """Speed of the data path by number of loader processes, and what the files are."""
@@ -86,7 +89,9 @@ def measure_loader(config: EncoderConfig, workers: list[int], n_batches: int) ->
     for n_workers in workers:
         data = deepcopy(config.data)
         data.num_workers = n_workers
-        batches = iter(make_loader(SpeechDataset(clips, data.max_sec, config.seed, speed=data.speed), data, config.seed))
+        batches = iter(
+            make_loader(SpeechDataset(clips, data.max_sec, config.seed, speed=data.speed), data, config.seed)
+        )
         for _ in range(1 + 2 * n_workers):
             next(batches)
         # Workers finish together: whole rounds of them, and many.
@@ -98,10 +103,16 @@ def measure_loader(config: EncoderConfig, workers: list[int], n_batches: int) ->
         del batches
         crops_sec = n * data.batch_size * data.max_sec
         rates, counts = np.unique(np.concatenate([batch.native_rates for batch in seen]), return_counts=True)
-        results.append({"num_workers": n_workers, "audio_sec_per_sec": crops_sec / seconds,
-                        "batch_ms": 1000 * seconds / n, "batches": n,
-                        "sound_share": sum(batch.lengths.sum().item() for batch in seen) / SAMPLE_RATE / crops_sec,
-                        "native_rates_hz": {int(rate): int(count) for rate, count in zip(rates, counts)}})
+        results.append(
+            {
+                "num_workers": n_workers,
+                "audio_sec_per_sec": crops_sec / seconds,
+                "batch_ms": 1000 * seconds / n,
+                "batches": n,
+                "sound_share": sum(batch.lengths.sum().item() for batch in seen) / SAMPLE_RATE / crops_sec,
+                "native_rates_hz": {int(rate): int(count) for rate, count in zip(rates, counts)},
+            }
+        )
     return results
 
 
@@ -114,17 +125,24 @@ def row(name: str, result: dict) -> list[str]:
     if "error" in result:
         return [name, result["error"], *["-"] * (len(HEAD) - 2)]
     step, memory = result["step_ms"], result.get("memory_gib", {})
-    return [name, f"{result['audio_sec_per_sec']:.4g}", f"{result['audio_sec_per_sec_overall']:.4g}",
-            *(f"{step[key]:.1f}" for key in ("median", "p10", "p90")), f"{result['data_wait_ms']:.1f}",
-            ", ".join(f"{value:.2f} {name}" for name, value in memory.items()) or "-"]
+    return [
+        name,
+        f"{result['audio_sec_per_sec']:.4g}",
+        f"{result['audio_sec_per_sec_overall']:.4g}",
+        *(f"{step[key]:.1f}" for key in ("median", "p10", "p90")),
+        f"{result['data_wait_ms']:.1f}",
+        ", ".join(f"{value:.2f} {name}" for name, value in memory.items()) or "-",
+    ]
 
 
 def parts_report(result: dict) -> str:
     """The table of parts, and its sum."""
     parts = result["parts_ms"]
     total = sum(sum(both.values()) for both in parts.values())
-    rows = [[part, f"{both['forward']:.2f}", f"{both['backward']:.2f}", f"{sum(both.values()) / total:.1%}"]
-            for part, both in parts.items()]
+    rows = [
+        [part, f"{both['forward']:.2f}", f"{both['backward']:.2f}", f"{sum(both.values()) / total:.1%}"]
+        for part, both in parts.items()
+    ]
     rows = [["data wait (host)", f"{result['data_wait_ms']:.2f}", "-", "-"], *rows]
     sums = [sum(both[way] for both in parts.values()) for way in ("forward", "backward")]
     rows.append(["sum without data wait", *(f"{value:.2f}" for value in sums), "100.0%"])
@@ -132,9 +150,11 @@ def parts_report(result: dict) -> str:
 
 
 def flops_report(result: dict, ceiling_tflops: float | None) -> str:
-    line = (f"{result['flop_per_step'] / 1e12:.3g} TFLOP a step and process, "
-            f"{result['flop_per_audio_sec'] / 1e9:.3g} GFLOP per second of audio, "
-            f"{result['tflop_per_sec']:.3g} TFLOP/s")
+    line = (
+        f"{result['flop_per_step'] / 1e12:.3g} TFLOP a step and process, "
+        f"{result['flop_per_audio_sec'] / 1e9:.3g} GFLOP per second of audio, "
+        f"{result['tflop_per_sec']:.3g} TFLOP/s"
+    )
     return line + (f", {result['ceiling_share']:.1%} of {ceiling_tflops:g}" if ceiling_tflops else "")
 
 
@@ -144,9 +164,11 @@ def growth_figure(axis: str, results: list[dict]) -> Figure:
     panels = figure.subplots(1, 3)
     done = [result for result in results if "error" not in result]
     values = [result[axis] for result in done]
-    curves = {"audio seconds per second": [result["audio_sec_per_sec"] for result in done],
-              "ms a step": [result["step_ms"]["median"] for result in done],
-              "peak memory, GiB": [max(result["memory_gib"].values()) for result in done]}
+    curves = {
+        "audio seconds per second": [result["audio_sec_per_sec"] for result in done],
+        "ms a step": [result["step_ms"]["median"] for result in done],
+        "peak memory, GiB": [max(result["memory_gib"].values()) for result in done],
+    }
     for panel, (title, points) in zip(panels, curves.items()):
         panel.plot(values, points, marker="o")
         panel.set_title(title, fontsize=10)
@@ -159,12 +181,17 @@ def growth_figure(axis: str, results: list[dict]) -> Figure:
 
 # ---------------------------------------------------------------- what is asked for
 
+
 def load(options, yaml: str, overrides: list[str], random_checkpoint: str | None) -> EncoderConfig:
     """The configuration to be timed, in which a training never ends, validates or saves."""
     config = load_config(EncoderConfig, yaml, [*OWN_DEFAULTS, *overrides])
     config.checkpoint = random_checkpoint or config.checkpoint
     config.resume, config.train.max_steps = False, options.warm_up + options.steps + 1
-    config.train.validate_every_steps, config.train.save_every_minutes, config.train.save_every_steps = 10**9, None, None
+    config.train.validate_every_steps, config.train.save_every_minutes, config.train.save_every_steps = (
+        10**9,
+        None,
+        None,
+    )
     check_encoder_config(config)
     return config
 
@@ -196,11 +223,13 @@ def usual_workers(config: EncoderConfig) -> list[int]:
 def describe(config: EncoderConfig, process: Process) -> str:
     """One line: what runs where."""
     weights = ", ".join(f"{name} {weight:g}" for name, weight in vars(config.loss).items() if weight)
-    return (f"batch {config.data.batch_size} x {config.data.max_sec:g} s"
-            f"{f' x {config.train.accumulation}' if config.train.accumulation > 1 else ''}, {config.train.precision}, "
-            f"{'compiled, ' if config.train.compile and process.device.type == 'cuda' else ''}"
-            f"CUDA graphs {'on' if config.train.cuda_graphs and process.device.type == 'cuda' else 'off'}, "
-            f"{config.data.num_workers} loader processes; losses {weights}")
+    return (
+        f"batch {config.data.batch_size} x {config.data.max_sec:g} s"
+        f"{f' x {config.train.accumulation}' if config.train.accumulation > 1 else ''}, {config.train.precision}, "
+        f"{'compiled, ' if config.train.compile and process.device.type == 'cuda' else ''}"
+        f"CUDA graphs {'on' if config.train.cuda_graphs and process.device.type == 'cuda' else 'off'}, "
+        f"{config.data.num_workers} loader processes; losses {weights}"
+    )
 
 
 def speed(options, process: Process, config: EncoderConfig, random_checkpoint: str | None, log, say) -> dict:
@@ -221,8 +250,10 @@ def speed(options, process: Process, config: EncoderConfig, random_checkpoint: s
     if len(measured) > 1:
         a, b = (result["block_audio_sec_per_sec"] for result in measured.values())
         ratios = results["speed_ratios"] = [two / one for one, two in zip(a, b)]
-        say(f"\nthe second one has {median(ratios):.3f} times the speed of the first one ({min(ratios):.3f} to "
-            f"{max(ratios):.3f} in {len(ratios)} turns)")
+        say(
+            f"\nthe second one has {median(ratios):.3f} times the speed of the first one ({min(ratios):.3f} to "
+            f"{max(ratios):.3f} in {len(ratios)} turns)"
+        )
     for name, result in measured.items():
         result |= breakdown(configs[name], process, log)
         result["flop_per_audio_sec"] = result["flop_per_step"] * process.world_size / result["audio_sec_per_step"]
@@ -230,9 +261,11 @@ def speed(options, process: Process, config: EncoderConfig, random_checkpoint: s
         if options.ceiling_tflops:
             result["ceiling_share"] = result["tflop_per_sec"] / options.ceiling_tflops
         where = "kernels" if process.device.type == "cuda" else "main thread"
-        say(f"\n{name}: {flops_report(result, options.ceiling_tflops)}\n\nparts of a step with "
+        say(
+            f"\n{name}: {flops_report(result, options.ceiling_tflops)}\n\nparts of a step with "
             f"train.cuda_graphs=false train.compile=false ({where}, mean of {N_PROFILED} steps without logging); as configured a step "
-            f"takes {result['step_ms']['median']:.1f} ms\n\n{parts_report(result)}")
+            f"takes {result['step_ms']['median']:.1f} ms\n\n{parts_report(result)}"
+        )
     return results
 
 
@@ -258,43 +291,80 @@ def growth(options, process: Process, config: EncoderConfig, log, say) -> dict:
 def loader_alone(options, config: EncoderConfig) -> dict:
     """Audio seconds per second by number of loader processes."""
     workers = options.workers or usual_workers(config)
-    print(f"the loader alone, batch {config.data.batch_size} x {config.data.max_sec:g} s, files read before may come "
-          "from the page cache\n")
+    print(
+        f"the loader alone, batch {config.data.batch_size} x {config.data.max_sec:g} s, files read before may come "
+        "from the page cache\n"
+    )
     results = measure_loader(config, workers, options.steps)
-    rows = [[str(r["num_workers"]), f"{r['audio_sec_per_sec']:.4g}", f"{r['batch_ms']:.2f}", f"{r['sound_share']:.1%}",
-             ", ".join(f"{rate / 1000:g}: {count}" for rate, count in r["native_rates_hz"].items())] for r in results]
+    rows = [
+        [
+            str(r["num_workers"]),
+            f"{r['audio_sec_per_sec']:.4g}",
+            f"{r['batch_ms']:.2f}",
+            f"{r['sound_share']:.1%}",
+            ", ".join(f"{rate / 1000:g}: {count}" for rate, count in r["native_rates_hz"].items()),
+        ]
+        for r in results
+    ]
     print(markdown(["loader processes", "audio s/s, padding counted", "ms/batch", "of it sound", "clips by kHz"], rows))
     return {"loader": results}
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/encoder.yaml",
-                        help="YAML of train_encoder.py (default: %(default)s)")
-    parser.add_argument("--random-full", action="store_true",
-                        help="a checkpoint made for this run: random weights, the released codec's sizes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", default="configs/encoder.yaml", help="YAML of train_encoder.py (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--random-full",
+        action="store_true",
+        help="a checkpoint made for this run: random weights, the released codec's sizes",
+    )
     parser.add_argument("--steps", metavar="N", type=int, default=100, help="that count (default: %(default)s)")
     parser.add_argument("--warm-up", metavar="N", type=int, default=10, help="steps before them (default: %(default)s)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--compare", metavar="key=value", nargs="+",
-                      help="time a second configuration in turns with the first: all that follows is what it changes; "
-                           "another YAML may come first, to which the overrides before --compare apply too. A loader "
-                           "fills up during the other's turn: compare data waits in runs of their own")
-    what.add_argument("--growth", metavar="AXIS=VALUES",
-                      help="batch=4,8,16 or seconds=1,2,4: speed and memory of each, and OUTPUT/growth_AXIS.png; "
-                           "asr.context_sec grows with the seconds where it must")
-    what.add_argument("--loader-only", action="store_true",
-                      help="the config's files through the data loader, by number of loader processes; no model")
-    parser.add_argument("--workers", metavar="N,N", type=lambda text: [int(n) for n in text.split(",")],
-                        help="numbers of loader processes of --loader-only (default: 1,2,4,... cores and the config's)")
-    parser.add_argument("--ceiling-tflops", metavar="T", type=float,
-                        help="of which the share is printed (default: "
-                             f"{H100_TFLOPS:g} on a GPU, for bf16 on an H200 or H100)")
-    parser.add_argument("--output", metavar="DIR", default="runs/benchmark",
-                        help="for train_step.json, train_step.log and plots (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="settings that override the YAML, such as data.batch_size=16")
+    what.add_argument(
+        "--compare",
+        metavar="key=value",
+        nargs="+",
+        help="time a second configuration in turns with the first: all that follows is what it changes; "
+        "another YAML may come first, to which the overrides before --compare apply too. A loader "
+        "fills up during the other's turn: compare data waits in runs of their own",
+    )
+    what.add_argument(
+        "--growth",
+        metavar="AXIS=VALUES",
+        help="batch=4,8,16 or seconds=1,2,4: speed and memory of each, and OUTPUT/growth_AXIS.png; "
+        "asr.context_sec grows with the seconds where it must",
+    )
+    what.add_argument(
+        "--loader-only",
+        action="store_true",
+        help="the config's files through the data loader, by number of loader processes; no model",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N,N",
+        type=lambda text: [int(n) for n in text.split(",")],
+        help="numbers of loader processes of --loader-only (default: 1,2,4,... cores and the config's)",
+    )
+    parser.add_argument(
+        "--ceiling-tflops",
+        metavar="T",
+        type=float,
+        help=f"of which the share is printed (default: {H100_TFLOPS:g} on a GPU, for bf16 on an H200 or H100)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        default="runs/benchmark",
+        help="for train_step.json, train_step.log and plots (default: %(default)s)",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that override the YAML, such as data.batch_size=16"
+    )
     options = parser.parse_intermixed_args(arguments)
 
     with one_sentence(), tempfile.TemporaryDirectory() as temporary:
@@ -308,17 +378,23 @@ def main(arguments=None) -> None:
         with training_process(config.device) as process:
             say = functools.partial(print, flush=True) if process.is_main else lambda *words: None
             results = {"config": options.config, "overrides": options.overrides, "environment": environment(process)}
-            say(f"{results['environment']['device']}, torch {torch.__version__}, {process.world_size} process(es), "
-                f"{options.steps} steps after {options.warm_up}")
+            say(
+                f"{results['environment']['device']}, torch {torch.__version__}, {process.world_size} process(es), "
+                f"{options.steps} steps after {options.warm_up}"
+            )
             if options.ceiling_tflops is None and process.device.type == "cuda":
                 options.ceiling_tflops = H100_TFLOPS
             if random_checkpoint and not options.loader_only:
                 with redirect_stdout(None):
                     make_random("codec", random_checkpoint)
             with open(output / "train_step.log" if process.is_main else os.devnull, "w", encoding="utf-8") as log:
-                results |= (loader_alone(options, config) if options.loader_only else
-                            growth(options, process, config, log, say) if options.growth else
-                            speed(options, process, config, random_checkpoint, log, say))
+                results |= (
+                    loader_alone(options, config)
+                    if options.loader_only
+                    else growth(options, process, config, log, say)
+                    if options.growth
+                    else speed(options, process, config, random_checkpoint, log, say)
+                )
             if process.is_main:
                 write_text(output / "train_step.json", json.dumps(results, indent=2) + "\n")
             say(f"\n{output}/train_step.json")

@@ -1,4 +1,5 @@
 """The clock of train_step.py: a training taken step by step, its speed and memory, and the time of its parts."""
+
 import functools
 import gc
 import resource
@@ -6,11 +7,11 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
 from statistics import median
-from typing import Callable, Iterator
 from unittest.mock import patch
 
 import numpy as np
@@ -28,11 +29,11 @@ from voxtral.data import Batch
 from voxtral.discriminator import DiscriminatorLoss
 from voxtral.losses import Balancer, MelDistance
 from voxtral.matching import CodeMatching
-from voxtral.quantizer import Quantizer
 from voxtral.processes import Process
+from voxtral.quantizer import Quantizer
 from voxtral.speaker import SpeakerEncoder
 
-N_BLOCKS = 5    # in which --compare takes turns
+N_BLOCKS = 5  # in which --compare takes turns
 N_PROFILED = 3  # steps of the table
 
 # Part of a step -> what does its work; backward follows from it. Torch itself names the optimizers' ranges.
@@ -62,6 +63,7 @@ BACKWARD = "autograd::engine::evaluate_function: "  # of one node of the graph
 
 
 # ---------------------------------------------------------------- a training, step by step
+
 
 class Training:
     """A run of train_encoder.py that stops after each step; everything it prints goes to the file `log`."""
@@ -156,8 +158,10 @@ def measure(configs: list[EncoderConfig], process: Process, log, warm_up: int, n
 def peak_memory_gib(device: torch.device) -> dict[str, float]:
     """GPU: since measure() began; CPU: since this process began."""
     if device.type == "cuda":
-        return {"reserved": torch.cuda.max_memory_reserved() / 2**30,
-                "allocated": torch.cuda.max_memory_allocated() / 2**30}
+        return {
+            "reserved": torch.cuda.max_memory_reserved() / 2**30,
+            "allocated": torch.cuda.max_memory_allocated() / 2**30,
+        }
     unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss
     return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
@@ -166,15 +170,19 @@ def summary(training: Training, blocks: list[list[float]]) -> dict:
     """What training.advance() returned, in numbers for people."""
     seconds = [second for block in blocks for second in block]
     p10, p50, p90 = (1000 * np.percentile(seconds, [10, 50, 90])).tolist()
-    return {"audio_sec_per_sec": 1000 * training.audio_sec / p50,
-            "audio_sec_per_sec_overall": training.audio_sec * len(seconds) / sum(seconds),
-            "step_ms": {"median": p50, "p10": p10, "p90": p90}, "audio_sec_per_step": training.audio_sec,
-            "data_wait_ms": 1000 * sum(training.waits) / len(seconds),
-            "block_audio_sec_per_sec": [training.audio_sec / median(block) for block in blocks],
-            "steps_ms": [round(1000 * second, 3) for second in seconds]}
+    return {
+        "audio_sec_per_sec": 1000 * training.audio_sec / p50,
+        "audio_sec_per_sec_overall": training.audio_sec * len(seconds) / sum(seconds),
+        "step_ms": {"median": p50, "p10": p10, "p90": p90},
+        "audio_sec_per_step": training.audio_sec,
+        "data_wait_ms": 1000 * sum(training.waits) / len(seconds),
+        "block_audio_sec_per_sec": [training.audio_sec / median(block) for block in blocks],
+        "steps_ms": [round(1000 * second, 3) for second in seconds],
+    }
 
 
 # ---------------------------------------------------------------- where the time goes
+
 
 def cdist_flop(a: tuple, b: tuple, *others, out_shape=None, **more) -> int:
     """[..., P, D], [..., R, D]: distances of many vectors are a matrix product."""
@@ -186,16 +194,21 @@ def attention_flop(query: tuple, key: tuple, value: tuple, *others, out_shape=No
 
 
 # What torch.utils.flop_counter does not know.
-MORE_FLOPS = {torch.ops.aten._cdist_forward: cdist_flop, torch.ops.aten._euclidean_dist: cdist_flop,
-              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop}
+MORE_FLOPS = {
+    torch.ops.aten._cdist_forward: cdist_flop,
+    torch.ops.aten._euclidean_dist: cdist_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
+}
 
 
 def in_range(part: str, function: Callable) -> Callable:
     """`function`, whose work the profiler finds under the name of `part`."""
+
     @functools.wraps(function)
     def named(*args, **kwargs):
         with record_function(RANGE + part):
             return function(*args, **kwargs)
+
     return named
 
 
@@ -219,9 +232,10 @@ def breakdown(config: EncoderConfig, process: Process, log) -> dict:
                 with record_function(RANGE + REST):
                     training.advance(1)
     times = time_of_parts(profiler.events(), process.device.type == "cuda")
-    return {"flop_per_step": counter.get_total_flops(),
-            "parts_ms": {part: {way: us / 1000 / N_PROFILED for way, us in both.items()}
-                         for part, both in times.items()}}
+    return {
+        "flop_per_step": counter.get_total_flops(),
+        "parts_ms": {part: {way: us / 1000 / N_PROFILED for way, us in both.items()} for part, both in times.items()},
+    }
 
 
 def part_of(name: str) -> str | None:
@@ -257,8 +271,13 @@ def time_of_parts(events: list, on_gpu: bool) -> dict[str, dict[str, float]]:
                 makers[event.sequence_nr] = part
     for event in host:
         # A range has a double of its name on the GPU, which is no kernel.
-        spent = (sum(kernel.duration for kernel in event.kernels if kernel.name != event.name) if on_gpu
-                 else event.self_cpu_time_total if event.thread == main_thread else 0)
+        spent = (
+            sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
+            if on_gpu
+            else event.self_cpu_time_total
+            if event.thread == main_thread
+            else 0
+        )
         if spent:
             part, way = place(event)
             times.setdefault(part, {"forward": 0.0, "backward": 0.0})[way] += spent

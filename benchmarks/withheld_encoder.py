@@ -9,6 +9,7 @@ Each run is a process of its own, one on each GPU at a time. It survives a kill:
 is finished. OUTPUT gets results.json, table.md, rows.png and curves.png, new after every run, and a folder per run with
 its encoder, log and metrics.
 """
+
 import argparse
 import json
 import math
@@ -24,6 +25,10 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
+from withheld_report import COLUMNS, SOUND, Judge, change_of, curves_figure, numbers_of, results_of, rows_figure, table  # noqa: E402
+from withheld_rows import KNOWN_CODES, ROWS, TRUE_CHECKPOINT, changes_of, make_run  # noqa: E402
+from withheld_runs import Run, check_continues, train_until  # noqa: E402
+
 from evaluate import choose_clips, finite  # noqa: E402
 from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
 from voxtral.clips import resynthesize  # noqa: E402
@@ -38,10 +43,6 @@ from voxtral.run import duration  # noqa: E402
 from voxtral.run_folder import environment  # noqa: E402
 from voxtral.scores import check_scores, not_measured  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation  # noqa: E402
-from withheld_report import (COLUMNS, SOUND, Judge, change_of, curves_figure, numbers_of, results_of, rows_figure,  # noqa: E402
-                             table)
-from withheld_rows import KNOWN_CODES, ROWS, TRUE_CHECKPOINT, changes_of, make_run  # noqa: E402
-from withheld_runs import Run, check_continues, train_until  # noqa: E402
 
 PROBE_STEPS = 30
 N_NAMED = 8  # speakers in a message, at most
@@ -61,7 +62,12 @@ def write_known_codes(options, data: DataConfig, device) -> None:
         clips = training_clips(data)
         codec = VoxtralCodec.from_checkpoint(options.standin)
         codec.load_encoder(SafetensorsFile(options.withheld).read(), options.withheld)
-        resynthesize(codec.to(device), [clip for clip in clips if not presets or clip.speaker in presets], folder, options.max_sec)
+        resynthesize(
+            codec.to(device),
+            [clip for clip in clips if not presets or clip.speaker in presets],
+            folder,
+            options.max_sec,
+        )
 
 
 def unseen_clips(options, data: DataConfig) -> list[Clip]:
@@ -78,16 +84,19 @@ def unseen_clips(options, data: DataConfig) -> list[Clip]:
     trained = {clip.speaker for source in split_validation(sources, data.validation)[0] for clip in source}
     heard = sorted({clip.speaker for clip in clips} & trained)
     if heard:
-        raise UserError(f"--eval {options.eval}: the encoders are trained on {', '.join(heard[:N_NAMED])}; measure on "
-                        "speakers that they never hear.")
+        raise UserError(
+            f"--eval {options.eval}: the encoders are trained on {', '.join(heard[:N_NAMED])}; measure on "
+            "speakers that they never hear."
+        )
     by_speaker = defaultdict(list)
     for clip in clips:
         by_speaker[clip.source, clip.speaker].append(clip)
     turns = zip_longest(*by_speaker.values())  # the first clip of every speaker, then the second, ...
-    return [clip for turn in turns for clip in turn if clip][:options.clips]
+    return [clip for turn in turns for clip in turn if clip][: options.clips]
 
 
 # ---------------------------------------------------------------- the benchmark
+
 
 def benchmark(options) -> None:
     started = time.monotonic()
@@ -96,8 +105,11 @@ def benchmark(options) -> None:
     # ---- 1. the runs: every row with the first seed, then with the second, ... ----
     if not options.resume and list(options.output.glob("*_seed*")):
         raise UserError(f"{options.output} already holds a benchmark: go on with --resume, or choose another --output.")
-    runs = [make_run(options, row, seed, options.steps, options.output / f"{row}_seed{seed}")
-            for seed in options.seeds for row in options.rows]
+    runs = [
+        make_run(options, row, seed, options.steps, options.output / f"{row}_seed{seed}")
+        for seed in options.seeds
+        for row in options.rows
+    ]
     for run in runs:
         check_continues(run)
     native = make_run(options, "a", options.seeds[0], options.steps, options.output).config
@@ -113,26 +125,35 @@ def benchmark(options) -> None:
         write_known_codes(options, native.data, process.device)
     judge = Judge(options, samples, native, process.device)
     audio_sec = options.steps * native.data.batch_size * native.train.accumulation * native.data.max_sec
-    about = environment(process) | {"steps": options.steps, "audio_hours": audio_sec / 3600, "clips": len(samples),
-                                    "speakers": judge.averages.n_speakers, "bad_clips": bad,
-                                    "options": {name: str(value) for name, value in vars(options).items()}}
+    about = environment(process) | {
+        "steps": options.steps,
+        "audio_hours": audio_sec / 3600,
+        "clips": len(samples),
+        "speakers": judge.averages.n_speakers,
+        "bad_clips": bad,
+        "options": {name: str(value) for name, value in vars(options).items()},
+    }
 
     # ---- 3. the plan ----
     stop, failed = StopSignal(), {}
     n_gpus = torch.cuda.device_count() if process.device.type == "cuda" else 1
     at_once = options.at_once or n_gpus
     waiting = [run for run in runs if not run.encoder.exists()]
-    print(f"{len(options.rows)} rows × {len(options.seeds)} seeds: {len(runs)} runs of {options.steps} steps, "
-          f"{audio_sec / 3600:.2f} h of audio each; {len(runs) - len(waiting)} are finished")
+    print(
+        f"{len(options.rows)} rows × {len(options.seeds)} seeds: {len(runs)} runs of {options.steps} steps, "
+        f"{audio_sec / 3600:.2f} h of audio each; {len(runs) - len(waiting)} are finished"
+    )
     for name in options.rows:
         print(f"  {name:<7}{ROWS[name].what}: {f'{ROWS[name].of} {ROWS[name].changes}'.strip()}")
     print(f"measured on {len(samples)} clips of {judge.averages.n_speakers} speakers, {judge.seconds:.1f} s an encoder")
     run_sec = probe(options, waiting, deadline, stop) if waiting and time.monotonic() < deadline else 0.0
     if run_sec:
         limit = f" of {duration(60 * options.minutes)}" if options.minutes < math.inf else ""
-        print(f"estimate: {duration(len(waiting) * (run_sec + judge.seconds) / at_once)} for {len(waiting)} runs, "
-              f"{at_once} at a time, if all were as slow as this row; {duration(time.monotonic() - started)}{limit} are gone",
-              flush=True)
+        print(
+            f"estimate: {duration(len(waiting) * (run_sec + judge.seconds) / at_once)} for {len(waiting)} runs, "
+            f"{at_once} at a time, if all were as slow as this row; {duration(time.monotonic() - started)}{limit} are gone",
+            flush=True,
+        )
 
     # ---- 4. train and measure ----
     took, measuring, left = {}, threading.Lock(), iter(waiting)
@@ -152,8 +173,11 @@ def benchmark(options) -> None:
                     shown = "  ".join(f"{COLUMNS[name]} {value:.4g}" for name, value in values.items())
                     print(f"{run.name}: {ran_sec:.0f} s, {run.step_ms():.0f} ms a step  {shown}", flush=True)
                 elif code:
-                    failed[run.name] = (f"killed by signal {-code}; --resume goes on with it" if code < 0
-                                        else f"{run.last_words()} ({run.folder}/log.txt)")
+                    failed[run.name] = (
+                        f"killed by signal {-code}; --resume goes on with it"
+                        if code < 0
+                        else f"{run.last_words()} ({run.folder}/log.txt)"
+                    )
                     print(f"{run.name}: {failed[run.name]}", flush=True)
                 write_results(options, runs, judge, failed, about)
 
@@ -191,14 +215,23 @@ def write_results(options, runs: list[Run], judge: Judge, failed: dict[str, str]
     """Writes results.json, table.md, rows.png and curves.png; -> the table."""
     rows = results_of(sorted(runs, key=lambda run: list(ROWS).index(run.row)), judge)
     for name, row in rows.items():
-        row |= {"what": ROWS[name].what, "of": ROWS[name].of, "settings": changes_of(name),
-                "change": change_of(row, rows[ROWS[name].of]) if ROWS[name].of in rows else {}}
+        row |= {
+            "what": ROWS[name].what,
+            "of": ROWS[name].of,
+            "settings": changes_of(name),
+            "change": change_of(row, rows[ROWS[name].of]) if ROWS[name].of in rows else {},
+        }
     waiting = {run.name: "not trained to its end yet" for run in runs if not run.encoder.exists()}
     definitions = {name: METRICS[name].definition for name in judge.true["metrics"]}
     definitions["semantic_used"] = "distinct semantic codes of all clips together"
-    report = about | {"true": numbers_of(judge.true), "untrained": numbers_of(judge.untrained), "rows": rows,
-                      "not_finished": waiting | failed, "not_measured": not_measured(options.metrics),
-                      "definitions": definitions}
+    report = about | {
+        "true": numbers_of(judge.true),
+        "untrained": numbers_of(judge.untrained),
+        "rows": rows,
+        "not_finished": waiting | failed,
+        "not_measured": not_measured(options.metrics),
+        "definitions": definitions,
+    }
     text = table(report)
     write_text(options.output / "results.json", json.dumps(finite(report), indent=2) + "\n")
     write_text(options.output / "table.md", text)
@@ -233,30 +266,63 @@ examples:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--standin", metavar="DIR", required=True, help="checkpoint without encoder (make_standin.py)")
     parser.add_argument("--withheld", metavar="FILE", required=True, help="its true encoder")
-    parser.add_argument("--data", metavar="CONFIG", required=True,
-                        help="YAML of train_encoder.py or make_standin.py: speech, held-out speakers, batch, ...")
-    parser.add_argument("--eval", metavar="WHAT", help="speech to measure on: a folder, a manifest (csv, tsv, jsonl) "
-                                                       "or a config (default: the held-out speakers of --data)")
+    parser.add_argument(
+        "--data",
+        metavar="CONFIG",
+        required=True,
+        help="YAML of train_encoder.py or make_standin.py: speech, held-out speakers, batch, ...",
+    )
+    parser.add_argument(
+        "--eval",
+        metavar="WHAT",
+        help="speech to measure on: a folder, a manifest (csv, tsv, jsonl) "
+        "or a config (default: the held-out speakers of --data)",
+    )
     parser.add_argument("--steps", metavar="N", type=int, required=True, help="of every run")
     parser.add_argument("--seeds", metavar="N,...", default="0,1,2", help="for a run of each row (default: 0,1,2)")
     parser.add_argument("--rows", metavar="NAME,...", default=",".join(ROWS), help="(default: %(default)s)")
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/withheld_encoder"),
-                        help="(default: %(default)s)")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, default=Path("runs/withheld_encoder"), help="(default: %(default)s)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on in OUTPUT; finished runs are skipped")
-    parser.add_argument("--minutes", metavar="M", type=float, default=math.inf,
-                        help="stop then: a run that would not be ready is not begun, one that is not ready is saved")
-    parser.add_argument("--at-once", metavar="N", type=int, help="runs at a time, each on its GPU (default: one a GPU; "
-                                                                 "ms per step is that of a run that shares the machine)")
-    parser.add_argument("--metrics", metavar="NAME,...", default=",".join(SOUND),
-                        help="scores of evaluate.py (default: %(default)s); codes are compared always")
-    parser.add_argument("--whisper", metavar="MODEL", default="base",
-                        help="for wer: openai-whisper's name of a model, or a local .pt (default: %(default)s)")
-    parser.add_argument("--clips", metavar="N", type=int, default=84,
-                        help="to measure on, spread over the speakers (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        metavar="M",
+        type=float,
+        default=math.inf,
+        help="stop then: a run that would not be ready is not begun, one that is not ready is saved",
+    )
+    parser.add_argument(
+        "--at-once",
+        metavar="N",
+        type=int,
+        help="runs at a time, each on its GPU (default: one a GPU; "
+        "ms per step is that of a run that shares the machine)",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="NAME,...",
+        default=",".join(SOUND),
+        help="scores of evaluate.py (default: %(default)s); codes are compared always",
+    )
+    parser.add_argument(
+        "--whisper",
+        metavar="MODEL",
+        default="base",
+        help="for wer: openai-whisper's name of a model, or a local .pt (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--clips",
+        metavar="N",
+        type=int,
+        default=84,
+        help="to measure on, spread over the speakers (default: %(default)s)",
+    )
     parser.add_argument("--max-sec", type=float, default=20.0, help="longer clips are cut (default: %(default)g)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config of --data")
     options = parser.parse_intermixed_args(arguments)
@@ -270,9 +336,13 @@ def main(arguments=None) -> None:
             if not seed.isdecimal():
                 raise UserError(f"--seeds: '{seed}' is no number; write them as 0,1,2.")
         options.seeds = list(map(int, options.seeds))
-        for name, value, least in (("--steps", options.steps, 1), ("--clips", options.clips, 1),
-                                   ("--at-once", options.at_once or 1, 1), ("--minutes", options.minutes, 0),
-                                   ("--max-sec", options.max_sec, 0.1)):
+        for name, value, least in (
+            ("--steps", options.steps, 1),
+            ("--clips", options.clips, 1),
+            ("--at-once", options.at_once or 1, 1),
+            ("--minutes", options.minutes, 0),
+            ("--max-sec", options.max_sec, 0.1),
+        ):
             if not value >= least:
                 raise UserError(f"{name} is {value}; it must be {least} or more.")
         check_scores(options.metrics)

@@ -1,5 +1,6 @@
 """Two more ways to learn from clips with known codes, which withheld_encoder.py tries in its rows j and n. Each stands in for
 CodeMatching in train_encoder.py, weighs as loss.match does, and adds to the statistics of known codes, which both keep."""
+
 import sys
 from pathlib import Path
 
@@ -68,15 +69,20 @@ class Adversary(_Windows):
     def __init__(self, codes: list[Tensor], codec: VoxtralCodec, device):
         super().__init__(codes, codec, device)
         sizes = [len(self.mean), ADVERSARY_CHANNELS, ADVERSARY_CHANNELS, ADVERSARY_CHANNELS]
-        hidden = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Conv1d(a, b, 5, padding=2), nn.LeakyReLU(0.2))]
+        hidden = [
+            layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Conv1d(a, b, 5, padding=2), nn.LeakyReLU(0.2))
+        ]
         self.network = nn.Sequential(*hidden, nn.Conv1d(ADVERSARY_CHANNELS, 1, 3, padding=1)).to(device)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=ADVERSARY_LEARNING_RATE, betas=(0.5, 0.9))
 
     def __call__(self, output: CodecOutput, n_frames: Tensor) -> Tensor:
         def score(sequence: Tensor) -> Tensor:  # [B, D, L] -> [B, 1, L]; padding shows the same to both
             return self.network(sequence * valid)
+
         valid = valid_mask(n_frames, output.codes.shape[-1])[:, None]
-        real = self.normalize(self.quantizer.decode(self.windows(len(output.codes), output.codes.shape[-1]))).requires_grad_()
+        real = self.normalize(
+            self.quantizer.decode(self.windows(len(output.codes), output.codes.shape[-1]))
+        ).requires_grad_()
         fake = self.heard(output)
         real_score = score(real)
         (slope,) = torch.autograd.grad(real_score.sum(), real, create_graph=True)

@@ -1,4 +1,5 @@
 """What withheld_encoder.py measures of its runs, and how it shows it."""
+
 import json
 import math
 import sys
@@ -11,22 +12,31 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from withheld_runs import Run  # noqa: E402
+
 from evaluate import finite, summaries  # noqa: E402
 from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
 from voxtral.codec import VoxtralCodec  # noqa: E402
 from voxtral.config import EncoderConfig  # noqa: E402
 from voxtral.data import SAMPLE_RATE, validation_batches  # noqa: E402
-from voxtral.evaluation import (Agreement, Averages, Sample, all_codes, fresh_encoder, gap_closed,  # noqa: E402
-                                measure_clips)
+from voxtral.evaluation import Agreement, Averages, Sample, all_codes, fresh_encoder, gap_closed, measure_clips  # noqa: E402
 from voxtral.evaluation_report import arrow, markdown, number  # noqa: E402
 from voxtral.scores import Scorer  # noqa: E402
 from voxtral.sources import find_clips, split_validation  # noqa: E402
 from voxtral.validation import evaluate_codec  # noqa: E402
-from withheld_runs import Run  # noqa: E402
 
-COLUMNS = {"mel": "mel", "stft": "STFT", "estoi": "ESTOI", "wer": "WER", "semantic_equal": "semantic top-1",
-           "levels_equal": "acoustic exact", "levels_within_1": "acoustic ±1", "semantic_used": "codes used",
-           "extremes_share": "extremes", "embedding_cosine": "voice cosine"}
+COLUMNS = {
+    "mel": "mel",
+    "stft": "STFT",
+    "estoi": "ESTOI",
+    "wer": "WER",
+    "semantic_equal": "semantic top-1",
+    "levels_equal": "acoustic exact",
+    "levels_within_1": "acoustic ±1",
+    "semantic_used": "codes used",
+    "extremes_share": "extremes",
+    "embedding_cosine": "voice cosine",
+}
 STEP_MS = "ms per step"
 SOUND = ("mel", "stft", "estoi", "wer")
 SHOWN = ("mel", "estoi", "semantic_equal", "levels_equal", "levels_within_1", "embedding_cosine")  # in rows.png
@@ -34,13 +44,19 @@ SHOWN = ("mel", "estoi", "semantic_equal", "levels_equal", "levels_within_1", "e
 
 # ---------------------------------------------------------------- measuring
 
+
 class Judge:
     """Measures encoders of one stand-in on the same clips, against its true one."""
 
     def __init__(self, options, samples: list[Sample], config: EncoderConfig, device):
         self.samples = samples
-        self.settings = {"withheld": options.withheld, "metrics": options.metrics, "whisper": options.whisper,
-                         "max_sec": options.max_sec, "clips": [sample.clip.path for sample in samples]}
+        self.settings = {
+            "withheld": options.withheld,
+            "metrics": options.metrics,
+            "whisper": options.whisper,
+            "max_sec": options.max_sec,
+            "clips": [sample.clip.path for sample in samples],
+        }
         self.codec, self.device = VoxtralCodec.from_checkpoint(options.standin), device
         fresh = fresh_encoder(self.codec, config.seed)
         self.codec.to(device).requires_grad_(False)
@@ -59,8 +75,9 @@ class Judge:
         """An encoder in `codec` -> {"metrics": name -> {value, interval, clips}, "codes": of all clips together}"""
         codec.load_encoder(tensors, where)
         rows, clips = [], []
-        for row, clip, _ in measure_clips(codec, self.samples, self.sources, self.scorer, self.agreement,
-                                          self.expected):
+        for row, clip, _ in measure_clips(
+            codec, self.samples, self.sources, self.scorer, self.agreement, self.expected
+        ):
             rows.append(row)
             clips.append(clip)
         self.expected = self.expected or clips  # the true encoder comes first
@@ -89,6 +106,7 @@ def numbers_of(measured: dict) -> dict[str, float]:
 
 # ---------------------------------------------------------------- from runs to rows
 
+
 def results_of(runs: list[Run], judge: Judge) -> dict[str, dict]:
     """Row -> {"seeds": finished runs by seed, "values" and "gap_closed": mean and deviation over them by column}."""
     true, untrained = numbers_of(judge.true), numbers_of(judge.untrained)
@@ -99,7 +117,10 @@ def results_of(runs: list[Run], judge: Judge) -> dict[str, dict]:
             values = numbers_of(measured)
             gaps = {name: float(gap_closed(untrained[name], value, true[name])) for name, value in values.items()}
             rows[run.row]["seeds"][run.seed] = measured | {
-                "values": values | {STEP_MS: run.step_ms()}, "gap_closed": gaps, "curve": run.curve()}
+                "values": values | {STEP_MS: run.step_ms()},
+                "gap_closed": gaps,
+                "curve": run.curve(),
+            }
     for row in rows.values():
         for key in ("values", "gap_closed"):
             row[key] = spread([seed[key] for seed in row["seeds"].values()])
@@ -109,19 +130,24 @@ def results_of(runs: list[Run], judge: Judge) -> dict[str, dict]:
 def spread(seeds: list[dict[str, float]]) -> dict[str, dict]:
     """Numbers by column of several seeds -> column -> mean, and sample deviation where there are several."""
     columns = {name: [seed[name] for seed in seeds] for name in (seeds[0] if seeds else {})}
-    return {name: {"mean": float(np.mean(values)),
-                   "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-            for name, values in columns.items()}
+    return {
+        name: {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+        for name, values in columns.items()
+    }
 
 
 def change_of(row: dict, before: dict) -> dict[str, dict]:
     """What a row's change does by column: its difference to the row that it changes, over the seeds that both have."""
-    pairs = [(seed["values"], before["seeds"][number]["values"]) for number, seed in row["seeds"].items()
-             if number in before["seeds"]]
+    pairs = [
+        (seed["values"], before["seeds"][number]["values"])
+        for number, seed in row["seeds"].items()
+        if number in before["seeds"]
+    ]
     return spread([{name: after[name] - earlier[name] for name in after} for after, earlier in pairs])
 
 
 # ---------------------------------------------------------------- showing
+
 
 def cell(summary: dict, gap: dict | None = None, sign: str = "") -> str:
     """mean ± deviation (share of the gap closed)"""
@@ -138,24 +164,35 @@ def table(report: dict) -> str:
     rows = {name: row for name, row in report["rows"].items() if row["seeds"]}
     columns = list(report["true"])
     titles = [*(COLUMNS[name] + arrow(name) for name in columns), STEP_MS + " ↓"]
-    lines = [["", f"{name} encoder", "", *(number(float(report[name][column])) for column in columns), ""]
-             for name in ("untrained", "true")]
+    lines = [
+        ["", f"{name} encoder", "", *(number(float(report[name][column])) for column in columns), ""]
+        for name in ("untrained", "true")
+    ]
     for name, row in rows.items():
         cells = [cell(row["values"][column], row["gap_closed"].get(column)) for column in [*columns, STEP_MS]]
         lines.append([name, row["what"], str(len(row["seeds"])), *cells])
-    parts = [f"{report['steps']} steps, {report['audio_hours']:.2f} h of audio in each run. Measured on "
-             f"{report['clips']} clips of {report['speakers']} speakers never heard. {report['device']}.\n",
-             markdown(["row", "", "seeds", *titles], lines),
-             "Mean ± deviation over the seeds; in brackets the share of the gap between the untrained and the true "
-             "encoder that is closed.\n"]
+    parts = [
+        f"{report['steps']} steps, {report['audio_hours']:.2f} h of audio in each run. Measured on "
+        f"{report['clips']} clips of {report['speakers']} speakers never heard. {report['device']}.\n",
+        markdown(["row", "", "seeds", *titles], lines),
+        "Mean ± deviation over the seeds; in brackets the share of the gap between the untrained and the true "
+        "encoder that is closed.\n",
+    ]
     changes = {f"{row['of']} → {name}": row for name, row in rows.items() if row["change"]}
     if changes:
-        lines = [[name, row["what"], *(cell(row["change"][column], sign="+") for column in [*columns, STEP_MS])]
-                 for name, row in changes.items()]
-        parts.append("## What each change does\n\nThe difference of two rows, seed by seed.\n\n"
-                     + markdown(["rows", "", *titles], lines))
-    for key, title in (("not_finished", "Not finished"), ("not_measured", "Not measured"),
-                       ("definitions", "Definitions")):
+        lines = [
+            [name, row["what"], *(cell(row["change"][column], sign="+") for column in [*columns, STEP_MS])]
+            for name, row in changes.items()
+        ]
+        parts.append(
+            "## What each change does\n\nThe difference of two rows, seed by seed.\n\n"
+            + markdown(["rows", "", *titles], lines)
+        )
+    for key, title in (
+        ("not_finished", "Not finished"),
+        ("not_measured", "Not measured"),
+        ("definitions", "Definitions"),
+    ):
         if report[key]:
             parts.append(f"## {title}\n\n" + "".join(f"- {name}: {text}\n" for name, text in report[key].items()))
     return "\n".join(parts)
@@ -194,7 +231,9 @@ def rows_figure(report: dict) -> Figure:
             panel.plot(values, [i] * len(values), "o", markersize=5, alpha=0.7, color="tab:blue")
         system = "true" if column in SOUND else "untrained"
         panel.axvline(report[system][column], color="black", linewidth=0.8, linestyle="--" if system == "true" else ":")
-        panel.set_title(f"{COLUMNS[column]}{arrow(column)}\n({system} encoder: {number(float(report[system][column]))})", fontsize=9)
+        panel.set_title(
+            f"{COLUMNS[column]}{arrow(column)}\n({system} encoder: {number(float(report[system][column]))})", fontsize=9
+        )
         panel.grid(alpha=0.3)
     panels[0].set_yticks(range(len(rows)), [f"{name}: {row['what']}" for name, row in rows.items()], fontsize=8)
     panels[0].invert_yaxis()

@@ -1,13 +1,15 @@
 """The rows of withheld_encoder.py: what each changes, and the training that comes of it."""
+
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from withheld_runs import Run, band_limited, thinned, with_layers  # noqa: E402
+
 from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, load_config  # noqa: E402
 from voxtral.data import SAMPLE_RATE  # noqa: E402
 from voxtral.errors import UserError  # noqa: E402
-from withheld_runs import Run, band_limited, thinned, with_layers  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,9 @@ class Row:
     layers        of the encoder's four stages; own: the stand-in's, as serving builds it
     known         what loss.match takes from known codes: statistics, as train_encoder.py does; or a loss of withheld_losses.py
     """
+
     what: str
-    of: str        # the row that it changes; the two together show what the change does
+    of: str  # the row that it changes; the two together show what the change does
     changes: str
 
 
@@ -29,9 +32,13 @@ class Row:
 # limits it. Commitment is in all: without it nothing ties the semantic latent to the codebook. The paper's schedule of
 # quantization is a piece as well: a and b quantize always (no key of the config says so: withheld_runs.py swaps the draws), c shows what the schedule is worth.
 ROWS = {
-    "a": Row("reconstruction only", "", "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 "
-             "loss.diversity=0 loss.speaker=0 loss.match=0 quantization=always training_hz=24000 start=fresh "
-             "speech=1 layers=own known=statistics"),
+    "a": Row(
+        "reconstruction only",
+        "",
+        "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 "
+        "loss.diversity=0 loss.speaker=0 loss.match=0 quantization=always training_hz=24000 start=fresh "
+        "speech=1 layers=own known=statistics",
+    ),
     "b": Row("+ discriminators with feature matching", "a", "loss.feature=1"),
     "c": Row("+ stochastic quantization", "b", "quantization=stochastic"),
     "d": Row("+ ASR distillation: the paper's recipe", "c", "loss.asr=1"),
@@ -54,7 +61,7 @@ ROWS = {
     "double": Row("twice its layers", "cheap", "layers=4,4,4,4"),
 }
 TRUE_CHECKPOINT = "true_checkpoint"  # in OUTPUT: the stand-in with its true encoder, from which rows may start
-KNOWN_CODES = "known_codes"          # in OUTPUT: codes of the preset voices, for loss.match
+KNOWN_CODES = "known_codes"  # in OUTPUT: codes of the preset voices, for loss.match
 
 
 def changes_of(name: str) -> dict[str, str]:
@@ -66,22 +73,38 @@ def changes_of(name: str) -> dict[str, str]:
 def schedule(steps: int) -> list[str]:
     """What configs state in steps, as shares of a run, so that rows compare at any length: five validations, two saves,
     an average of the weights that reaches back over a tenth of the run."""
+
     def share(parts: int) -> int:
         return -(-steps // parts)
-    return ["train.trainable=[encoder]", f"train.ema_decay={max(0.0, 1 - 10 / steps)}", "train.n_samples=0",
-            f"train.log_every_steps={min(10, share(5))}", f"train.validate_every_steps={share(5)}",
-            f"train.save_every_steps={share(2)}", "train.keep_last=1", f"optimizer.warmup_steps={steps // 20}",
-            f"discriminator.warmup_steps={steps // 8}"]
+
+    return [
+        "train.trainable=[encoder]",
+        f"train.ema_decay={max(0.0, 1 - 10 / steps)}",
+        "train.n_samples=0",
+        f"train.log_every_steps={min(10, share(5))}",
+        f"train.validate_every_steps={share(5)}",
+        f"train.save_every_steps={share(2)}",
+        "train.keep_last=1",
+        f"optimizer.warmup_steps={steps // 20}",
+        f"discriminator.warmup_steps={steps // 8}",
+    ]
 
 
 def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
     """The run and its config. Raises UserError."""
     changes = changes_of(row)
-    quantization, training_hz, start = changes.pop("quantization"), int(changes.pop("training_hz")), changes.pop("start")
+    quantization, training_hz, start = (
+        changes.pop("quantization"),
+        int(changes.pop("training_hz")),
+        changes.pop("start"),
+    )
     speech, layers, known = float(changes.pop("speech")), changes.pop("layers"), changes.pop("known")
     # A stand-in's config will do: it names the speakers that the stand-in has not heard.
-    loaded = load_config(StandinConfig, options.data, [*schedule(steps), *options.overrides,
-                                                       *(f"{key}={value}" for key, value in changes.items())])
+    loaded = load_config(
+        StandinConfig,
+        options.data,
+        [*schedule(steps), *options.overrides, *(f"{key}={value}" for key, value in changes.items())],
+    )
     config = EncoderConfig(**{field.name: getattr(loaded, field.name) for field in fields(EncoderConfig)})
     config.checkpoint = options.standin if start == "fresh" else str(options.output / TRUE_CHECKPOINT)
     config.encoder = None if start == "fresh" else "checkpoint"
@@ -92,8 +115,10 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
     config.match.codes = str(options.output / KNOWN_CODES)
     check_encoder_config(config)
     if not config.data.validation.speakers:
-        raise UserError(f"{options.data}: data.validation.speakers is empty; name the speakers that neither the "
-                        "stand-in nor the encoders are trained on.")
+        raise UserError(
+            f"{options.data}: data.validation.speakers is empty; name the speakers that neither the "
+            "stand-in nor the encoders are trained on."
+        )
     if training_hz != SAMPLE_RATE:
         config.data = band_limited(config.data, options.output / "band_limited")
     if speech != 1:

@@ -1,4 +1,5 @@
 """The training runs of withheld_encoder.py: each in a process of its own, stopped cleanly, resumed after a kill."""
+
 import json
 import os
 import shutil
@@ -7,16 +8,18 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
-from typing import Callable
 
 import soundfile
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from withheld_losses import KNOWN  # noqa: E402
+
 import train_encoder  # noqa: E402
 from voxtral.audio import SAMPLE_RATE, BadClip, load_segment, read_header  # noqa: E402
 from voxtral.checkpoint import atomic_path, write_text  # noqa: E402
@@ -28,7 +31,6 @@ from voxtral.processes import StopSignal, training_process  # noqa: E402
 from voxtral.quantizer import QuantizationDraws  # noqa: E402
 from voxtral.run_folder import differences  # noqa: E402
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips  # noqa: E402
-from withheld_losses import KNOWN  # noqa: E402
 
 # What may differ between a run and its continuation.
 PLACES = ("output_dir", "resume", "device", "data.data_root", "data.num_workers", "data.sources")
@@ -39,6 +41,7 @@ N_NAMED = 8  # changed settings in a message, at most
 @dataclass
 class Run:
     """One row of the ablation with one seed; `quantization`, `known`: see withheld_rows.Row."""
+
     row: str
     seed: int
     config: EncoderConfig
@@ -66,7 +69,7 @@ class Run:
     def step_ms(self) -> float:
         """Median over the second half, in which all losses are at work."""
         times = [row["time/step_ms"] for row in self.metrics() if "time/step_ms" in row]
-        return statistics.median(times[len(times) // 2:])
+        return statistics.median(times[len(times) // 2 :])
 
     def curve(self) -> list[list[float]]:
         """[step, mel distance of the validation clips] of every validation."""
@@ -84,14 +87,20 @@ def check_continues(run: Run) -> None:
     """Raises UserError if the run's folder holds one with other settings."""
     path = run.folder / "config.yaml"
     if path.is_file():
-        changed = [f"{key} {before} against {now}" for key, before, now in differences(load_config(EncoderConfig, path, []), run.config)
-                   if key not in PLACES]
+        changed = [
+            f"{key} {before} against {now}"
+            for key, before, now in differences(load_config(EncoderConfig, path, []), run.config)
+            if key not in PLACES
+        ]
         if changed:
-            raise UserError(f"{run.folder} was trained with other settings ({'; '.join(changed[:N_NAMED])}): choose "
-                            "another --output, or delete that folder.")
+            raise UserError(
+                f"{run.folder} was trained with other settings ({'; '.join(changed[:N_NAMED])}): choose "
+                "another --output, or delete that folder."
+            )
 
 
 # ---------------------------------------------------------------- the process of a run
+
 
 def main() -> None:
     """CONFIG QUANTIZATION KNOWN: trains to the end or to a SIGTERM, from where the run was.
@@ -127,8 +136,11 @@ def stop_with_parent() -> None:
 
 def always_quantized(seed: int, batch_size: int, acoustic_dim: int, n_frames: int, device, *_) -> QuantizationDraws:
     """In the place of QuantizationDraws.sample: 0 is on the quantized side of every choice."""
-    return QuantizationDraws(torch.zeros(batch_size, device=device), torch.zeros(batch_size, device=device),
-                             torch.zeros(batch_size, acoustic_dim, n_frames, device=device))
+    return QuantizationDraws(
+        torch.zeros(batch_size, device=device),
+        torch.zeros(batch_size, device=device),
+        torch.zeros(batch_size, acoustic_dim, n_frames, device=device),
+    )
 
 
 def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
@@ -139,8 +151,13 @@ def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
     run.folder.mkdir(parents=True, exist_ok=True)
     dump_config(run.config, run.folder / "run.yaml")
     with (run.folder / "log.txt").open("ab") as log:
-        child = Popen([sys.executable, __file__, str(run.folder / "run.yaml"), run.quantization, run.known], env=os.environ | seen,
-                      stdin=PIPE, stdout=log, stderr=STDOUT)
+        child = Popen(
+            [sys.executable, __file__, str(run.folder / "run.yaml"), run.quantization, run.known],
+            env=os.environ | seen,
+            stdin=PIPE,
+            stdout=log,
+            stderr=STDOUT,
+        )
     told = False
     while child.poll() is None:
         time.sleep(0.2)
@@ -152,17 +169,23 @@ def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
 
 # ---------------------------------------------------------------- other speech, other encoders
 
+
 def band_limited(data: DataConfig, folder: Path) -> DataConfig:
     """`data` with all that is trained on cut at 8 kHz: copies in `folder`, written once. Held-out clips stay as they
     are. The copies have 24 kHz, so that every crop is the one that the other rows train on.
     """
+
     def copied(clips: list[Clip], name: str) -> list[Clip]:
         paths = [Path(clip.path) for clip in clips]
-        copies = {i: folder / name / f"{i:06d}_{path.stem}.flac" for i, path in enumerate(paths)
-                  if clips[i].speaker not in data.validation.speakers and can_be_read(str(path))}
+        copies = {
+            i: folder / name / f"{i:06d}_{path.stem}.flac"
+            for i, path in enumerate(paths)
+            if clips[i].speaker not in data.validation.speakers and can_be_read(str(path))
+        }
         with ThreadPool(os.cpu_count()) as pool:
             pool.starmap(copy_band_limited, [(paths[i], copy) for i, copy in copies.items() if not copy.exists()])
         return [replace(clip, path=str(copies.get(i, clip.path))) for i, clip in enumerate(clips)]
+
     return rewritten(data, folder, copied)
 
 
@@ -175,10 +198,12 @@ def can_be_read(path: str) -> bool:
 
 def thinned(data: DataConfig, folder: Path, keep_every: int) -> DataConfig:
     """`data` with so few of the clips that are trained on, spread over all speakers; held-out ones stay."""
+
     def fewer(clips: list[Clip], _: str) -> list[Clip]:
         trained = [clip for clip in clips if clip.speaker not in data.validation.speakers]
         kept = set(sorted(trained, key=lambda clip: clip.speaker)[::keep_every])
         return [clip for clip in clips if clip in kept or clip.speaker in data.validation.speakers]
+
     return rewritten(data, folder, fewer)
 
 
@@ -187,8 +212,10 @@ def rewritten(data: DataConfig, folder: Path, change: Callable[[list[Clip], str]
     sources = []
     for clips in find_clips(data)[0]:
         name = f"source_{clips[0].source}"
-        rows = [{"path": str(Path(clip.path).absolute()), "speaker": clip.speaker, "text": clip.text}
-                for clip in change(clips, name)]
+        rows = [
+            {"path": str(Path(clip.path).absolute()), "speaker": clip.speaker, "text": clip.text}
+            for clip in change(clips, name)
+        ]
         manifest = (folder / f"{name}.jsonl").absolute()
         write_text(manifest, "".join(json.dumps(row) + "\n" for row in rows))
         weight = data.sources[clips[0].source].weight
@@ -214,8 +241,13 @@ def copy_band_limited(source: Path, target: Path) -> None:
     seconds = read_header(str(source)).seconds
     limited = band_limit(torch.from_numpy(load_segment(str(source), 0.0, seconds)[0]))
     with atomic_path(target) as temporary:
-        soundfile.write(temporary, (limited / limited.abs().max().clamp(min=1)).numpy(), SAMPLE_RATE, format="FLAC",
-                        subtype="PCM_24")
+        soundfile.write(
+            temporary,
+            (limited / limited.abs().max().clamp(min=1)).numpy(),
+            SAMPLE_RATE,
+            format="FLAC",
+            subtype="PCM_24",
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 .venv/bin/python serving/benchmark.py prints a table: best of --repeats requests, one at a time, after one to warm up.
 """
+
 import argparse
 import sys
 import tempfile
@@ -11,11 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from server import Server
+from test_served import ANNA, BEN, ENCODER, FRAME, RATE, STANDIN, TEXT, data_url, speech
+
 import clone_voice
 import inject_encoder
 import patch_tokenizer
-from server import Server
-from test_served import ANNA, BEN, ENCODER, FRAME, RATE, STANDIN, TEXT, data_url, speech
 from voxtral.tts import TTS, named_voice
 from voxtral.voices import encode_reference
 
@@ -62,8 +64,11 @@ def main() -> None:
             show("vLLM-Omni, `ref_audio`", lambda: of_server(server, ref_audio=reference), repeats)
         tts = TTS.from_checkpoint(checkpoint)
         show("`clone_voice.py --voice`", lambda: of_clone_voice(tts, lambda: named_voice(checkpoint, "anna")), repeats)
-        show("`clone_voice.py --reference`",
-             lambda: of_clone_voice(tts, lambda: encode_reference(tts.codec, BEN)[0].bfloat16()), repeats)
+        show(
+            "`clone_voice.py --reference`",
+            lambda: of_clone_voice(tts, lambda: encode_reference(tts.codec, BEN)[0].bfloat16()),
+            repeats,
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 vLLM-Omni finds it through the entry point in pyproject.toml.
 """
+
 import psutil
 import torch
 from vllm.platforms.cpu import CpuPlatform

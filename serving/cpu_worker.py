@@ -8,6 +8,7 @@ SERVE_TEST_RECORD=DIR: the language model's worker writes there
 and takes the noise of frame K from DIR/noise.pt [frames, 36], where that is.
 SERVE_TEST_FP32=1: what is bf16 in the engine whatever --dtype says becomes float32.
 """
+
 import os
 from pathlib import Path
 from unittest.mock import patch
@@ -59,8 +60,12 @@ def compute_in_fp32() -> None:
 
     Codec = voxtral_tts_audio_tokenizer.VoxtralTTSAudioTokenizer
     Generation = voxtral_tts_audio_generation.VoxtralTTSAudioGenerationForConditionalGeneration
-    load_weight, encode, decode, mm_logits = (Codec.load_weight, Codec._forward_encoder, Codec.decode,
-                                              Generation.compute_mm_logits)
+    load_weight, encode, decode, mm_logits = (
+        Codec.load_weight,
+        Codec._forward_encoder,
+        Codec.decode,
+        Generation.compute_mm_logits,
+    )
 
     def without_autocast(self, x):
         with torch.autocast("cpu", enabled=False):
@@ -78,13 +83,21 @@ def compute_in_fp32() -> None:
 
 def record(folder: Path) -> None:
     from vllm_omni.model_executor.models.voxtral_tts import (
-        voxtral_tts, voxtral_tts_audio_generation, voxtral_tts_audio_tokenizer)
+        voxtral_tts,
+        voxtral_tts_audio_generation,
+        voxtral_tts_audio_tokenizer,
+    )
 
     Codec = voxtral_tts_audio_tokenizer.VoxtralTTSAudioTokenizer
     Flow = voxtral_tts_audio_generation.FlowMatchingAudioTransformer
     Model = voxtral_tts.VoxtralTTSForConditionalGeneration
-    forward_encoder, tokenize, encode, preprocess, flow = (Codec._forward_encoder, Codec._tokenize_audio,
-                                                           Codec.encode_waveforms, Model.tts_preprocess, Flow.forward)
+    forward_encoder, tokenize, encode, preprocess, flow = (
+        Codec._forward_encoder,
+        Codec._tokenize_audio,
+        Codec.encode_waveforms,
+        Model.tts_preprocess,
+        Flow.forward,
+    )
     noise = torch.load(folder / "noise.pt") if (folder / "noise.pt").exists() else None
     encoded, counts = {}, {"encode": 0, "request": -1, "frame": 0}
 
@@ -114,15 +127,20 @@ def record(folder: Path) -> None:
         randn, drawn = torch.randn, []
 
         def draw(*size, **options):
-            drawn.append(randn(*size, **options) if noise is None else
-                         noise[counts["frame"]].expand(size).to(options["dtype"], copy=True))
+            drawn.append(
+                randn(*size, **options)
+                if noise is None
+                else noise[counts["frame"]].expand(size).to(options["dtype"], copy=True)
+            )
             return drawn[0]
 
         with patch.object(torch, "randn", draw):
             ids = flow(self, llm_hidden, cfg_alpha)
         if counts["request"] >= 0:  # the engine warms up first
-            torch.save({"hidden": llm_hidden.clone(), "noise": drawn[0], "ids": ids},
-                       folder / f"frame_{counts['request']}_{counts['frame']:04d}.pt")
+            torch.save(
+                {"hidden": llm_hidden.clone(), "noise": drawn[0], "ids": ids},
+                folder / f"frame_{counts['request']}_{counts['frame']:04d}.pt",
+            )
         counts["frame"] += 1
         return ids
 

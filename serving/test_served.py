@@ -3,6 +3,7 @@
 Three servers, one after the other: as deployed, in bf16; in fp32 with the noise of clone_voice.py, with a LoRA merged;
 and without an encoder. What they compute on the way is recorded by cpu_worker.py.
 """
+
 import base64
 import io
 import math
@@ -33,9 +34,9 @@ STANDIN, ENCODER = ROOT / "assets" / "standin", ROOT / "assets" / "standin_withh
 ANNA, BEN = (ROOT / "assets" / "speech" / "talk" / f"{name}_00.opus" for name in ("w_f391", "w_m390"))
 TEXT = "Julia and Anna will paint the white boxes on Friday."
 RATE, FRAME = 24000, 1920
-SHORT = 10          # frames, where it is not the speech that counts
-MAX_FRAMES = 60     # of TEXT; the stand-in ends before
-TABLE = []          # of what the servers answered
+SHORT = 10  # frames, where it is not the speech that counts
+MAX_FRAMES = 60  # of TEXT; the stand-in ends before
+TABLE = []  # of what the servers answered
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,6 +51,7 @@ def environment():
 
 
 # ---------------------------------------------------------------- what is sent, what comes back
+
 
 def data_url(samples: np.ndarray, container="WAV", subtype=None, mime="audio/wav") -> str:
     """samples [T] or [T, channels], in 16 bits unless subtype says something else"""
@@ -97,10 +99,11 @@ def codes_of(ids: Tensor) -> Tensor:
     """Frames [N, 37] -> codes [37, L] before END_AUDIO, which must be the last if it is there"""
     ends = (ids[:, 0] == 1).nonzero().flatten().tolist()
     assert not ends or ends == [len(ids) - 1]
-    return ids[:len(ids) - len(ends)].T - 2
+    return ids[: len(ids) - len(ends)].T - 2
 
 
 # ---------------------------------------------------------------- checkpoints
+
 
 @pytest.fixture(scope="module")
 def clone(environment, tmp_path_factory) -> Path:
@@ -116,8 +119,10 @@ def adapter(environment, tmp_path_factory) -> Path:
     """A random LoRA, small enough to leave the speech alive"""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    model = get_peft_model(Backbone.from_checkpoint(STANDIN, dtype=torch.float32).model,
-                           LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    model = get_peft_model(
+        Backbone.from_checkpoint(STANDIN, dtype=torch.float32).model,
+        LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -128,22 +133,26 @@ def adapter(environment, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def clone_with_lora(adapter, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lora") / "checkpoint"
-    inject_encoder.main(["--checkpoint", str(STANDIN), "--encoder", str(ENCODER), "--lora", str(adapter),
-                         "--output", str(folder)])
+    inject_encoder.main(
+        ["--checkpoint", str(STANDIN), "--encoder", str(ENCODER), "--lora", str(adapter), "--output", str(folder)]
+    )
     patch_tokenizer.main(["--checkpoint", str(folder), "--voice", f"anna={ANNA}"])
     return folder
 
 
 # ---------------------------------------------------------------- as deployed
 
+
 @pytest.fixture(scope="module")
 def deployed(clone, tmp_path_factory):
     """-> the server, the folder of its records; the first three requests are a preset, anna, and ben's recording."""
     record = tmp_path_factory.mktemp("deployed")
     with Server(clone, record / "server.log", record) as server:
-        answers = [ask("bf16", server, "preset", "ends by itself", voice="casual_male"),
-                   ask("bf16", server, "registered voice", "levels within one of ours", voice="anna"),
-                   ask("bf16", server, "ref_audio, WAV", "levels within one of ours", ref_audio=data_url(speech(BEN)))]
+        answers = [
+            ask("bf16", server, "preset", "ends by itself", voice="casual_male"),
+            ask("bf16", server, "registered voice", "levels within one of ours", voice="anna"),
+            ask("bf16", server, "ref_audio, WAV", "levels within one of ours", ref_audio=data_url(speech(BEN))),
+        ]
         yield server, record, answers
 
 
@@ -158,14 +167,14 @@ def test_it_speaks_whole_frames_and_ends_by_itself(deployed):
 def test_codes_and_rows_of_the_reference_are_a_bf16_computation_of_ours(deployed, clone):
     codec, (served,) = VoxtralCodec.from_checkpoint(clone), recorded(deployed[1], "encode")[:1]
     waveform = torch.from_numpy(speech(BEN))[None, None]
-    assert (served["waveform"].float() - waveform).abs().max() < 2 ** -8  # 16-bit WAV, then bf16
+    assert (served["waveform"].float() - waveform).abs().max() < 2**-8  # 16-bit WAV, then bf16
     assert torch.equal(codec.quantizer.encode(served["latent"]), served["codes"])
     ours = codec.encode(served["waveform"])
     assert (ours - served["codes"])[:, 1:].abs().max() <= 1 and (ours == served["codes"]).float().mean() > 0.98
     rows = codec.voice_rows(served["codes"], torch.tensor([served["codes"].shape[-1]]))[0].bfloat16()
     assert torch.equal(rows, served["rows"])  # END_AUDIO last
     prompt = recorded(deployed[1], "prompt")[2]["embeddings"]
-    assert torch.equal(prompt[2:2 + len(rows)], rows)
+    assert torch.equal(prompt[2 : 2 + len(rows)], rows)
 
 
 def test_the_registered_voice_is_what_serving_makes_of_the_recording(deployed, clone):
@@ -220,13 +229,21 @@ def test_references_of_other_formats_and_lengths(deployed, request_name, seconds
         assert torch.equal(prompt, recorded(deployed[1], "prompt")[2]["embeddings"])
     else:
         rows = recorded(deployed[1], "encode")[-1]["rows"]
-        assert len(rows) == n_rows and torch.equal(prompt[2:2 + n_rows], rows)
+        assert len(rows) == n_rows and torch.equal(prompt[2 : 2 + n_rows], rows)
 
 
 def test_streaming_sends_audio_before_it_is_all_there(deployed):
     server, record, _ = deployed
-    answer = ask("bf16", server, "registered voice, streamed", "first byte early", voice="anna", response_format="pcm",
-                 stream=True, stream_format="audio")
+    answer = ask(
+        "bf16",
+        server,
+        "registered voice, streamed",
+        "first byte early",
+        voice="anna",
+        response_format="pcm",
+        stream=True,
+        stream_format="audio",
+    )
     ids = frames(record, len(recorded(record, "prompt")) - 1)["ids"]
     assert answer.status == 200 and len(answer.body) == 2 * FRAME * (len(ids) - 1)
     assert answer.first_sec < 0.6 * answer.seconds
@@ -249,16 +266,23 @@ def test_what_is_refused_is_answered_400_and_the_engine_lives(deployed, request_
 
 # ---------------------------------------------------------------- in fp32, with the same noise, with a LoRA
 
+
 @pytest.fixture(scope="module")
 def exact(clone_with_lora, tmp_path_factory):
     """-> folder of the records, answers; requests: anna by name, ben's recording."""
     record = tmp_path_factory.mktemp("exact")
     torch.save(noise((0, 0), MAX_FRAMES, 36), record / "noise.pt")
     with Server(clone_with_lora, record / "server.log", record, fp32=True) as server:
-        voices = {"registered voice": {"voice": "anna"},
-                  "ref_audio, WAV": {"ref_audio": data_url(speech(BEN), subtype="FLOAT")}}
-        return record, [ask("fp32, LoRA", server, request, "codes and samples of clone_voice.py", **voice,
-                            max_new_tokens=MAX_FRAMES) for request, voice in voices.items()]
+        voices = {
+            "registered voice": {"voice": "anna"},
+            "ref_audio, WAV": {"ref_audio": data_url(speech(BEN), subtype="FLOAT")},
+        }
+        return record, [
+            ask(
+                "fp32, LoRA", server, request, "codes and samples of clone_voice.py", **voice, max_new_tokens=MAX_FRAMES
+            )
+            for request, voice in voices.items()
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +298,8 @@ def ours(clone_with_lora) -> tuple[TTS, list[Tensor]]:
 def test_fp32_reference_codes_and_rows_are_equal(exact, ours):
     (served,), rows = recorded(exact[0], "encode"), ours[1][1]
     assert served["codes"].dtype == torch.int64 and torch.equal(
-        ours[0].codec.quantizer.encode(served["latent"]), served["codes"])
+        ours[0].codec.quantizer.encode(served["latent"]), served["codes"]
+    )
     torch.testing.assert_close(rows, served["rows"], rtol=0, atol=1e-5)
 
 
@@ -283,7 +308,7 @@ def test_fp32_codes_are_equal_frame_by_frame(exact, ours, request_number):
     tts, voices = ours
     prompt = recorded(exact[0], "prompt")[request_number]["embeddings"]
     torch.testing.assert_close(prompt, tts.prompt(TEXT, voices[request_number]).float(), rtol=0, atol=1e-5)
-    take, = tts.generate([Request(TEXT, voices[request_number], (0, 0))], MAX_FRAMES)
+    (take,) = tts.generate([Request(TEXT, voices[request_number], (0, 0))], MAX_FRAMES)
     served = frames(exact[0], request_number)["ids"]
     assert take.ended and served[-1, 0] == 1
     assert torch.equal(codes_of(served), take.codes)
@@ -293,8 +318,9 @@ def test_fp32_codes_are_equal_frame_by_frame(exact, ours, request_number):
 def test_fp32_audio_is_within_one_step_of_clone_voice(exact, ours, clone_with_lora, tmp_path, capsys, request_number):
     output = tmp_path / "ours.wav"
     if request_number == 0:
-        clone_voice.main(["--checkpoint", str(clone_with_lora), "--voice", "anna", "--text", TEXT,
-                          "--output", str(output)])
+        clone_voice.main(
+            ["--checkpoint", str(clone_with_lora), "--voice", "anna", "--text", TEXT, "--output", str(output)]
+        )
     else:  # --reference would encode in bf16, as every server but this one
         clone_voice.write_all(ours[0], [output], [clone_voice.Piece(0, TEXT)], ours[1][1], 0, MAX_FRAMES)
     served, (wav, _) = samples_of(exact[1][request_number]), soundfile.read(output, dtype="int16")
@@ -307,17 +333,20 @@ def test_fp32_lora_is_the_one_that_was_trained(exact, ours, clone, adapter):
     trained = adapted(TTS.from_checkpoint(clone), str(adapter))
     for parameter in trained.models.backbone.parameters():
         parameter.data.copy_(parameter.data.bfloat16())  # as injection rounds
-    take, = trained.generate([Request(TEXT, ours[1][0], (0, 0))], MAX_FRAMES)
+    (take,) = trained.generate([Request(TEXT, ours[1][0], (0, 0))], MAX_FRAMES)
     assert torch.equal(codes_of(frames(exact[0], 0)["ids"]), take.codes)
-    without, = TTS.from_checkpoint(clone).generate([Request(TEXT, ours[1][0], (0, 0))], MAX_FRAMES)
+    (without,) = TTS.from_checkpoint(clone).generate([Request(TEXT, ours[1][0], (0, 0))], MAX_FRAMES)
     assert not torch.equal(without.codes, take.codes)
 
 
 # ---------------------------------------------------------------- without an encoder
 
+
 def test_without_an_encoder_references_are_refused_and_presets_speak(environment, tmp_path):
-    assert not any(re.match(r"audio_tokenizer\.(input_proj|encoder_blocks)\.", name)
-                   for name in load_file(STANDIN / "consolidated.safetensors"))
+    assert not any(
+        re.match(r"audio_tokenizer\.(input_proj|encoder_blocks)\.", name)
+        for name in load_file(STANDIN / "consolidated.safetensors")
+    )
     with Server(STANDIN, tmp_path / "server.log") as server:
         answer = ask("no encoder", server, "ref_audio, WAV", "engine lives", ref_audio=data_url(speech(BEN)))
         assert answer.status == 400

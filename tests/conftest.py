@@ -1,4 +1,5 @@
 """The benchmarks as modules, and tiny random models of other people's formats, for tests that need one end to end."""
+
 import base64
 import gzip
 import importlib
@@ -33,16 +34,31 @@ def import_benchmark():
 def whisper_checkpoint(tmp_path_factory):
     """Path of an openai-whisper checkpoint of 2 + 2 layers, width 16, multilingual vocabulary."""
     dims = whisper.ModelDimensions(
-        n_mels=80, n_audio_ctx=1500, n_audio_state=16, n_audio_head=2, n_audio_layer=2,
-        n_vocab=51865, n_text_ctx=64, n_text_state=16, n_text_head=2, n_text_layer=2)
+        n_mels=80,
+        n_audio_ctx=1500,
+        n_audio_state=16,
+        n_audio_head=2,
+        n_audio_layer=2,
+        n_vocab=51865,
+        n_text_ctx=64,
+        n_text_state=16,
+        n_text_head=2,
+        n_text_layer=2,
+    )
     generator = torch.Generator().manual_seed(0)
     model = whisper.model.Whisper(dims)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.5, generator=generator)
     path = tmp_path_factory.mktemp("whisper") / "random.pt"
-    torch.save({"dims": asdict(dims), "model_state_dict": model.state_dict(),
-                "alignment_heads_dump": base64.b85encode(gzip.compress(LAST_LAYER_FIRST_HEAD.tobytes()))}, path)
+    torch.save(
+        {
+            "dims": asdict(dims),
+            "model_state_dict": model.state_dict(),
+            "alignment_heads_dump": base64.b85encode(gzip.compress(LAST_LAYER_FIRST_HEAD.tobytes())),
+        },
+        path,
+    )
     return str(path)
 
 
@@ -64,12 +80,14 @@ def speaker_checkpoint(tmp_path_factory):
 @pytest.fixture
 def refused(capsys):
     """refused(main, arguments) -> the one line with which `main` ends."""
+
     def refused(main, arguments):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         message = capsys.readouterr().err
         assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
         return message
+
     return refused
 
 
@@ -82,6 +100,7 @@ def signal_group(number):
 @pytest.fixture
 def stop_at(monkeypatch):
     """stop_at(step, signal number): when that step is logged, this process and its loader processes get the signal."""
+
     def stop_at(at, number=signal.SIGTERM):
         add = Logger.add
 
@@ -89,7 +108,9 @@ def stop_at(monkeypatch):
             add(self, step, scalars)
             if step == at:
                 signal_group(number)
+
         monkeypatch.setattr(Logger, "add", add_and_ask_to_stop)
+
     return stop_at
 
 
@@ -119,9 +140,24 @@ def stopped_by_torchrun(tmp_path, script, number, arguments):
     """Runs a training script in two processes, and sends torchrun a signal after two steps; returns what it printed."""
     root = Path(__file__).parents[1]
     (tmp_path / "program.py").write_text(STOPPED_BY_TORCHRUN)
-    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                          str(tmp_path / "program.py"), number, script, *arguments], cwd=root, capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(tmp_path / "program.py"),
+            number,
+            script,
+            *arguments,
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
     assert "SignalException" in ran.stderr, ran.stderr  # torchrun's own
     assert "DataLoader" not in ran.stderr, ran.stderr
     return ran.stdout

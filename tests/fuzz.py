@@ -4,6 +4,7 @@ Each case is a good small file (audio in a dozen formats, safetensors, .pt, .npy
 door reads it or refuses it in its own words; any other exception, a hang of 10 s (twice), a crash, a line on stderr or a
 file outside the case's folder is a finding. Prints a table, and the findings; exits with 1 when there is one.
 """
+
 import argparse
 import json
 import multiprocessing
@@ -36,16 +37,50 @@ from voxtral.tables import read_table
 from voxtral.voices import load_embedding
 
 HANG_SEC = 10
-MEMORY_BYTES = 6 * 2 ** 30  # address space of a worker beyond what it starts with
-AUDIO = {"wav": ("WAV", "PCM_16", 1), "float.wav": ("WAV", "FLOAT", 2), "wavex.wav": ("WAVEX", "PCM_24", 2),
-         "adpcm.wav": ("WAV", "MS_ADPCM", 1), "rf64": ("RF64", "PCM_16", 1), "w64": ("W64", "PCM_16", 1),
-         "flac": ("FLAC", "PCM_16", 1), "ogg": ("OGG", "VORBIS", 1), "opus": ("OGG", "OPUS", 1),
-         "mp3": ("MP3", None, 1),
-         "aiff": ("AIFF", "PCM_16", 1), "au": ("AU", "PCM_16", 1), "caf": ("CAF", "PCM_16", 1)}
+MEMORY_BYTES = 6 * 2**30  # address space of a worker beyond what it starts with
+AUDIO = {
+    "wav": ("WAV", "PCM_16", 1),
+    "float.wav": ("WAV", "FLOAT", 2),
+    "wavex.wav": ("WAVEX", "PCM_24", 2),
+    "adpcm.wav": ("WAV", "MS_ADPCM", 1),
+    "rf64": ("RF64", "PCM_16", 1),
+    "w64": ("W64", "PCM_16", 1),
+    "flac": ("FLAC", "PCM_16", 1),
+    "ogg": ("OGG", "VORBIS", 1),
+    "opus": ("OGG", "OPUS", 1),
+    "mp3": ("MP3", None, 1),
+    "aiff": ("AIFF", "PCM_16", 1),
+    "au": ("AU", "PCM_16", 1),
+    "caf": ("CAF", "PCM_16", 1),
+}
 N_ROWS = 20
-NUMBERS = [0, 1, 2, 0xff, 0x7fff, 0xffff, 0x7fffffff, 0x80000000, 0xffffffff, 2 ** 62, 2 ** 64 - 1]
-WORDS = [b"null", b"-1", b"1e999", b"[", b"]", b"{", b"}", b'"', b",", b"[]", b"{}", b"true", b"\\ud800", b"\0", b"\xff", b"\n",
-         b"\xe2\x80\xa8", b"99999999999999999999", b"[" * 2000, b"\t", b"|", b";", b"../../../x", b"NaN"]
+NUMBERS = [0, 1, 2, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**62, 2**64 - 1]
+WORDS = [
+    b"null",
+    b"-1",
+    b"1e999",
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b'"',
+    b",",
+    b"[]",
+    b"{}",
+    b"true",
+    b"\\ud800",
+    b"\0",
+    b"\xff",
+    b"\n",
+    b"\xe2\x80\xa8",
+    b"99999999999999999999",
+    b"[" * 2000,
+    b"\t",
+    b"|",
+    b";",
+    b"../../../x",
+    b"NaN",
+]
 
 
 def good_files(folder: Path) -> dict[str, bytes]:
@@ -63,9 +98,11 @@ def good_files(folder: Path) -> dict[str, bytes]:
     torch.save(embedding.bfloat16(), folder / "good.old.pt", _use_new_zipfile_serialization=False)
     np.save(folder / "good.npy", np.zeros((params.codec.n_codebooks, 12), np.int16))
     (folder / "good.params.json").write_text(json.dumps(small_params()))
-    (folder / "good.jsonl").write_text("".join(json.dumps({"path": f"{i}.wav", "speaker": "a", "text": "Hello"}) + "\n" for i in range(5)))
+    (folder / "good.jsonl").write_text(
+        "".join(json.dumps({"path": f"{i}.wav", "speaker": "a", "text": "Hello"}) + "\n" for i in range(5))
+    )
     (folder / "good.csv").write_text('path,speaker,text\na.wav,anna,"Yes, please"\nb.wav,ben,No\nc.wav,,"two\nlines"\n')
-    (folder / "good.tsv").write_text("client_id\tpath\tsentence\nabc\ta.mp3\tHello\ndef\tb.mp3\t\"No\n")
+    (folder / "good.tsv").write_text('client_id\tpath\tsentence\nabc\ta.mp3\tHello\ndef\tb.mp3\t"No\n')
     for name in ("safetensors", "pt", "old.pt", "npy", "params.json", "jsonl", "csv", "tsv"):
         files[name] = (folder / f"good.{name}").read_bytes()
     return files
@@ -79,19 +116,19 @@ def damaged(content: bytes, random: np.random.Generator) -> bytes:
         at = int(random.integers(reach))
         match int(random.integers(9)):
             case 0:
-                data[at:at + 1] = bytes([random.integers(256)])
+                data[at : at + 1] = bytes([random.integers(256)])
             case 1:
-                data[at:at + 1] = bytes([(data[at] if at < len(data) else 0) ^ (1 << int(random.integers(8)))])
+                data[at : at + 1] = bytes([(data[at] if at < len(data) else 0) ^ (1 << int(random.integers(8)))])
             case 2 | 3:
                 size, order = int(random.choice([2, 4, 8])), str(random.choice(["little", "big"]))
                 value = int(NUMBERS[random.integers(len(NUMBERS))]) % 2 ** (8 * size)
-                data[at:at + size] = value.to_bytes(size, order)
+                data[at : at + size] = value.to_bytes(size, order)
             case 4:
-                del data[int(random.integers(len(data) + 1)):]
+                del data[int(random.integers(len(data) + 1)) :]
             case 5:
-                del data[at:at + int(random.integers(1, 32))]
+                del data[at : at + int(random.integers(1, 32))]
             case 6:
-                data[at:at] = data[at:at + int(random.integers(1, 64))]
+                data[at:at] = data[at : at + int(random.integers(1, 64))]
             case 7:
                 data[at:at] = WORDS[random.integers(len(WORDS))]
             case 8:
@@ -102,8 +139,11 @@ def damaged(content: bytes, random: np.random.Generator) -> bytes:
 def doors(kind: str, path: Path, params, end_row: torch.Tensor):
     """What reads files of this kind, as functions without arguments."""
     if kind in AUDIO:
-        return [lambda: read_header(path), *(lambda position=position: load_segment(str(path), position, 0.5)
-                                             for position in (0.0, 0.4, 0.99)), lambda: prepare_reference(path)]
+        return [
+            lambda: read_header(path),
+            *(lambda position=position: load_segment(str(path), position, 0.5) for position in (0.0, 0.4, 0.99)),
+            lambda: prepare_reference(path),
+        ]
     if kind == "safetensors":
         return [lambda: SafetensorsFile(path).read(), lambda: load_embedding(path, params, end_row)]
     if kind in ("pt", "old.pt"):
@@ -207,7 +247,12 @@ def main() -> None:
     print(row("kind", "read", "refused", "findings"))
     for kind in dict.fromkeys(kind for kind, _ in counts):
         print(row(kind, *(counts[kind, outcome] for outcome in ("read", "refused", "finding"))))
-    print(row("total", *(sum(n for (_, one), n in counts.items() if one == outcome) for outcome in ("read", "refused", "finding"))))
+    print(
+        row(
+            "total",
+            *(sum(n for (_, one), n in counts.items() if one == outcome) for outcome in ("read", "refused", "finding")),
+        )
+    )
     print("\n".join(findings))
     sys.exit(bool(findings))
 

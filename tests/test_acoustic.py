@@ -1,4 +1,5 @@
 """The acoustic transformer against numbers that the serving engine's own module produced."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,11 @@ def write_golden(folder, change=lambda tensors: None):
     """A checkpoint folder with the golden weights, and nothing else."""
     with safe_open(GOLDEN, framework="pt") as file:
         sizes = json.loads(file.metadata()["multimodal.audio_model_args"])
-    raw = small_params({"dim": sizes["acoustic_transformer_args"]["dim"]}, sizes["acoustic_transformer_args"],
-                       {"semantic_codebook_size": sizes["semantic_codebook_size"]})
+    raw = small_params(
+        {"dim": sizes["acoustic_transformer_args"]["dim"]},
+        sizes["acoustic_transformer_args"],
+        {"semantic_codebook_size": sizes["semantic_codebook_size"]},
+    )
     folder.mkdir(exist_ok=True)
     (folder / "params.json").write_text(json.dumps(raw))
     tensors = {name: tensor for name, tensor in load_file(GOLDEN).items() if not name.startswith("io.")}
@@ -89,7 +93,7 @@ def test_end_audio_is_allowed_but_neither_empty_audio_nor_padding(acoustic, gold
 
 def test_items_of_a_batch_do_not_see_each_other(acoustic, golden):
     together = acoustic.frame(golden["hidden"], golden["x_0"])
-    alone = [acoustic.frame(golden["hidden"][i:i + 1], golden["x_0"][i:i + 1]) for i in range(5)]
+    alone = [acoustic.frame(golden["hidden"][i : i + 1], golden["x_0"][i : i + 1]) for i in range(5)]
     assert torch.equal(torch.cat(alone), together)
 
 
@@ -106,8 +110,9 @@ def test_names_are_the_checkpoints():
     with torch.device("meta"):
         model = AcousticTransformer(params)
     prefix = "acoustic_transformer."
-    assert {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()} == \
-           {name: shape for name, shape in released_layout(params).items() if name.startswith(prefix)}
+    assert {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()} == {
+        name: shape for name, shape in released_layout(params).items() if name.startswith(prefix)
+    }
 
 
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path):

@@ -1,4 +1,5 @@
 """What phase 2 trains goes into a checkpoint with its own encoder only; validation hears an adapter as it will be."""
+
 import json
 
 import pytest
@@ -41,8 +42,19 @@ def test_an_adapter_goes_with_its_encoder_only(adapter, folder, encoder, tmp_pat
     injected = inject(folder, encoder, adapter, tmp_path / "out")
     assert encoder_digest(VoxtralCodec.from_checkpoint(injected).encoder_tensors()) == record["sha256"]  # bf16 by now
     other = write_encoder(tmp_path / "other.safetensors", folder, seed=7)
-    said = refused(inject_encoder.main, ["--checkpoint", str(folder), "--encoder", str(other), "--lora", str(adapter),
-                                         "--output", str(tmp_path / "wrong")])
+    said = refused(
+        inject_encoder.main,
+        [
+            "--checkpoint",
+            str(folder),
+            "--encoder",
+            str(other),
+            "--lora",
+            str(adapter),
+            "--output",
+            str(tmp_path / "wrong"),
+        ],
+    )
     assert str(encoder) in said and str(other) in said and not (tmp_path / "wrong").exists()
 
 
@@ -56,8 +68,18 @@ def test_an_adapter_trained_beside_its_encoder_goes_with_that_one(command, folde
 
 def test_an_adapter_from_elsewhere_is_injected_and_said_so(folder, encoder, tmp_path, capsys):
     write_adapter(tmp_path / "adapter", folder)
-    inject_encoder.main(["--checkpoint", str(folder), "--encoder", str(encoder), "--lora", str(tmp_path / "adapter"),
-                         "--output", str(tmp_path / "out")])
+    inject_encoder.main(
+        [
+            "--checkpoint",
+            str(folder),
+            "--encoder",
+            str(encoder),
+            "--lora",
+            str(tmp_path / "adapter"),
+            "--output",
+            str(tmp_path / "out"),
+        ]
+    )
     assert "does not say which encoder" in capsys.readouterr().err
 
 
@@ -70,8 +92,10 @@ def test_a_trained_embedding_goes_into_the_checkpoint(command, folder, encoder, 
     trained = SafetensorsFile(weights).read()[EMBEDDING_NAME]
     assert torch.equal(found, trained.to(found.dtype)) and not torch.equal(found, before)
     assert "use --output" in refused(inject_encoder.main, [*common, "--in-place"])
-    assert "weights.safetensors in it" in refused(inject_encoder.main, [
-        "--checkpoint", str(tmp_path / "out"), "--encoder", str(encoder), "--output", str(tmp_path / "again")])
+    assert "weights.safetensors in it" in refused(
+        inject_encoder.main,
+        ["--checkpoint", str(tmp_path / "out"), "--encoder", str(encoder), "--output", str(tmp_path / "again")],
+    )
     strange = common[:-1] + [str(encoder)]
     said = refused(inject_encoder.main, [*strange, "--output", str(tmp_path / "x")])
     assert "no tensor that the checkpoint has" in said

@@ -1,4 +1,5 @@
 """Whisper distillation: loss and alignment by hand, the teacher end to end with a random tiny Whisper."""
+
 from itertools import count
 
 import pytest
@@ -6,8 +7,7 @@ import torch
 import whisper
 from omegaconf import OmegaConf
 
-from voxtral.asr import (AsrConfig, AsrTargets, WhisperTeacher, asr_distillation_loss, load_whisper,
-                         soft_alignment)
+from voxtral.asr import AsrConfig, AsrTargets, WhisperTeacher, asr_distillation_loss, load_whisper, soft_alignment
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,7 @@ def clips():
 
 # ---------------------------------------------------------------- loss
 
+
 def targets(hidden, n_text, n_frames):
     """Token l is spoken in frame l."""
     n_tokens = hidden.shape[1]
@@ -30,8 +31,9 @@ def targets(hidden, n_text, n_frames):
     return AsrTargets(hidden, torch.eye(n_tokens, n_frames).expand(len(hidden), -1, -1), mask)
 
 
-@pytest.mark.parametrize("embedding, expected", [([2.0, 0.0], 0.0), ([-1.0, 0.0], 2.0), ([0.0, 5.0], 1.0),
-                                                 ([3.0, 4.0], 0.4)])
+@pytest.mark.parametrize(
+    "embedding, expected", [([2.0, 0.0], 0.0), ([-1.0, 0.0], 2.0), ([0.0, 5.0], 1.0), ([3.0, 4.0], 0.4)]
+)
 def test_loss_is_one_minus_the_cosine(embedding, expected):
     hidden = torch.tensor([[[1.0, 0.0]]])
     projected = torch.tensor(embedding)[None, :, None]  # [1, 2, 1]
@@ -49,9 +51,13 @@ def test_loss_pools_frames_by_the_alignment():
 def test_loss_averages_over_a_clips_tokens_then_over_all_clips():
     hidden = torch.tensor([1.0, 0.0]).expand(3, 3, 2)
     same, opposite, orthogonal = [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]
-    projected = torch.tensor([[opposite, opposite, opposite],   # 1 token: 2; the padding does not count
-                              [same, orthogonal, opposite],     # 3 tokens: 1
-                              [opposite, opposite, opposite]])  # none: 0
+    projected = torch.tensor(
+        [
+            [opposite, opposite, opposite],  # 1 token: 2; the padding does not count
+            [same, orthogonal, opposite],  # 3 tokens: 1
+            [opposite, opposite, opposite],
+        ]
+    )  # none: 0
     loss = asr_distillation_loss(projected.transpose(1, 2), targets(hidden, [1, 3, 0], 3))
     assert loss.item() == pytest.approx((2 + 1 + 0) / 3)
 
@@ -65,6 +71,7 @@ def test_loss_without_any_token_is_zero_with_finite_gradients():
 
 
 # ---------------------------------------------------------------- alignment
+
 
 def test_alignment_by_hand():
     """Two tokens of 8 positions each; the end's row looks at one, which the median filter takes out."""
@@ -83,6 +90,7 @@ def test_alignment_shares_a_position_among_tokens_only():
 
 
 # ---------------------------------------------------------------- teacher
+
 
 def test_teacher_end_to_end(teacher):
     waveform, lengths = clips()
@@ -119,8 +127,11 @@ def test_hidden_states_predict_the_text(teacher):
         tokens, n_text = teacher.transcribe(features)
         hidden, _ = teacher.read(tokens, features)
     logits = hidden @ teacher.model.decoder.token_embedding.weight.T
-    rank = [(row > row[token]).sum().item() for rows, text, n in zip(logits, tokens[:, teacher.n_prefix:], n_text)
-            for row, token in zip(rows[:n], text)]
+    rank = [
+        (row > row[token]).sum().item()
+        for rows, text, n in zip(logits, tokens[:, teacher.n_prefix :], n_text)
+        for row, token in zip(rows[:n], text)
+    ]
     assert len(rank) >= 2 and max(rank) < 20  # 0, but for the few tokens that decoding suppresses
 
 
@@ -128,15 +139,17 @@ def test_hidden_states_predict_the_text(teacher):
 def test_transcription_equals_the_librarys(whisper_checkpoint, language):
     """Without the silence rule, which whisper.decode leaves to its caller."""
     teacher = WhisperTeacher(AsrConfig(model=whisper_checkpoint, language=language), max_sec=2.0, device="cpu")
-    teacher.suppressed[:, teacher.tokenizer.timestamp_begin:] = 0  # a random model says many; the library lets it
+    teacher.suppressed[:, teacher.tokenizer.timestamp_begin :] = 0  # a random model says many; the library lets it
     waveform, lengths = clips()
     with torch.no_grad():
         features = teacher.model.encoder(teacher.mel(waveform, lengths))
         tokens, _ = teacher.transcribe(features)
-    options = whisper.DecodingOptions(language=language, without_timestamps=True, sample_len=teacher.max_tokens, fp16=False)
+    options = whisper.DecodingOptions(
+        language=language, without_timestamps=True, sample_len=teacher.max_tokens, fp16=False
+    )
     for result, row in zip(whisper.decode(teacher.model, features, options), tokens):
         assert row[1].item() == teacher.tokenizer.to_language_token(result.language)
-        assert row[teacher.n_prefix:].tolist()[:len(result.tokens)] == result.tokens and len(result.tokens) >= 2
+        assert row[teacher.n_prefix :].tolist()[: len(result.tokens)] == result.tokens and len(result.tokens) >= 2
 
 
 def speak(teacher, monkeypatch, no_speech, certain):
@@ -150,6 +163,7 @@ def speak(teacher, monkeypatch, no_speech, certain):
         if i >= teacher.n_prefix - 1:
             out[:, :, 400 if i < teacher.n_prefix else teacher.tokenizer.eot] = 30.0 if certain else 1.0
         return out
+
     monkeypatch.setattr(teacher.model.decoder, "forward", logits)
     return teacher.transcribe(torch.zeros(1, 2, 16))[1].item()
 
@@ -190,6 +204,7 @@ def test_alignment_heads_come_from_the_checkpoint(teacher, whisper_checkpoint, t
 
 # ---------------------------------------------------------------- what a user may get wrong
 
+
 def test_config_is_structured():
     merged = OmegaConf.merge(OmegaConf.structured(AsrConfig), {"language": "ar"})
     assert OmegaConf.to_object(merged) == AsrConfig(language="ar")
@@ -214,13 +229,13 @@ def test_file_that_is_no_whisper(tmp_path):
 def test_failed_download(monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
+
     monkeypatch.setattr(whisper, "load_model", no_network)
     with pytest.raises(ValueError, match=r"asr\.model.*no route to host.*local \.pt"):
         load_whisper("base", "cpu")
 
 
-@pytest.mark.parametrize("max_sec, context_sec", [(4.0, 4.0), (4.0, 9.0), (4.0, 31.0), (20.0, 29.0),
-                                                  (31.0, 30.0)])
+@pytest.mark.parametrize("max_sec, context_sec", [(4.0, 4.0), (4.0, 9.0), (4.0, 31.0), (20.0, 29.0), (31.0, 30.0)])
 def test_context_that_does_not_fit(whisper_checkpoint, max_sec, context_sec):
     with pytest.raises(ValueError, match=r"asr\.context_sec"):
         WhisperTeacher(AsrConfig(model=whisper_checkpoint, context_sec=context_sec), max_sec, "cpu")

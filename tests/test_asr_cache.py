@@ -1,4 +1,5 @@
 """What Whisper said, kept on disk: the same targets, at fixed places, and no Whisper from the second epoch on."""
+
 import numpy as np
 import pytest
 import soundfile
@@ -35,7 +36,10 @@ def test_segments_cover_a_clip(cache, tmp_path, seconds, starts):
     path = clip(tmp_path, seconds)
     segments = [cache.segment(path, draw) for draw in np.linspace(0, 0.999, 40)]
     assert len(set(segments)) == len(starts)
-    begins = [(load_segment(path, position, 0.5)[0][3000] + 0.4) / 0.8 * seconds - 3000 / 24000 for position, _ in dict.fromkeys(segments)]
+    begins = [
+        (load_segment(path, position, 0.5)[0][3000] + 0.4) / 0.8 * seconds - 3000 / 24000
+        for position, _ in dict.fromkeys(segments)
+    ]
     assert begins == pytest.approx(starts, abs=2e-3)
 
 
@@ -43,8 +47,11 @@ def test_what_is_written_is_read_and_damaged_files_are_not(cache, tmp_path):
     random = torch.Generator().manual_seed(0)
     n_text = torch.tensor([2, 0, 4])
     mask = torch.arange(cache.max_tokens) < n_text[:, None]
-    targets = AsrTargets(torch.randn(3, cache.max_tokens, cache.width, generator=random) * mask[..., None],
-                         torch.rand(3, cache.max_tokens, 7, generator=random) * mask[..., None], mask)
+    targets = AsrTargets(
+        torch.randn(3, cache.max_tokens, cache.width, generator=random) * mask[..., None],
+        torch.rand(3, cache.max_tokens, 7, generator=random) * mask[..., None],
+        mask,
+    )
     files = [cache.segment(clip(tmp_path, 0.5, name=f"{i}.wav"), 0)[1] for i in range(3)]
     assert cache.targets([cache.read(file) for file in files]) is None
     cache.write(files, targets)

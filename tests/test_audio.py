@@ -1,4 +1,5 @@
 """The door that audio comes in by: levels, channels, headers that lie, reasons, silence on stderr; a short fuzz of all doors."""
+
 import os
 from pathlib import Path
 
@@ -21,7 +22,7 @@ fast = settings(max_examples=10, deadline=None, suppress_health_check=[HealthChe
 def speech(seconds=2.5):
     samples, rate = soundfile.read(SPEECH, dtype="float32")
     assert rate == RATE
-    return samples[:round(seconds * RATE)] * np.float32(0.5 / np.abs(samples).max())
+    return samples[: round(seconds * RATE)] * np.float32(0.5 / np.abs(samples).max())
 
 
 def write(path, samples, subtype="FLOAT", rate=RATE, **options):
@@ -30,22 +31,25 @@ def write(path, samples, subtype="FLOAT", rate=RATE, **options):
 
 
 def sdr(found, wanted):
-    return 10 * np.log10((wanted ** 2).sum() / max(((found - wanted) ** 2).sum(), 1e-20))
+    return 10 * np.log10((wanted**2).sum() / max(((found - wanted) ** 2).sum(), 1e-20))
 
 
 # ---------------------------------------------------------------- levels
+
 
 @fast
 @given(st.floats(-30, 30), st.sampled_from(["FLOAT", "DOUBLE"]))
 def test_a_reference_is_the_same_at_any_gain(tmp_path, exponent, subtype):
     wanted = prepare_reference(write(tmp_path / "a.wav", speech()))
-    found = prepare_reference(write(tmp_path / "b.wav", speech().astype(np.float64) * 10 ** exponent, subtype))
+    found = prepare_reference(write(tmp_path / "b.wav", speech().astype(np.float64) * 10**exponent, subtype))
     assert found.waveform.shape == wanted.waveform.shape and found.warnings == wanted.warnings
     assert sdr(found.waveform.numpy(), wanted.waveform.numpy()) > 80
 
 
 def test_a_gain_that_is_a_power_of_two_changes_no_bit(tmp_path):
-    one, two = (prepare_reference(write(tmp_path / f"{gain}.wav", speech() * np.float32(gain))).waveform for gain in (1, 64))
+    one, two = (
+        prepare_reference(write(tmp_path / f"{gain}.wav", speech() * np.float32(gain))).waveform for gain in (1, 64)
+    )
     assert (one == two).all()
 
 
@@ -59,7 +63,9 @@ def test_values_beyond_float32_are_read(tmp_path):
 
 def test_full_scale_is_not_cut_by_the_high_pass(tmp_path):
     """Its overshoot passes 1, where torchaudio's filters clip."""
-    square = np.sign(np.sin(2 * np.pi * 75 * np.arange(4 * RATE) / RATE)) * (0.5 + 0.5 * (np.arange(4 * RATE) % RATE > RATE // 3))
+    square = np.sign(np.sin(2 * np.pi * 75 * np.arange(4 * RATE) / RATE)) * (
+        0.5 + 0.5 * (np.arange(4 * RATE) % RATE > RATE // 3)
+    )
     loud, soft = (prepare_reference(write(tmp_path / "a.wav", square * gain)).waveform.numpy() for gain in (1.0, 0.25))
     assert sdr(loud, soft) > 80
 
@@ -72,6 +78,7 @@ def test_all_crops_of_a_loud_file_have_one_level(tmp_path):
 
 
 # ---------------------------------------------------------------- channels
+
 
 @fast
 @given(st.integers(1, 8), st.data())
@@ -92,8 +99,9 @@ def test_the_channel_with_speech_is_taken_whole(tmp_path, n_channels, data):
 
 # ---------------------------------------------------------------- headers
 
+
 def patched(content, at, value):
-    return content[:at] + value + content[at + len(value):]
+    return content[:at] + value + content[at + len(value) :]
 
 
 @pytest.mark.parametrize("size", [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"])
@@ -109,17 +117,17 @@ def test_a_streamed_flac_and_a_cut_one_have_the_length_that_can_be_decoded(tmp_p
     path = write(tmp_path / "a.flac", speech(), "PCM_16")
     content = path.read_bytes()
     streaminfo = bytearray(content)
-    streaminfo[21] &= 0xf0  # 36 bits: number of samples
+    streaminfo[21] &= 0xF0  # 36 bits: number of samples
     streaminfo[22:26] = bytes(4)
     path.write_bytes(streaminfo)
-    assert soundfile.info(path).frames > 2 ** 60 and read_header(path).frames == 2.5 * RATE
+    assert soundfile.info(path).frames > 2**60 and read_header(path).frames == 2.5 * RATE
     assert len(load_segment(str(path), 0.5, 1.0)[0]) == RATE and prepare_reference(path).seconds > 2
-    path.write_bytes(content[:len(content) * 2 // 3])
+    path.write_bytes(content[: len(content) * 2 // 3])
     assert RATE < read_header(path).frames < 2.2 * RATE
     assert len(load_segment(str(path), 0.9, 1.0)[0]) == RATE and prepare_reference(path).seconds > 1
 
 
-@pytest.mark.parametrize("rate", [1, 100, 3999, 768_001, 2 ** 31 - 1])
+@pytest.mark.parametrize("rate", [1, 100, 3999, 768_001, 2**31 - 1])
 def test_rates_that_no_speech_has_are_refused_alike(tmp_path, rate):
     path = write(tmp_path / "a.wav", speech(), "PCM_16")
     path.write_bytes(patched(path.read_bytes(), 24, rate.to_bytes(4, "little")))
@@ -128,9 +136,19 @@ def test_rates_that_no_speech_has_are_refused_alike(tmp_path, rate):
             door(path)
 
 
-@pytest.mark.parametrize("container, subtype, suffix", [("WAV", "PCM_16", ".wave"), ("AU", "PCM_16", ".au"), ("CAF", "PCM_16", ".caf"),
-                                                        ("W64", "PCM_16", ".w64"), ("AIFF", "PCM_16", ".aifc"), ("NIST", "PCM_16", ".sph"),
-                                                        ("RF64", "PCM_16", ".rf64"), ("VOC", "PCM_16", ".voc")])
+@pytest.mark.parametrize(
+    "container, subtype, suffix",
+    [
+        ("WAV", "PCM_16", ".wave"),
+        ("AU", "PCM_16", ".au"),
+        ("CAF", "PCM_16", ".caf"),
+        ("W64", "PCM_16", ".w64"),
+        ("AIFF", "PCM_16", ".aifc"),
+        ("NIST", "PCM_16", ".sph"),
+        ("RF64", "PCM_16", ".rf64"),
+        ("VOC", "PCM_16", ".voc"),
+    ],
+)
 def test_what_libsndfile_reads_is_read(tmp_path, container, subtype, suffix):
     path = write(tmp_path / f"a{suffix}", speech(), subtype, format=container)
     assert suffix in AUDIO_SUFFIXES and read_header(path).frames == 2.5 * RATE
@@ -138,10 +156,23 @@ def test_what_libsndfile_reads_is_read(tmp_path, container, subtype, suffix):
 
 # ---------------------------------------------------------------- reasons
 
-@pytest.mark.parametrize("content, reason", [
-    (None, "does not exist"), (b"", "is empty"), (b"<!DOCTYPE html><html>404", "is HTML, not audio"), (b"\n <html>", "is HTML"),
-    (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS"), (b"\0\0\0\x18ftypM4A ", "is MP4"), (b"\x1aE\xdf\xa3webm", "WebM"),
-    (b"PK\3\4", "is an archive"), (b"{\"a\": 1}", "is text, not audio"), (bytes(500), "holds zeros only"), (b"\0\5\x16\7\0", "of macOS")])
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>404", "is HTML, not audio"),
+        (b"\n <html>", "is HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS"),
+        (b"\0\0\0\x18ftypM4A ", "is MP4"),
+        (b"\x1aE\xdf\xa3webm", "WebM"),
+        (b"PK\3\4", "is an archive"),
+        (b'{"a": 1}', "is text, not audio"),
+        (bytes(500), "holds zeros only"),
+        (b"\0\5\x16\7\0", "of macOS"),
+    ],
+)
 def test_reasons_say_what_a_file_is(tmp_path, content, reason):
     path = tmp_path / "a.wav"
     if content is not None:
@@ -153,8 +184,14 @@ def test_reasons_say_what_a_file_is(tmp_path, content, reason):
 
 def test_a_folder_a_pipe_a_device_and_odd_names_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.wav")
-    for path, reason in ((tmp_path, "is a folder"), (tmp_path / "pipe.wav", "no regular file"), ("/dev/zero", "no regular file"),
-                         ("a\0b.wav", "does not exist"), (str(tmp_path / ("x" * 300)), "too long"), ("/etc/passwd/a.wav", "does not exist")):
+    for path, reason in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "pipe.wav", "no regular file"),
+        ("/dev/zero", "no regular file"),
+        ("a\0b.wav", "does not exist"),
+        (str(tmp_path / ("x" * 300)), "too long"),
+        ("/etc/passwd/a.wav", "does not exist"),
+    ):
         with pytest.raises(BadClip, match=reason):
             load_segment(str(path), 0.0, 1.0)
 
@@ -163,7 +200,11 @@ def test_a_name_that_is_no_utf8_is_read(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav")
     with open(path, "wb") as file:
         soundfile.write(file, speech(), RATE, "PCM_16", format="WAV")
-    assert read_header(path).rate == RATE and len(load_segment(path, 0.0, 1.0)[0]) == RATE and prepare_reference(path).seconds > 2
+    assert (
+        read_header(path).rate == RATE
+        and len(load_segment(path, 0.0, 1.0)[0]) == RATE
+        and prepare_reference(path).seconds > 2
+    )
 
 
 def test_decoders_are_quiet_and_counted_and_others_are_heard(tmp_path, capfd):
@@ -180,6 +221,7 @@ def test_decoders_are_quiet_and_counted_and_others_are_heard(tmp_path, capfd):
 
 
 # ---------------------------------------------------------------- everything that is damaged
+
 
 def test_fuzz():
     """A part of `python tests/fuzz.py`, which tries thousands."""

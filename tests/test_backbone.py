@@ -1,4 +1,5 @@
 """The backbone against numbers that the serving engine's own modules produced, and with a LoRA adapter."""
+
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -97,8 +98,10 @@ def test_names_map_both_ways(golden):
 
 def test_lora_changes_outputs_and_can_be_written_back_natively(backbone, golden, tmp_path):
     x = golden["io.input_embeds"]
-    adapted = get_peft_model(backbone.model, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False,
-                                                        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    adapted = get_peft_model(
+        backbone.model,
+        LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    )
     states = backbone.hidden_states(x)
     assert relative_error(states[0].detach(), golden["io.layer_output.0"]) > 1e-3
     sum(state.square().mean() for state in states).backward()
@@ -137,12 +140,15 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
 
 # ---------------------------------------------------------------- versions
 
+
 def test_a_transformers_that_ignores_theta_is_found_at_load(tmp_path, monkeypatch):
     """As 4.56 did: it does not know rope_parameters, and took 10,000."""
+
     class Old(backbone.MistralRotaryEmbedding):
         def __init__(self, config):
             config.rope_parameters = {**config.rope_parameters, "rope_theta": 10_000.0}
             super().__init__(config)
+
     monkeypatch.setattr(backbone, "MistralRotaryEmbedding", Old)
     with pytest.raises(CheckpointError, match="rope_theta 1e[+]06 of params.json: pip install -r requirements.txt"):
         Backbone.from_checkpoint(write_golden(tmp_path / "golden"))

@@ -1,4 +1,5 @@
 """benchmarks/loss_curves.py and withheld_lengths.py: tables and plots of several runs."""
+
 import json
 
 import pytest
@@ -15,6 +16,7 @@ def cells(text):
 
 # ---------------------------------------------------------------- loss_curves.py
 
+
 def test_means_of_quarters(scripts, tmp_path, capsys):
     for name, scale in (("fast", 1), ("slow", 10)):
         rows = [{"step": step, "loss/l1": scale * step, "time/step_ms": 1.0} for step in range(1, 9)]
@@ -25,8 +27,12 @@ def test_means_of_quarters(scripts, tmp_path, capsys):
     plot = tmp_path / "plots" / "curves.png"
     scripts[0].main([str(tmp_path / "fast"), str(tmp_path / "slow"), "--output", str(plot)])
     lines = cells(capsys.readouterr().out)
-    assert lines[2:] == [["l1", "fast", "1.5000", "3.5000", "5.5000", "7.5000"], ["l1", "slow", "15.0000", "35.0000", "55.0000", "75.0000"],
-                         ["asr", "fast", "nan", "nan", "0.5000", "nan"], ["asr", "slow", "nan", "nan", "0.5000", "nan"]]
+    assert lines[2:] == [
+        ["l1", "fast", "1.5000", "3.5000", "5.5000", "7.5000"],
+        ["l1", "slow", "15.0000", "35.0000", "55.0000", "75.0000"],
+        ["asr", "fast", "nan", "nan", "0.5000", "nan"],
+        ["asr", "slow", "nan", "nan", "0.5000", "nan"],
+    ]
     assert plot.stat().st_size > 5000
 
 
@@ -43,14 +49,29 @@ NAMES = ("mel", "semantic_equal", "levels_equal", "levels_within_1", "embedding_
 
 def write_results(folder, steps, rows, true=1.0):
     """Rows: name -> value of every column."""
+
     def summary(value):
         return {"mean": value, "deviation": None}
+
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps({
-        "steps": steps, "audio_hours": steps / 100, "true": dict.fromkeys(NAMES, true), "untrained": dict.fromkeys(NAMES, 0.1),
-        "rows": {name: {"seeds": {"0": {}} if value else {}, "gap_closed": {"mel": summary(0.5)} if value else {},
-                        "values": {column: summary(value) for column in (*NAMES, "ms per step")} if value else {}}
-                 for name, value in rows.items()}}))
+    (folder / "results.json").write_text(
+        json.dumps(
+            {
+                "steps": steps,
+                "audio_hours": steps / 100,
+                "true": dict.fromkeys(NAMES, true),
+                "untrained": dict.fromkeys(NAMES, 0.1),
+                "rows": {
+                    name: {
+                        "seeds": {"0": {}} if value else {},
+                        "gap_closed": {"mel": summary(0.5)} if value else {},
+                        "values": {column: summary(value) for column in (*NAMES, "ms per step")} if value else {},
+                    }
+                    for name, value in rows.items()
+                },
+            }
+        )
+    )
 
 
 def test_rows_over_lengths(scripts, tmp_path, capsys):
@@ -59,8 +80,11 @@ def test_rows_over_lengths(scripts, tmp_path, capsys):
     plot = tmp_path / "lengths.png"
     scripts[1].main([str(tmp_path / "long"), str(tmp_path / "short"), "--output", str(plot)])
     lines = cells(capsys.readouterr().out)
-    assert [line[:5] for line in lines[2:]] == [["d", "100", "1.00", "1", "0.25 (50 %)"], ["cheap", "100", "1.00", "1", "0.5 (50 %)"],
-                                                ["cheap", "400", "4.00", "1", "0.75 (50 %)"]]
+    assert [line[:5] for line in lines[2:]] == [
+        ["d", "100", "1.00", "1", "0.25 (50 %)"],
+        ["cheap", "100", "1.00", "1", "0.5 (50 %)"],
+        ["cheap", "400", "4.00", "1", "0.75 (50 %)"],
+    ]
     assert plot.stat().st_size > 5000
 
 
@@ -82,6 +106,8 @@ def test_the_last_digit_of_a_true_encoder_may_differ(scripts, tmp_path):
     reports = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
     assert reports[0]["true"] != reports[1]["true"] and scripts[1].alike(reports[0]["true"], reports[1]["true"])
     reports[1]["true"]["estoi"] = 0.5
-    assert not scripts[1].alike(reports[0]["true"], reports[1]["true"]) and not scripts[1].alike(reports[1]["true"], reports[0]["true"])
+    assert not scripts[1].alike(reports[0]["true"], reports[1]["true"]) and not scripts[1].alike(
+        reports[1]["true"], reports[0]["true"]
+    )
     del reports[1]["true"]["estoi"]
     assert not scripts[1].alike(reports[0]["true"], reports[1]["true"])

@@ -1,4 +1,5 @@
 """benchmarks/train_step.py on a tiny random checkpoint: it times train_encoder.py's own step, and every part of it."""
+
 import json
 import multiprocessing
 import os
@@ -19,12 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import train_encoder  # noqa: E402
 import train_step  # noqa: E402
 import train_step_timing as timing  # noqa: E402
+
+import train_encoder  # noqa: E402
 from voxtral.config import EncoderConfig, load_config  # noqa: E402
-from voxtral.losses import LOSS_NAMES  # noqa: E402
 from voxtral.history import read_metrics  # noqa: E402
+from voxtral.losses import LOSS_NAMES  # noqa: E402
 from voxtral.processes import Process  # noqa: E402
 from voxtral.standin import small_params, write_random_checkpoint  # noqa: E402
 
@@ -43,24 +45,48 @@ def config_file(tmp_path_factory, whisper_checkpoint, speaker_checkpoint):
         shutil.copy(path, folder / "speech")
     np.save(folder / "known.npy", np.random.default_rng(0).integers(8, 13, (37, 40)).astype(np.int16))
     soundfile.write(folder / "known.flac", 0.1 * np.random.default_rng(0).standard_normal(40 * 1920), 24000)
-    (folder / "manifest.jsonl").write_text('{"path": "known.flac", "codes": "known.npy", "voice": "a", "text": "one", "seconds": 3.2}\n')
+    (folder / "manifest.jsonl").write_text(
+        '{"path": "known.flac", "codes": "known.npy", "voice": "a", "text": "one", "seconds": 3.2}\n'
+    )
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({
-        "checkpoint": str(folder / "checkpoint"), "device": "cpu",
-        "data": {"data_root": str(folder), "sources": [{"kind": "folder", "path": "speech"}, {"kind": "generated", "path": "."}], "batch_size": 2,
-                 "max_sec": 0.5, "num_workers": 0, "validation": {"clips": 1}},
-        "train": {"precision": "fp32", "stft_fft_sizes": [256, 64], "log_every_steps": 1},
-        "loss": {"mel": 1.0, "feature": 1.0, "asr": 1.0, "diversity": 0.1, "speaker": 1.0, "match": 0.1, "codes": 1.0},
-        "match": {"codes": str(folder)},
-        "discriminator": {"fft_sizes": [78, 334], "channels": 2, "crop_sec": 0.3},
-        "asr": {"model": whisper_checkpoint, "language": "en", "context_sec": 1.26},
-        "speaker": {"model": speaker_checkpoint}, "balancer": {"enabled": True}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "checkpoint": str(folder / "checkpoint"),
+                "device": "cpu",
+                "data": {
+                    "data_root": str(folder),
+                    "sources": [{"kind": "folder", "path": "speech"}, {"kind": "generated", "path": "."}],
+                    "batch_size": 2,
+                    "max_sec": 0.5,
+                    "num_workers": 0,
+                    "validation": {"clips": 1},
+                },
+                "train": {"precision": "fp32", "stft_fft_sizes": [256, 64], "log_every_steps": 1},
+                "loss": {
+                    "mel": 1.0,
+                    "feature": 1.0,
+                    "asr": 1.0,
+                    "diversity": 0.1,
+                    "speaker": 1.0,
+                    "match": 0.1,
+                    "codes": 1.0,
+                },
+                "match": {"codes": str(folder)},
+                "discriminator": {"fft_sizes": [78, 334], "channels": 2, "crop_sec": 0.3},
+                "asr": {"model": whisper_checkpoint, "language": "en", "context_sec": 1.26},
+                "speaker": {"model": speaker_checkpoint},
+                "balancer": {"enabled": True},
+            }
+        )
+    )
     return path
 
 
 @pytest.fixture
 def benchmark(config_file, tmp_path, monkeypatch):
     """benchmark(arguments...) -> train_step.json. Nothing may stay behind: files, processes, signal handlers."""
+
     def run(*arguments):
         (tmp_path / "temporary").mkdir()
         monkeypatch.setattr(timing, "N_PROFILED", 1)
@@ -70,14 +96,19 @@ def benchmark(config_file, tmp_path, monkeypatch):
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert not multiprocessing.active_children() and not os.listdir(tmp_path / "temporary")
         return json.loads((tmp_path / "out" / "train_step.json").read_text())
+
     return run
 
 
 # ---------------------------------------------------------------- it is the training's own step
 
+
 def losses(folder):
-    return [{name: value for name, value in row.items() if name.startswith(("loss/", "grad/"))}
-            for row in read_metrics(folder / "metrics.jsonl") if "loss/total" in row]
+    return [
+        {name: value for name, value in row.items() if name.startswith(("loss/", "grad/"))}
+        for row in read_metrics(folder / "metrics.jsonl")
+        if "loss/total" in row
+    ]
 
 
 def test_the_steps_are_those_of_train_encoder(config_file, tmp_path, monkeypatch):
@@ -110,13 +141,20 @@ def test_every_part_of_a_step_is_found(config_file, tmp_path, monkeypatch):
     assert list(parts) == [*timing.PARTS, timing.OPTIMIZERS, timing.REST]
     assert {f"loss {name}" for name in LOSS_NAMES} <= parts.keys()
     assert all(both["forward"] > 0 for both in parts.values())
-    learning = {"encoder", "decoder", "quantizer", "discriminators", timing.REST,
-                *(part for part in parts if part.startswith("loss "))}
+    learning = {
+        "encoder",
+        "decoder",
+        "quantizer",
+        "discriminators",
+        timing.REST,
+        *(part for part in parts if part.startswith("loss ")),
+    }
     assert {part for part, both in parts.items() if both["backward"]} == learning
     assert result["flop_per_step"] > 0
 
 
 # ---------------------------------------------------------------- attribution and counting
+
 
 @pytest.fixture
 def one_thread():
@@ -148,22 +186,36 @@ def test_backward_belongs_to_the_part_that_made_the_graph(one_thread):
 
 def test_kernels_belong_to_the_part_that_launched_them_on_any_thread():
     """The events of a GPU, made up: autograd has a thread of its own, and a range has a double among the kernels."""
+
     def event(name, parent=None, kernels=(), thread=1, number=-1, start=0):
-        return SimpleNamespace(name=name, cpu_parent=parent, thread=thread, sequence_nr=number, is_async=False,
-                               device_type=torch.autograd.DeviceType.CPU, time_range=SimpleNamespace(start=start),
-                               kernels=[SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels])
+        return SimpleNamespace(
+            name=name,
+            cpu_parent=parent,
+            thread=thread,
+            sequence_nr=number,
+            is_async=False,
+            device_type=torch.autograd.DeviceType.CPU,
+            time_range=SimpleNamespace(start=start),
+            kernels=[SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels],
+        )
 
     step = event("part: the rest", kernels=[("part: the rest", 1000)])
     decoder = event("part: decoder", step, [("part: decoder", 500)], start=1)
-    events = [step, decoder, event("aten::mm", decoder, [("gemm", 30), ("split", 4)], number=7, start=2),
-              event("aten::add", step, [("add", 2)], number=8, start=3),
-              event("Optimizer.step#AdamW.step", step, [("adam", 5)], start=9)]
+    events = [
+        step,
+        decoder,
+        event("aten::mm", decoder, [("gemm", 30), ("split", 4)], number=7, start=2),
+        event("aten::add", step, [("add", 2)], number=8, start=3),
+        event("Optimizer.step#AdamW.step", step, [("adam", 5)], start=9),
+    ]
     for number, us in ((8, 3), (7, 60)):
         node = event("autograd::engine::evaluate_function: X", thread=2, number=number, start=4)
         events += [node, event("aten::mm", node, [("gemm", us)], thread=2, start=5)]
     assert timing.time_of_parts(events, on_gpu=True) == {
-        "decoder": {"forward": 34, "backward": 60}, "optimizers": {"forward": 5, "backward": 0},
-        "the rest": {"forward": 2, "backward": 3}}
+        "decoder": {"forward": 34, "backward": 60},
+        "optimizers": {"forward": 5, "backward": 0},
+        "the rest": {"forward": 2, "backward": 3},
+    }
 
 
 def test_distances_and_attention_are_counted():
@@ -176,6 +228,7 @@ def test_distances_and_attention_are_counted():
 
 
 # ---------------------------------------------------------------- the command
+
 
 def test_one_configuration(benchmark, capsys):
     results = benchmark("--steps", "3", "--ceiling-tflops", "2", *CHEAP, "train.log_every_steps=2")
@@ -199,6 +252,7 @@ def test_two_configurations_take_turns(benchmark, monkeypatch):
     def watched(self, n_steps):
         turns.append((self.audio_sec, n_steps))
         return advance(self, n_steps)
+
     monkeypatch.setattr(timing.Training, "advance", watched)
     parts = {"flop_per_step": 10**6, "parts_ms": {"encoder": {"forward": 1.0, "backward": 2.0}}}
     monkeypatch.setattr(train_step, "breakdown", lambda config, *others: parts | {"weight": config.loss.stft})
@@ -224,7 +278,10 @@ def test_longer_clips_get_the_context_that_whisper_needs(config_file):
     axis, configs = train_step.grown("seconds=16,0.5,1", load_config(EncoderConfig, config_file, []))
     assert axis == "seconds"
     assert {value: (one.data.max_sec, one.asr.context_sec) for value, one in configs.items()} == {
-        0.5: (0.5, 1.26), 1.0: (1.0, 2.5), 16.0: (16.0, 30.0)}
+        0.5: (0.5, 1.26),
+        1.0: (1.0, 2.5),
+        16.0: (16.0, 30.0),
+    }
 
 
 def test_the_loader_alone(benchmark, capsys):
@@ -236,10 +293,16 @@ def test_the_loader_alone(benchmark, capsys):
     assert "audio s/s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    (["--growth", "batch=many"], "--growth batch=many"), (["--growth", "width=3"], "--growth width=3"),
-    (["data.batchsize=3"], "nearest valid key is 'data.batch_size'"), (["--steps", "0"], "--steps must be at least 1"),
-    (["--compare", "nowhere.yaml"], "config nowhere.yaml does not exist")])
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--growth", "batch=many"], "--growth batch=many"),
+        (["--growth", "width=3"], "--growth width=3"),
+        (["data.batchsize=3"], "nearest valid key is 'data.batch_size'"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--compare", "nowhere.yaml"], "config nowhere.yaml does not exist"),
+    ],
+)
 def test_mistakes_end_in_one_sentence(config_file, tmp_path, capsys, arguments, expected):
     with pytest.raises(SystemExit) as stop:
         train_step.main(["--config", str(config_file), "--output", str(tmp_path), *arguments])

@@ -1,4 +1,5 @@
 """Finding clips: lists as columns, kept from start to start, found anew when a folder or a table has changed."""
+
 import os
 import shutil
 import time
@@ -11,8 +12,12 @@ from voxtral.clip_list import Clip, Clips, path_key
 from voxtral.data import SampleStream
 from voxtral.sources import DataConfig, SourceConfig, ValidationConfig, find_clips, find_sources, split_validation
 
-CLIPS = [Clip("a/b/1.wav", "anna", 0, "Grüße, \n und so"), Clip("a/b/2.wav", "ben", 0, "", "a/b/2.npy"),
-         Clip(os.fsdecode(b"a/b/\xff.wav"), "anna", 3), Clip("a/b/4.wav", "", 1)]
+CLIPS = [
+    Clip("a/b/1.wav", "anna", 0, "Grüße, \n und so"),
+    Clip("a/b/2.wav", "ben", 0, "", "a/b/2.npy"),
+    Clip(os.fsdecode(b"a/b/\xff.wav"), "anna", 3),
+    Clip("a/b/4.wav", "", 1),
+]
 
 
 def test_a_list_of_columns_is_the_list():
@@ -29,22 +34,27 @@ def test_a_list_of_columns_is_the_list():
 def test_the_key_of_a_clip_hangs_on_its_last_two_names():
     assert path_key("/data/x/anna/1.wav") == path_key("anna/1.wav") == path_key("./y/anna/./1.wav")
     assert path_key("anna/1.wav") != path_key("ben/1.wav")
-    assert 0 <= path_key("1.wav") < 2 ** 63
+    assert 0 <= path_key("1.wav") < 2**63
 
 
 # ---------------------------------------------------------------- kept and found again
+
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """A folder, a LibriSpeech and a Common Voice, all an hour old; a cache that keeps three clips and more."""
     monkeypatch.setattr(clip_cache, "MIN_CLIPS", 3)
-    for name in [f"speech/{speaker}/{i}.flac" for speaker in "ab" for i in range(3)] + ["speech/a/notes.txt"] + [
-            f"LibriSpeech/train/{speaker}/7/{i}.flac" for speaker in (1, 2) for i in range(3)]:
+    for name in (
+        [f"speech/{speaker}/{i}.flac" for speaker in "ab" for i in range(3)]
+        + ["speech/a/notes.txt"]
+        + [f"LibriSpeech/train/{speaker}/7/{i}.flac" for speaker in (1, 2) for i in range(3)]
+    ):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).touch()
     (tmp_path / "data" / "cv" / "en").mkdir(parents=True)
     (tmp_path / "data" / "cv" / "en" / "train.tsv").write_text(
-        "client_id\tpath\tsentence\n" + "".join(f"{i}\t{i}.mp3\tHello {i}\n" for i in range(4)))
+        "client_id\tpath\tsentence\n" + "".join(f"{i}\t{i}.mp3\tHello {i}\n" for i in range(4))
+    )
     age(tmp_path)
     return tmp_path / "data"
 
@@ -57,19 +67,26 @@ def age(folder, seconds=3600):
 @pytest.fixture
 def find(data, tmp_path, monkeypatch):
     """find() -> clips of all three sources, and whether they were looked for (or all kept)."""
-    config = DataConfig(data_root=str(data), cache=str(tmp_path / "cache"), sources=[
-        SourceConfig(kind="folder", path="speech"),
-        SourceConfig(kind="librispeech", path=".", subsets=["train", "gone"]),
-        SourceConfig(kind="common_voice", path="cv", language="en")])
+    config = DataConfig(
+        data_root=str(data),
+        cache=str(tmp_path / "cache"),
+        sources=[
+            SourceConfig(kind="folder", path="speech"),
+            SourceConfig(kind="librispeech", path=".", subsets=["train", "gone"]),
+            SourceConfig(kind="common_voice", path="cv", language="en"),
+        ],
+    )
     looked = []
     original = sources.look_for_source
-    monkeypatch.setattr(sources, "look_for_source",
-                        lambda source, *rest: looked.append(source.kind) or original(source, *rest))
+    monkeypatch.setattr(
+        sources, "look_for_source", lambda source, *rest: looked.append(source.kind) or original(source, *rest)
+    )
 
     def find():
         looked.clear()
         found = find_sources(config)
         return [list(one.clips) for one in found], [line for one in found for line in one.lines()], list(looked)
+
     return find
 
 
@@ -148,6 +165,7 @@ def test_a_folder_that_keeps_nothing_is_said_and_ends_no_start(data):
 
 
 # ---------------------------------------------------------------- as few bytes as that
+
 
 def test_a_kept_million_takes_no_objects(tmp_path, monkeypatch):
     """From the cache on, no step makes a Clip but those that are asked for."""

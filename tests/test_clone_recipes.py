@@ -1,11 +1,18 @@
 """benchmarks/clone_recipes.sh: the settings of every command that it runs are ones that exist."""
+
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from voxtral.config import EncoderConfig, FullPipelineConfig, check_encoder_config, check_full_pipeline_config, load_config
+from voxtral.config import (
+    EncoderConfig,
+    FullPipelineConfig,
+    check_encoder_config,
+    check_full_pipeline_config,
+    load_config,
+)
 
 ROOT = Path(__file__).parents[1]
 STUB = """#!{python}
@@ -22,23 +29,39 @@ with open("{calls}", "a") as file:
 def test_every_encoder_is_trained_and_speaks(tmp_path):
     speech = tmp_path / "speech"
     speech.mkdir()
-    assert subprocess.run([ROOT / "benchmarks/clone_recipes.sh", speech, "base", tmp_path / "out"], capture_output=True).returncode == 2
+    assert (
+        subprocess.run(
+            [ROOT / "benchmarks/clone_recipes.sh", speech, "base", tmp_path / "out"], capture_output=True
+        ).returncode
+        == 2
+    )
     for name in ("talk.csv", "eval.csv"):
         (speech / name).write_text("path,speaker,text\n")
     (tmp_path / "python").write_text(STUB.format(python=sys.executable, calls=tmp_path / "calls"))
     (tmp_path / "python").chmod(0o755)
-    subprocess.run([ROOT / "benchmarks/clone_recipes.sh", speech, "base", tmp_path / "out"], check=True, timeout=60,
-                   env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True)
+    subprocess.run(
+        [ROOT / "benchmarks/clone_recipes.sh", speech, "base", tmp_path / "out"],
+        check=True,
+        timeout=60,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+    )
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     trained = {}
     for script, *words in calls:
-        overrides = [word for word in words if "=" in word and not word.startswith("--") and words[words.index(word) - 1][:2] != "--"]
+        overrides = [
+            word
+            for word in words
+            if "=" in word and not word.startswith("--") and words[words.index(word) - 1][:2] != "--"
+        ]
         if script == "train_encoder.py":
             config = load_config(EncoderConfig, ROOT / words[words.index("--config") + 1], overrides)
             check_encoder_config(config)
             trained[Path(config.output_dir).name] = config
         if script == "train_full_pipeline.py":
-            check_full_pipeline_config(load_config(FullPipelineConfig, ROOT / words[words.index("--config") + 1], overrides))
+            check_full_pipeline_config(
+                load_config(FullPipelineConfig, ROOT / words[words.index("--config") + 1], overrides)
+            )
     assert len(trained) == 11 and trained["few"].train.max_steps == 800 and trained["paper"].loss.mel == 0
     assert [config.loss.codes for name, config in trained.items() if "codes" in name] == [4] * 5
     assert all(len(config.data.sources) == 1 + bool(config.loss.codes) for config in trained.values())

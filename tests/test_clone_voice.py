@@ -1,4 +1,5 @@
 """clone_voice.py on a small random checkpoint with an encoder: its files, what it prints, what it refuses."""
+
 import re
 import shutil
 from pathlib import Path
@@ -32,14 +33,26 @@ def released(tmp_path_factory):
 def checkpoint(released, tmp_path_factory):
     base = tmp_path_factory.mktemp("injected")
     layout = withheld_layout(load_params(released))
-    save_tensors(base / "encoder.safetensors",
-                 {name: random_tensor(name, shape).float() for name, shape in layout.items()})
+    save_tensors(
+        base / "encoder.safetensors", {name: random_tensor(name, shape).float() for name, shape in layout.items()}
+    )
     return inject(released, base / "encoder.safetensors", output=base / "checkpoint")
 
 
 def run(checkpoint, output, *more):
-    clone_voice.main(["--checkpoint", str(checkpoint), "--output", str(output), "--max-sec", str(LIMIT * 0.08),
-                      "--device", "cpu", *map(str, more)])
+    clone_voice.main(
+        [
+            "--checkpoint",
+            str(checkpoint),
+            "--output",
+            str(output),
+            "--max-sec",
+            str(LIMIT * 0.08),
+            "--device",
+            "cpu",
+            *map(str, more),
+        ]
+    )
 
 
 def expected_audio(folder, voice, texts):
@@ -97,8 +110,9 @@ def test_reports_speed_and_a_missing_end(released, tmp_path, capsys):
     _, (take,) = expected_audio(released, named_voice(released, "alpha"), ["hello there"])
     shown = capsys.readouterr()
     assert not take.ended and "warning: no END_AUDIO within 2 s, cut off there: hello there" in shown.err
-    match = re.search(r"([\d.]+) s for 2\.00 s of audio: real-time factor ([\d.]+), first audio after (\d+) ms",
-                      shown.out)
+    match = re.search(
+        r"([\d.]+) s for 2\.00 s of audio: real-time factor ([\d.]+), first audio after (\d+) ms", shown.out
+    )
     elapsed, factor, first_ms = map(float, match.groups())
     assert factor == pytest.approx(elapsed / 2, abs=0.01) and 0 < first_ms < 1000 * elapsed
 
@@ -116,22 +130,25 @@ def test_clones_a_recording_and_keeps_the_voice(checkpoint, tmp_path, capsys):
     assert cloned not in ((tmp_path / "c.wav").read_bytes(), (tmp_path / "d.wav").read_bytes())
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--voice", "nobody", "--text", "hi"], "no voice nobody: its voices are alpha"),
-    (["--reference", SPEECH, "--text", "hi"], "inject_encoder.py"),
-    (["--reference", "missing.wav", "--text", "hi"], "inject_encoder.py"),
-    (["--voice", "alpha"], "nothing to say"),
-    (["--voice", "alpha", "--text", "hi", "--text", "  "], "nothing to say"),
-    (["--voice", "alpha", "--text-file", "missing.txt"], "missing.txt does not exist"),
-    (["--voice", "alpha", "--text", "hi", "--output", "out.mp3"], "must end in .wav, .flac, .ogg"),
-    (["--voice", "alpha", "--text", "hi", "--save-voice", "anna"], "--save-voice needs --reference"),
-    (["--reference", SPEECH, "--text", "hi", "--save-voice", "alpha"], "alpha is a preset"),
-    (["--reference", SPEECH, "--text", "hi", "--save-voice", "An na"], "'An na' is no voice name"),
-    (["--voice", "alpha", "--text", "hi", "--max-sec", "0.01"], "--max-sec is 0.01"),
-    (["--voice", "alpha", "--text", "hi", "--seed", "-1"], "--seed is -1"),
-    (["--voice", "alpha", "--text", "hi", "--cfg-alpha", "nan"], "--cfg-alpha is nan"),
-    (["--voice", "alpha", "--text", "hi", "--device", "tpu"], "device is tpu"),
-])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--voice", "nobody", "--text", "hi"], "no voice nobody: its voices are alpha"),
+        (["--reference", SPEECH, "--text", "hi"], "inject_encoder.py"),
+        (["--reference", "missing.wav", "--text", "hi"], "inject_encoder.py"),
+        (["--voice", "alpha"], "nothing to say"),
+        (["--voice", "alpha", "--text", "hi", "--text", "  "], "nothing to say"),
+        (["--voice", "alpha", "--text-file", "missing.txt"], "missing.txt does not exist"),
+        (["--voice", "alpha", "--text", "hi", "--output", "out.mp3"], "must end in .wav, .flac, .ogg"),
+        (["--voice", "alpha", "--text", "hi", "--save-voice", "anna"], "--save-voice needs --reference"),
+        (["--reference", SPEECH, "--text", "hi", "--save-voice", "alpha"], "alpha is a preset"),
+        (["--reference", SPEECH, "--text", "hi", "--save-voice", "An na"], "'An na' is no voice name"),
+        (["--voice", "alpha", "--text", "hi", "--max-sec", "0.01"], "--max-sec is 0.01"),
+        (["--voice", "alpha", "--text", "hi", "--seed", "-1"], "--seed is -1"),
+        (["--voice", "alpha", "--text", "hi", "--cfg-alpha", "nan"], "--cfg-alpha is nan"),
+        (["--voice", "alpha", "--text", "hi", "--device", "tpu"], "device is tpu"),
+    ],
+)
 def test_bad_input_is_one_sentence(released, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit) as exit_info:
         run(released, tmp_path / "out.wav", *more)
@@ -152,9 +169,11 @@ def test_cfg_alpha_is_servings_unless_it_is_given(released, tmp_path):
     for name, alpha, more in (("a", CFG_ALPHA, ()), ("b", 2.0, ("--cfg-alpha", 2))):
         run(released, tmp_path / f"{name}.wav", "--voice", "alpha", "--text", "Good morning.", *more)
         tts = TTS.from_checkpoint(released)
-        take, = tts.generate([Request("Good morning.", voice, (0, 0), alpha)], LIMIT)
+        (take,) = tts.generate([Request("Good morning.", voice, (0, 0), alpha)], LIMIT)
         with torch.no_grad():
-            assert (read(tmp_path / f"{name}.wav") - tts.codec.decode(take.codes[None])[0, 0].clamp(-1, 1)).abs().max() < 1e-4
+            assert (
+                read(tmp_path / f"{name}.wav") - tts.codec.decode(take.codes[None])[0, 0].clamp(-1, 1)
+            ).abs().max() < 1e-4
     assert not torch.equal(read(tmp_path / "a.wav"), read(tmp_path / "b.wav"))
 
 

@@ -1,4 +1,5 @@
 """The codec against the serving engine's numbers, and what follows from causality, masking and its cost."""
+
 import json
 import re
 import subprocess
@@ -12,8 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from voxtral.checkpoint import (CODEC_PREFIX, EMBEDDING_NAME, ENCODER_PREFIXES, Checkpoint, SafetensorsFile,
-                                write_safetensors)
+from voxtral.checkpoint import (
+    CODEC_PREFIX,
+    EMBEDDING_NAME,
+    ENCODER_PREFIXES,
+    Checkpoint,
+    SafetensorsFile,
+    write_safetensors,
+)
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.layers import Transformer, WindowAttention, alibi_slopes
 from voxtral.layout import released_layout, withheld_layout
@@ -33,8 +40,11 @@ def golden_params_json():
     with safe_open(DATA / "codec_small.safetensors", framework="pt") as file:
         metadata = file.metadata()
     raw = small_params(backbone={"dim": int(metadata["dim"])})
-    raw["multimodal"] |= {key.removeprefix("multimodal."): json.loads(value)
-                          for key, value in metadata.items() if key.startswith("multimodal.")}
+    raw["multimodal"] |= {
+        key.removeprefix("multimodal."): json.loads(value)
+        for key, value in metadata.items()
+        if key.startswith("multimodal.")
+    }
     return raw
 
 
@@ -80,6 +90,7 @@ def first_difference(a, b, tolerance=1e-5):
 
 # ---------------------------------------------------------------- reference numbers
 
+
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_serving_engine(codec, case):
     io = {name.removeprefix(f"io.{case}."): t for name, t in GOLDEN.items() if name.startswith(f"io.{case}.")}
@@ -112,12 +123,13 @@ def test_code_rows_are_offset_by_the_special_ids(codec):
 
 # ---------------------------------------------------------------- batches and padding
 
+
 def test_items_of_a_batch_are_independent(codec):
     batch = noise(3, 1, 9000)
     latent, audio = codec.encode_latent(batch), codec.decode(codec.encode(batch))
     for i in range(3):
-        assert relative_error(latent[i:i + 1], codec.encode_latent(batch[i:i + 1])) < 1e-5
-        assert relative_error(audio[i:i + 1], codec.decode(codec.encode(batch[i:i + 1]))) < 1e-5
+        assert relative_error(latent[i : i + 1], codec.encode_latent(batch[i : i + 1])) < 1e-5
+        assert relative_error(audio[i : i + 1], codec.decode(codec.encode(batch[i : i + 1]))) < 1e-5
     changed = batch.clone()
     changed[1] = noise(1, 9000, seed=9)
     assert torch.equal(codec.encode_latent(changed)[[0, 2]], latent[[0, 2]])
@@ -129,10 +141,10 @@ def test_with_lengths_each_clip_is_encoded_as_if_alone(codec):
     latent, codes = codec.encode_latent(batch, lengths), codec.encode(batch, lengths)
     assert latent.shape[-1] == 5
     for i, n in enumerate(lengths.tolist()):
-        alone, frames = codec.encode_latent(batch[i:i + 1, :, :n]), ceil_div(n, 1920)
+        alone, frames = codec.encode_latent(batch[i : i + 1, :, :n]), ceil_div(n, 1920)
         assert alone.shape[-1] == frames
-        assert relative_error(latent[i:i + 1, :, :frames], alone) < 1e-5, n
-        assert torch.equal(codes[i:i + 1, :, :frames], codec.encode(batch[i:i + 1, :, :n])), n
+        assert relative_error(latent[i : i + 1, :, :frames], alone) < 1e-5, n
+        assert torch.equal(codes[i : i + 1, :, :frames], codec.encode(batch[i : i + 1, :, :n])), n
 
 
 # ---------------------------------------------------------------- causality
@@ -154,7 +166,7 @@ def test_encoder_is_causal_but_for_the_last_partial_window(codec, cut):
     assert relative_error(part[..., :complete], whole[..., :complete]) < 1e-5 or complete == 0
     assert part.shape[-1] == ceil_div(cut, 1920)
     if cut % 1920:
-        assert first_difference(part, whole[..., :part.shape[-1]]) == complete
+        assert first_difference(part, whole[..., : part.shape[-1]]) == complete
 
 
 @pytest.mark.parametrize("patch", range(8))
@@ -186,13 +198,14 @@ def test_decoder_is_causal_by_truncation(codec, n_frames):
     latent = codec.quantizer.decode(codec.encode(noise(1, 1, 9 * 1920)))
     whole, part = codec.decode_latent(latent), codec.decode_latent(latent[..., :n_frames])
     assert part.shape[-1] == n_frames * 1920
-    assert relative_error(part, whole[..., :n_frames * 1920]) < 1e-5
+    assert relative_error(part, whole[..., : n_frames * 1920]) < 1e-5
     changed = latent.clone()
     changed[..., n_frames:] += 1
     assert first_difference(codec.decode_latent(changed), whole) // 1920 == n_frames
 
 
 # ---------------------------------------------------------------- attention
+
 
 def dense_attention(module, x):
     """Every score of [T, T], masked: what the windows must equal."""
@@ -201,14 +214,18 @@ def dense_attention(module, x):
     query, key, value = (t.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for t in (query, key, value))
     key, value = (t[:, [h * module.n_kv_heads // heads for h in range(heads)]] for t in (key, value))
     i, j = torch.arange(time)[:, None], torch.arange(time)[None]
-    scores = query @ key.transpose(-1, -2) / module.head_dim ** 0.5 + SLOPES[heads][:, None, None] * (j - i)
+    scores = query @ key.transpose(-1, -2) / module.head_dim**0.5 + SLOPES[heads][:, None, None] * (j - i)
     scores = scores.masked_fill((j > i) | (j < i - module.window), -torch.inf)
     return module.wo((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
 
 
-SLOPES = {1: torch.tensor([1.0]), 2: torch.tensor([1, 2 ** -4]), 4: torch.tensor([1, 2 ** -2, 2 ** -4, 2 ** -6]),
-          6: torch.tensor([1, 2 ** -2, 2 ** -4, 2 ** -6, 1, 2 ** -2]),
-          8: torch.tensor([2.0 ** -h for h in range(8)])}
+SLOPES = {
+    1: torch.tensor([1.0]),
+    2: torch.tensor([1, 2**-4]),
+    4: torch.tensor([1, 2**-2, 2**-4, 2**-6]),
+    6: torch.tensor([1, 2**-2, 2**-4, 2**-6, 1, 2**-2]),
+    8: torch.tensor([2.0**-h for h in range(8)]),
+}
 
 
 @pytest.mark.parametrize("n_heads", SLOPES)
@@ -273,6 +290,7 @@ def test_ten_minutes_encode_within_4_gb():
 
 # ---------------------------------------------------------------- the full size
 
+
 def test_full_size_has_the_tensors_of_the_checkpoint():
     with torch.device("meta"):
         codec = VoxtralCodec(CodecParams())
@@ -287,6 +305,7 @@ def test_full_size_has_the_tensors_of_the_checkpoint():
 
 
 # ---------------------------------------------------------------- checkpoint folders
+
 
 def test_without_encoder_tensors_the_encoder_is_fresh(released):
     codec = VoxtralCodec.from_checkpoint(released)
@@ -342,11 +361,13 @@ def test_sharded_folder_gives_the_same_codec(golden_folder, codec, tmp_path):
 def test_only_the_codec_and_the_embedding_table_are_read(released, monkeypatch):
     read = []
     original = SafetensorsFile.read
-    monkeypatch.setattr(SafetensorsFile, "read",
-                        lambda self, names: original(self, read.append(list(names)) or read[-1]))
+    monkeypatch.setattr(
+        SafetensorsFile, "read", lambda self, names: original(self, read.append(list(names)) or read[-1])
+    )
     VoxtralCodec.from_checkpoint(released)
     assert {name for names in read for name in names} == {
-        name for name in Checkpoint(released).shapes if name.startswith(CODEC_PREFIX) or name == EMBEDDING_NAME}
+        name for name in Checkpoint(released).shapes if name.startswith(CODEC_PREFIX) or name == EMBEDDING_NAME
+    }
 
 
 def remove_tensor(folder, name, replacement=None):
@@ -390,11 +411,15 @@ DAMAGES = {
     "codec tensor missing": (lambda f: remove_tensor(f, OUTPUT), f"lacks the tensor {OUTPUT}"),
     "embedding table missing": (lambda f: remove_tensor(f, EMBEDDING_NAME), f"lacks the tensor {EMBEDDING_NAME}"),
     "encoder not whole": (lambda f: remove_tensor(f, ENCODER), f"lacks the tensor {ENCODER}"),
-    "encoder misshapen": (lambda f: remove_tensor(f, ENCODER, torch.zeros(3)),
-                          f"{ENCODER} has shape [3], but params.json implies [32"),
+    "encoder misshapen": (
+        lambda f: remove_tensor(f, ENCODER, torch.zeros(3)),
+        f"{ENCODER} has shape [3], but params.json implies [32",
+    ),
     "table misshapen": (lambda f: remove_tensor(f, EMBEDDING_NAME, torch.zeros(5, 32)), "has shape [5, 32]"),
-    "a tensor too many": (lambda f: add_tensor(f, CODEC_PREFIX + "decoder_blocks.9.x"),
-                          f"unexpected tensor {CODEC_PREFIX}decoder_blocks.9.x"),
+    "a tensor too many": (
+        lambda f: add_tensor(f, CODEC_PREFIX + "decoder_blocks.9.x"),
+        f"unexpected tensor {CODEC_PREFIX}decoder_blocks.9.x",
+    ),
 }
 
 
@@ -430,6 +455,7 @@ def test_small_layouts_are_what_the_codec_reads(released):
 
 # ---------------------------------------------------------------- writing
 
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"x": torch.ones(3)}, path)
@@ -437,12 +463,14 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
     def fail(name):
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         write_safetensors(path, {"x": (3,), "y": (2,)}, lambda name: torch.float32, fail)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------- what vLLM-Omni 0.30.0 made of three clips, in bf16
+
 
 @pytest.fixture(scope="module")
 def standin():

@@ -1,4 +1,5 @@
 """--help of every script: there at once, since nothing is imported that takes seconds."""
+
 import re
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [[path.name] for path in sorted(ROOT.glob("*.py"))]
-MODULES = [["-m", f"voxtral.{path.stem}"] for path in sorted(ROOT.glob("voxtral/*.py")) if "__main__" in path.read_text()]
+MODULES = [
+    ["-m", f"voxtral.{path.stem}"] for path in sorted(ROOT.glob("voxtral/*.py")) if "__main__" in path.read_text()
+]
 
 
 def run(*arguments):

@@ -1,12 +1,22 @@
 """Configuration: the shipped files, overrides, and what is said about mistakes."""
+
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from voxtral.config import (ConfigError, EncoderConfig, FullPipelineConfig, StandinConfig, check_encoder_config,
-                            check_full_pipeline_config, checkpoint_folder, dump_config, load_config)
+from voxtral.config import (
+    ConfigError,
+    EncoderConfig,
+    FullPipelineConfig,
+    StandinConfig,
+    check_encoder_config,
+    check_full_pipeline_config,
+    checkpoint_folder,
+    dump_config,
+    load_config,
+)
 from voxtral.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -22,14 +32,17 @@ def schema_of(name):
 @pytest.fixture
 def load(tmp_path):
     """load(yaml text, overrides...) -> EncoderConfig"""
+
     def load(text, *overrides):
         path = tmp_path / "config.yaml"
         path.write_text(text)
         return load_config(EncoderConfig, path, list(overrides))
+
     return load
 
 
 # ---------------------------------------------------------------- the shipped files
+
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_config_loads_and_makes_sense(name):
@@ -72,7 +85,12 @@ def test_full_pipeline_yaml_is_the_seeds_recipe_and_states_the_defaults():
     defaults, shipped = dict(leaves(FullPipelineConfig())), dict(leaves(config))
     assert set(written(content)) == set(defaults)
     assert {key for key, value in shipped.items() if value != defaults[key]} == {
-        "data.sources", "data.num_workers", "data.batch_size", "data.max_sec", "data.validation.clips"}
+        "data.sources",
+        "data.num_workers",
+        "data.batch_size",
+        "data.max_sec",
+        "data.validation.clips",
+    }
 
 
 def test_encoder_paper_yaml_is_the_seeds_recipe():
@@ -81,15 +99,24 @@ def test_encoder_paper_yaml_is_the_seeds_recipe():
     assert (config.optimizer.learning_rate, config.optimizer.betas) == (3e-4, [0.8, 0.99])
     assert config.discriminator.warmup_steps == 2000 and 10 <= config.train.epochs <= 20
     assert {name: weight for name, weight in vars(config.loss).items() if weight} == {
-        "l1": 1, "stft": 1, "feature": 1, "asr": 1, "commit": 0.1}
+        "l1": 1,
+        "stft": 1,
+        "feature": 1,
+        "asr": 1,
+        "commit": 0.1,
+    }
     assert config.train.reconstruction_decay == 0.9999
     assert config.discriminator.fft_sizes == [78, 126, 206, 334, 542, 876, 1418, 2296]
     assert [(s.kind, s.subsets, s.language) for s in config.data.sources] == [
-        ("librispeech", ["train-clean-360", "train-other-500"], ""), ("common_voice", [], "en"),
-        ("common_voice", [], "ar"), ("generated", [], "")]
+        ("librispeech", ["train-clean-360", "train-other-500"], ""),
+        ("common_voice", [], "en"),
+        ("common_voice", [], "ar"),
+        ("generated", [], ""),
+    ]
 
 
 # ---------------------------------------------------------------- merging
+
 
 def test_overrides_win_over_the_file_and_the_last_one_wins(load):
     config = load("train: {max_steps: 5, epochs: 3}\n", "train.max_steps=7", "train.max_steps=9", "loss={mel: 2}")
@@ -104,9 +131,15 @@ def test_overrides_reach_into_lists_and_replace_them(load):
     assert load("train: {stft_fft_sizes: [64]}\n").train.stft_fft_sizes == [64]
 
 
-@pytest.mark.parametrize("text, key, value", [
-    ("null", "max_steps", None), ("12", "max_steps", 12), ("1e-3", "gradient_clip", 1e-3),
-    ("[encoder,decoder]", "trainable", ["encoder", "decoder"])])
+@pytest.mark.parametrize(
+    "text, key, value",
+    [
+        ("null", "max_steps", None),
+        ("12", "max_steps", 12),
+        ("1e-3", "gradient_clip", 1e-3),
+        ("[encoder,decoder]", "trainable", ["encoder", "decoder"]),
+    ],
+)
 def test_values_are_read_as_yaml(load, text, key, value):
     assert getattr(load("", f"train.{key}={text}").train, key) == value
 
@@ -134,6 +167,7 @@ def test_checkpoint_falls_back_on_the_environment(monkeypatch):
 
 # ---------------------------------------------------------------- mistakes
 
+
 def message_of(action):
     with pytest.raises(UserError) as error:
         action()
@@ -141,8 +175,13 @@ def message_of(action):
     return str(error.value)
 
 
-UNKNOWN = [("chekpoint", "checkpoint"), ("train.max_stps", "train.max_steps"), ("max_steps", "train.max_steps"),
-           ("data.validation.clps", "data.validation.clips"), ("loss.stfd", "loss.stft")]
+UNKNOWN = [
+    ("chekpoint", "checkpoint"),
+    ("train.max_stps", "train.max_steps"),
+    ("max_steps", "train.max_steps"),
+    ("data.validation.clps", "data.validation.clips"),
+    ("loss.stfd", "loss.stft"),
+]
 
 
 @pytest.mark.parametrize("key, nearest", UNKNOWN)
@@ -163,9 +202,20 @@ def test_unknown_key_in_a_list(load):
     assert "data.sources[4]" in message_of(lambda: load(text, "data.sources.4.path=1"))
 
 
-WRONG = ["train.max_steps=many", "train.max_steps=1.5", "train.max_steps=true", "resume=perhaps", "loss.l1=heavy",
-         "loss.l1=null", "optimizer.betas=0.8", "optimizer.betas=[0.8,x]", "train=3", "train=null",
-         "data.sources=folder", "data.sources=[a]"]
+WRONG = [
+    "train.max_steps=many",
+    "train.max_steps=1.5",
+    "train.max_steps=true",
+    "resume=perhaps",
+    "loss.l1=heavy",
+    "loss.l1=null",
+    "optimizer.betas=0.8",
+    "optimizer.betas=[0.8,x]",
+    "train=3",
+    "train=null",
+    "data.sources=folder",
+    "data.sources=[a]",
+]
 
 
 @pytest.mark.parametrize("override", WRONG)
@@ -195,17 +245,51 @@ def test_a_broken_override_is_named(load, override):
     assert override in message_of(lambda: load("data: {sources: [{kind: folder}]}", override))
 
 
-NONSENSE = ["train.trainable=[]", "train.trainable=[encoder,wheels]", "train.precision=fp8", "train.epochs=0",
-            "train.max_steps=0", "train.accumulation=-1", "train.log_every_steps=0", "train.validate_every_steps=0",
-            "train.save_every_steps=0", "train.keep_last=0", "train.ema_decay=1", "train.ema_decay=-0.1",
-            "train.gradient_clip=0", "train.n_samples=-1", "train.max_total_loss=0", "train.reconstruction_decay=1.1",
-            "train.reconstruction_decay=0", "train.stft_fft_sizes=[]", "train.stft_fft_sizes=[2]",
-            "train.stft_fft_sizes=[1000000]", "optimizer.learning_rate=0", "optimizer.learning_rate=.nan",
-            "optimizer.learning_rate=.inf", "optimizer.betas=[0.8]", "optimizer.betas=[0.8,1]", "optimizer.betas=[]",
-            "optimizer.weight_decay=-1", "optimizer.warmup_steps=-1", "loss.l1=-1", "loss.asr=.inf", "loss.mel=.nan",
-            "discriminator.channels=0", "discriminator.crop_sec=0", "discriminator.warmup_steps=-1", "discriminator.fft_sizes=[]",
-            "discriminator.learning_rate=0", "balancer.decay=1", "seed=-1", "data.max_sec=0.05", "data.max_sec=.nan",
-            "data.batch_size=0", "data.num_workers=-1", "data.validation.clips=0"]
+NONSENSE = [
+    "train.trainable=[]",
+    "train.trainable=[encoder,wheels]",
+    "train.precision=fp8",
+    "train.epochs=0",
+    "train.max_steps=0",
+    "train.accumulation=-1",
+    "train.log_every_steps=0",
+    "train.validate_every_steps=0",
+    "train.save_every_steps=0",
+    "train.keep_last=0",
+    "train.ema_decay=1",
+    "train.ema_decay=-0.1",
+    "train.gradient_clip=0",
+    "train.n_samples=-1",
+    "train.max_total_loss=0",
+    "train.reconstruction_decay=1.1",
+    "train.reconstruction_decay=0",
+    "train.stft_fft_sizes=[]",
+    "train.stft_fft_sizes=[2]",
+    "train.stft_fft_sizes=[1000000]",
+    "optimizer.learning_rate=0",
+    "optimizer.learning_rate=.nan",
+    "optimizer.learning_rate=.inf",
+    "optimizer.betas=[0.8]",
+    "optimizer.betas=[0.8,1]",
+    "optimizer.betas=[]",
+    "optimizer.weight_decay=-1",
+    "optimizer.warmup_steps=-1",
+    "loss.l1=-1",
+    "loss.asr=.inf",
+    "loss.mel=.nan",
+    "discriminator.channels=0",
+    "discriminator.crop_sec=0",
+    "discriminator.warmup_steps=-1",
+    "discriminator.fft_sizes=[]",
+    "discriminator.learning_rate=0",
+    "balancer.decay=1",
+    "seed=-1",
+    "data.max_sec=0.05",
+    "data.max_sec=.nan",
+    "data.batch_size=0",
+    "data.num_workers=-1",
+    "data.validation.clips=0",
+]
 
 
 @pytest.mark.parametrize("override", NONSENSE)

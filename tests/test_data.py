@@ -1,4 +1,5 @@
 """Finding clips, reading crops of them, and the sample stream: all repeats exactly, no bad file is fatal."""
+
 import json
 import multiprocessing
 import os
@@ -14,22 +15,31 @@ import pytest
 import soundfile
 import soxr
 import torch
+from conftest import signal_group
 from omegaconf import OmegaConf
 
-from conftest import signal_group
 from voxtral import data
-from voxtral.data import (BadClip, BadClipLog, BatchSampler, SampleStream, SpeechDataset, collate, load_segment,
-                          make_loader, steps_per_epoch, validation_batches)
+from voxtral.data import (
+    BadClip,
+    BadClipLog,
+    BatchSampler,
+    SampleStream,
+    SpeechDataset,
+    collate,
+    load_segment,
+    make_loader,
+    steps_per_epoch,
+    validation_batches,
+)
 from voxtral.params import CodecParams
 from voxtral.processes import StopSignal, training_process
-from voxtral.sources import (Clip, DataConfig, DataError, SourceConfig, ValidationConfig, find_clips,
-                             split_validation)
+from voxtral.sources import Clip, DataConfig, DataError, SourceConfig, ValidationConfig, find_clips, split_validation
 
 
 def noise(seconds, rate, seed=0):
     """White noise below 3 kHz at -20 dB: any crop of it can be told from any other."""
     samples = 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * 8000))
-    spectrum = np.fft.rfft(samples)[:len(samples) * 3 // 8]
+    spectrum = np.fft.rfft(samples)[: len(samples) * 3 // 8]
     return soxr.resample(np.fft.irfft(spectrum, len(samples)), 8000, rate).astype(np.float32)
 
 
@@ -48,27 +58,34 @@ def best_match(crop, whole):
     """Where `crop` lies in `whole`, samples."""
     size = len(whole) + len(crop)
     product = np.fft.rfft(whole, size) * np.conj(np.fft.rfft(crop, size))
-    return int(np.fft.irfft(product, size)[:len(whole)].argmax())
+    return int(np.fft.irfft(product, size)[: len(whole)].argmax())
 
 
 # ---------------------------------------------------------------- reading
 
-FORMATS = [("wav", 8000, "PCM_16", 1), ("wav", 11025, "PCM_16", 1), ("flac", 16000, None, 2),
-           ("wav", 24000, "FLOAT", 1), ("flac", 44100, None, 2), ("mp3", 44100, None, 1),
-           ("ogg", 48000, "VORBIS", 1), ("wav", 48000, "PCM_24", 2)]
+FORMATS = [
+    ("wav", 8000, "PCM_16", 1),
+    ("wav", 11025, "PCM_16", 1),
+    ("flac", 16000, None, 2),
+    ("wav", 24000, "FLOAT", 1),
+    ("flac", 44100, None, 2),
+    ("mp3", 44100, None, 1),
+    ("ogg", 48000, "VORBIS", 1),
+    ("wav", 48000, "PCM_24", 2),
+]
 
 
 @pytest.mark.parametrize("suffix, rate, subtype, channels", FORMATS)
 @pytest.mark.parametrize("position", [0.0, 0.37, 0.999999])
 def test_crop_equals_part_of_resampled_file(tmp_path, suffix, rate, subtype, channels, position):
-    audio = np.stack([noise(5, rate, seed) / 3 ** seed for seed in range(channels)], axis=1)
+    audio = np.stack([noise(5, rate, seed) / 3**seed for seed in range(channels)], axis=1)
     path = write(tmp_path / f"a.{suffix}", audio, rate, subtype)
     crop, native_rate = load_segment(path, position, 1.3)
     whole = whole_at_24k(path)
     start = best_match(crop, whole)
     assert crop.dtype == np.float32 and len(crop) == 31200 and native_rate == rate
     assert abs(start / 24000 - position * (len(whole) / 24000 - 1.3)) < 0.03
-    np.testing.assert_allclose(crop, whole[start:start + len(crop)], atol=2e-6)
+    np.testing.assert_allclose(crop, whole[start : start + len(crop)], atol=2e-6)
 
 
 def test_opus_crop(tmp_path):
@@ -78,7 +95,7 @@ def test_opus_crop(tmp_path):
     whole = whole_at_24k(path)
     start = best_match(crop, whole)
     assert rate == 24000 and abs(start - 48000) < 100
-    assert np.corrcoef(crop, whole[start:start + 24000])[0, 1] > 0.99
+    assert np.corrcoef(crop, whole[start : start + 24000])[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
@@ -118,8 +135,9 @@ def test_speeds_are_drawn_between_the_two_and_not_for_fixed_clips(tmp_path, monk
 def test_long_file_is_not_decoded_as_a_whole(tmp_path, monkeypatch):
     path = write(tmp_path / "a.flac", noise(30, 16000), 16000)
     read, decoded = soundfile.SoundFile.read, []
-    monkeypatch.setattr(soundfile.SoundFile, "read",
-                        lambda *args, **options: decoded.append(read(*args, **options)) or decoded[-1])
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda *args, **options: decoded.append(read(*args, **options)) or decoded[-1]
+    )
     load_segment(path, 0.6, 1.0)
     assert sum(map(len, decoded)) < 1.1 * 16000
 
@@ -145,9 +163,15 @@ def bad_files(folder):
     write(folder / "header.wav", np.zeros(0), 16000)
     write(folder / "short.wav", noise(0.09, 16000), 16000)
     write(folder / "nan.wav", np.where(np.arange(8000) == 5000, np.nan, 0.1), 16000, "FLOAT")
-    return {"nothing.wav": "is empty", "random.wav": "cannot be read", "random.flac": "cannot be read",
-            "header.wav": "is empty", "short.wav": "shorter than 0.1 s", "nan.wav": "not finite",
-            "gone.wav": "does not exist"}
+    return {
+        "nothing.wav": "is empty",
+        "random.wav": "cannot be read",
+        "random.flac": "cannot be read",
+        "header.wav": "is empty",
+        "short.wav": "shorter than 0.1 s",
+        "nan.wav": "not finite",
+        "gone.wav": "does not exist",
+    }
 
 
 def test_bad_files_are_told_with_the_reason(tmp_path):
@@ -161,21 +185,24 @@ def test_truncated_file_gives_what_is_left(tmp_path, suffix, rate):
     path = tmp_path / f"a.{suffix}"
     whole = whole_at_24k(write(path, noise(8, rate), rate))
     content = path.read_bytes()
-    path.write_bytes(content[:len(content) // 2])
+    path.write_bytes(content[: len(content) // 2])
     for position in (0.0, 0.5, 0.99):
         crop, _ = load_segment(str(path), position, 1.0)
         start = best_match(crop, whole)
         assert len(crop) == 24000 and start + len(crop) <= len(whole) * 0.52
-        np.testing.assert_allclose(crop[1000:-1000], whole[start + 1000:start + 23000], atol=5e-3)
+        np.testing.assert_allclose(crop[1000:-1000], whole[start + 1000 : start + 23000], atol=5e-3)
 
 
 # ---------------------------------------------------------------- samples and batches
 
+
 @pytest.fixture
 def clips(tmp_path):
     """12 clips of 0.4 to 0.95 s at three rates, two sources."""
-    paths = [write(tmp_path / f"good{i}.wav", noise(0.4 + 0.05 * i, rate, i), rate)
-             for i, rate in enumerate([16000, 24000, 44100] * 4)]
+    paths = [
+        write(tmp_path / f"good{i}.wav", noise(0.4 + 0.05 * i, rate, i), rate)
+        for i, rate in enumerate([16000, 24000, 44100] * 4)
+    ]
     return [Clip(path, f"speaker{i % 3}", int(i >= 8)) for i, path in enumerate(paths)]
 
 
@@ -207,8 +234,8 @@ def test_batch_is_padded_and_describes_its_clips(clips):
             info = soundfile.info(clips[index].path)
             assert batch.native_rates[i] == info.samplerate
             assert batch.lengths[i] == min(12000, round(info.duration * 24000))
-            assert not batch.waveform[i, 0, batch.lengths[i]:].any()
-            assert batch.waveform[i, 0, batch.lengths[i] - 200:batch.lengths[i]].any()
+            assert not batch.waveform[i, 0, batch.lengths[i] :].any()
+            assert batch.waveform[i, 0, batch.lengths[i] - 200 : batch.lengths[i]].any()
     moved = batch.to("meta")
     assert moved.waveform.device.type == moved.lengths.device.type == moved.native_rates.device.type == "meta"
     assert moved.indices == batch.indices
@@ -224,7 +251,7 @@ def test_seed_decides_order_and_crops(clips):
 
 
 def test_crops_differ_between_samples(clips):
-    batch, = first(1, clips[-1:], config_for(batch_size=8))
+    (batch,) = first(1, clips[-1:], config_for(batch_size=8))
     assert len({tuple(waveform[0, :50].tolist()) for waveform in batch.waveform}) == 8
 
 
@@ -233,7 +260,7 @@ def test_resuming_equals_skipping(clips, accumulation):
     config = config_for()
     through = first(8 * accumulation, clips, config, accumulation=accumulation)
     resumed = first(3 * accumulation, clips, config, accumulation=accumulation, start_step=5)
-    assert_same(through[5 * accumulation:], resumed)
+    assert_same(through[5 * accumulation :], resumed)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -254,7 +281,9 @@ def test_accumulation_equals_a_larger_batch(clips):
 
 def test_workers_are_forked_whatever_started_this_process(clips, monkeypatch):
     """A worker of the start method forkserver imports the main script anew, which takes it many seconds."""
-    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("forkserver"))
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("forkserver")
+    )
     assert multiprocessing.get_start_method() == "forkserver"
     loader = make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=1), 0)
     assert loader.multiprocessing_context.get_start_method() == "fork"
@@ -319,7 +348,9 @@ def test_bad_clips_are_replaced_and_reported(clips, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_only_bad_clips_is_an_error(tmp_path, workers, monkeypatch):
-    monkeypatch.setattr("voxtral.loader.SHARED_MEMORY", tmp_path / "unknown")  # or the trainer reads the first batch itself
+    monkeypatch.setattr(
+        "voxtral.loader.SHARED_MEMORY", tmp_path / "unknown"
+    )  # or the trainer reads the first batch itself
     bad = [Clip(str(tmp_path / name), "x", 0) for name in bad_files(tmp_path)]
     batches = iter(make_loader(SpeechDataset(bad, 0.5, seed=0), config_for(num_workers=workers), seed=0))
     with pytest.raises(DataError, match="^20 clips in a row [^\n]*$") as error:
@@ -364,9 +395,13 @@ def killed(items):
 def test_a_lost_batch_ends_the_run_with_a_sentence(clips, monkeypatch, collate, reason):
     monkeypatch.setattr("voxtral.loader.LOST_AFTER_SEC", 2)
     began = time.monotonic()
-    with pytest.raises(SystemExit, match=f"^training stopped: a batch was lost .DataLoader.*{reason}[^\\n]*resume=true.$"):
+    with pytest.raises(
+        SystemExit, match=f"^training stopped: a batch was lost .DataLoader.*{reason}[^\\n]*resume=true.$"
+    ):
         with training_process("cpu"):
-            for _ in zip(range(40), make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=1), 0, collate=collate)):
+            for _ in zip(
+                range(40), make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=1), 0, collate=collate)
+            ):
                 pass
     assert time.monotonic() - began < 20
 
@@ -394,12 +429,13 @@ def test_validation_batches_are_fixed_and_repeatable(clips, tmp_path):
     assert [path for path, _ in batches[0].bad] == [gone.path] and not batches[1].bad
     for i, waveform in enumerate(joined(batches)):
         start = whole_at_24k(clips[i].path)[:12000]
-        np.testing.assert_allclose(waveform[0, :len(start)], start, atol=2e-6)
+        np.testing.assert_allclose(waveform[0, : len(start)], start, atol=2e-6)
     assert len(list(batches)) == len(list(batches)) == 3  # iterating twice
     assert_same(batches, validation_batches([gone] + clips[:5], config_for()))
 
 
 # ---------------------------------------------------------------- sources
+
 
 def found(tmp_path, **source):
     present, absent = find_clips(DataConfig(data_root=str(tmp_path), sources=[SourceConfig(**source)]))
@@ -417,52 +453,72 @@ def test_folder(tmp_path):
     touch(tmp_path / "elsewhere/linked/4.mp3")
     (tmp_path / "mine/c").symlink_to(tmp_path / "elsewhere")
     clips, left_out = found(tmp_path, kind="folder", path="mine")
-    assert clips == [("mine/a/x/3.opus", "x", ""), ("mine/b/1.flac", "b", ""), ("mine/b/2.WAV", "b", ""),
-                     ("mine/c/linked/4.mp3", "linked", "")]
+    assert clips == [
+        ("mine/a/x/3.opus", "x", ""),
+        ("mine/b/1.flac", "b", ""),
+        ("mine/b/2.WAV", "b", ""),
+        ("mine/c/linked/4.mp3", "linked", ""),
+    ]
     assert ["hidden" in left_out[0], ".txt: no audio (a/x/notes.txt)" in left_out[1]] == [True, True]
     assert found(tmp_path, kind="folder", path="mine", pattern="b/*")[0] == clips[1:3]
     assert found(tmp_path, kind="folder", path=str(tmp_path / "mine"))[0] == clips
 
 
-@pytest.mark.parametrize("folder, path", [("LibriSpeech", ""), ("LibriSpeech", "LibriSpeech"),
-                                          ("LibriTTS_R", ""), ("deep/LibriTTS", "deep")])
+@pytest.mark.parametrize(
+    "folder, path", [("LibriSpeech", ""), ("LibriSpeech", "LibriSpeech"), ("LibriTTS_R", ""), ("deep/LibriTTS", "deep")]
+)
 def test_librispeech(tmp_path, folder, path):
-    for name in ("train-other-500/20/7/20-7-0.flac", "train-clean-360/14/3/14-3-1.wav",
-                 "train-clean-360/14/3/14.trans.txt", "train-clean-360/stray.flac", "dev-clean/1/1/1.flac"):
+    for name in (
+        "train-other-500/20/7/20-7-0.flac",
+        "train-clean-360/14/3/14-3-1.wav",
+        "train-clean-360/14/3/14.trans.txt",
+        "train-clean-360/stray.flac",
+        "dev-clean/1/1/1.flac",
+    ):
         touch(tmp_path / folder / name)
-    clips, absent = found(tmp_path, kind="librispeech", path=path, name="books",
-                          subsets=["train-other-500", "train-clean-100", "train-clean-360"])
-    assert clips == [(f"{folder}/train-clean-360/14/3/14-3-1.wav", "14", ""),
-                     (f"{folder}/train-other-500/20/7/20-7-0.flac", "20", "")]
+    clips, absent = found(
+        tmp_path,
+        kind="librispeech",
+        path=path,
+        name="books",
+        subsets=["train-other-500", "train-clean-100", "train-clean-360"],
+    )
+    assert clips == [
+        (f"{folder}/train-clean-360/14/3/14-3-1.wav", "14", ""),
+        (f"{folder}/train-other-500/20/7/20-7-0.flac", "20", ""),
+    ]
     assert absent[0] == f"absent: books: {tmp_path / path / 'train-clean-100'}"
     assert "1 passed over: not where */*/* looks (stray.flac)" in "\n".join(absent)
 
 
 @pytest.mark.parametrize("release", ["", "cv-corpus-17.0-2024-03-15/"])
 def test_common_voice(tmp_path, release):
-    table = f"client_id\tpath\tsentence\n{'ab' * 64}\t2.mp3\t\"No\n{'cd' * 64}\t1.mp3\tYes\n"
+    table = f'client_id\tpath\tsentence\n{"ab" * 64}\t2.mp3\t"No\n{"cd" * 64}\t1.mp3\tYes\n'
     touch(tmp_path / f"cv/{release}en/train.tsv", table)
     touch(tmp_path / "cv/cv-corpus-9.0-2022-04-27/en/train.tsv", table.replace("Yes", "old"))
     clips, _ = found(tmp_path, kind="common_voice", path="cv", language="en")
-    assert clips == [(f"cv/{release}en/clips/1.mp3", "cd" * 8, "Yes"),
-                     (f"cv/{release}en/clips/2.mp3", "ab" * 8, '"No')]
+    assert clips == [(f"cv/{release}en/clips/1.mp3", "cd" * 8, "Yes"), (f"cv/{release}en/clips/2.mp3", "ab" * 8, '"No')]
 
 
 def test_generated(tmp_path):
-    rows = [{"audio": f"audio/{i}.wav", "codes": f"codes/{i}.npy", "text": "Hello", "voice": "casual_male"}
-            for i in (1, 0)]
+    rows = [
+        {"audio": f"audio/{i}.wav", "codes": f"codes/{i}.npy", "text": "Hello", "voice": "casual_male"} for i in (1, 0)
+    ]
     folder = tmp_path / "presets"
     touch(folder / "manifest.jsonl", "\n\n".join(map(json.dumps, rows)))
     source = SourceConfig(kind="generated", path="presets")
     present, _ = find_clips(DataConfig(data_root=str(tmp_path), sources=[source]))
-    assert present == [[Clip(f"{folder}/audio/{i}.wav", "casual_male", 0, "Hello", f"{folder}/codes/{i}.npy")
-                        for i in (0, 1)]]
+    assert present == [
+        [Clip(f"{folder}/audio/{i}.wav", "casual_male", 0, "Hello", f"{folder}/codes/{i}.npy") for i in (0, 1)]
+    ]
 
 
 def test_manifest(tmp_path):
     touch(tmp_path / "sets/a.csv", 'path,speaker,text\nx/2.wav,ann,"Yes, please"\nx/1.wav,,\n')
-    assert found(tmp_path, kind="manifest", path="sets/a.csv")[0] == [("sets/x/1.wav", "x", ""),
-                                                                     ("sets/x/2.wav", "ann", "Yes, please")]
+    assert found(tmp_path, kind="manifest", path="sets/a.csv")[0] == [
+        ("sets/x/1.wav", "x", ""),
+        ("sets/x/2.wav", "ann", "Yes, please"),
+    ]
     touch(tmp_path / "sets/b.jsonl", '{"path": "1.wav", "speaker": 84}\n')
     assert found(tmp_path, kind="manifest", path="sets/b.jsonl")[0] == [("sets/1.wav", "84", "")]
     touch(tmp_path / "sets/c.csv", "file,speaker\n1.wav,ann\n")
@@ -483,8 +539,10 @@ def test_huggingface_copies_once_and_goes_on_after_an_interruption(tmp_path, mon
     folder = tmp_path / "set/data/train"
     for i in range(6):
         write(folder / f"clip{i}.flac", noise(0.3, 24000, i), 24000)
-    touch(folder / "metadata.csv", "file_name,speaker_id,text\n" +
-          "".join(f"clip{i}.flac,s{i % 2},text {i}\n" for i in range(6)))
+    touch(
+        folder / "metadata.csv",
+        "file_name,speaker_id,text\n" + "".join(f"clip{i}.flac,s{i % 2},text {i}\n" for i in range(6)),
+    )
     source = {"kind": "huggingface", "path": str(tmp_path / "set"), "max_clips": 5}
     replace, written = os.replace, []
 
@@ -497,7 +555,7 @@ def test_huggingface_copies_once_and_goes_on_after_an_interruption(tmp_path, mon
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         found(tmp_path, **source)
-    part, = tmp_path.glob("huggingface/*/manifest.jsonl.part")
+    (part,) = tmp_path.glob("huggingface/*/manifest.jsonl.part")
     assert not part.with_suffix("").exists()
     with part.open("a") as file:
         file.write('{"path": "torn')
@@ -514,27 +572,43 @@ def test_huggingface_copies_once_and_goes_on_after_an_interruption(tmp_path, mon
 def test_present_sources_are_used_and_absent_ones_named(tmp_path):
     touch(tmp_path / "b/1.wav")
     (tmp_path / "c").mkdir()
-    config = DataConfig(data_root=str(tmp_path), sources=[
-        SourceConfig(kind="common_voice", path="cv", language="ar"), SourceConfig(kind="folder", path="b"),
-        SourceConfig(kind="folder", path="c"), SourceConfig(kind="manifest", path="m.csv", name="extra")])
+    config = DataConfig(
+        data_root=str(tmp_path),
+        sources=[
+            SourceConfig(kind="common_voice", path="cv", language="ar"),
+            SourceConfig(kind="folder", path="b"),
+            SourceConfig(kind="folder", path="c"),
+            SourceConfig(kind="manifest", path="m.csv", name="extra"),
+        ],
+    )
     present, absent = find_clips(config)
     assert [[clip.source for clip in clips] for clips in present] == [[1]]
-    assert absent == [f"absent: common_voice cv ar: {tmp_path}/cv/ar/train.tsv",
-                      f"absent: folder c: no audio in {tmp_path}/c", f"absent: extra: {tmp_path}/m.csv"]
+    assert absent == [
+        f"absent: common_voice cv ar: {tmp_path}/cv/ar/train.tsv",
+        f"absent: folder c: no audio in {tmp_path}/c",
+        f"absent: extra: {tmp_path}/m.csv",
+    ]
     with pytest.raises(DataError, match=f"data.sources.*{tmp_path}/gone"):
         found(tmp_path, kind="folder", path="gone")
     with pytest.raises(DataError, match="data.sources is empty"):
         find_clips(DataConfig())
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"sources": [SourceConfig(kind="librispech")]}, r"sources\[0\].kind is 'librispech'.* 'librispeech'"),
-    ({"sources": [SourceConfig(kind="folder"), SourceConfig(kind="folder", weight=0)]}, "1..weight is 0"),
-    ({"sources": [SourceConfig(kind="librispeech")]}, r"sources\[0\].subsets"),
-    ({"sources": [SourceConfig(kind="common_voice")]}, r"sources\[0\].language"),
-    ({"speed": [1.2, 0.9]}, r"data.speed is \[1.2, 0.9\]"), ({"speed": [1.0]}, "data.speed"), ({"max_sec": 0.079}, "data.max_sec is 0.079"), ({"batch_size": 0}, "data.batch_size"),
-    ({"num_workers": -1}, "data.num_workers"),
-    ({"validation": ValidationConfig(clips=0)}, "data.validation.clips")])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"sources": [SourceConfig(kind="librispech")]}, r"sources\[0\].kind is 'librispech'.* 'librispeech'"),
+        ({"sources": [SourceConfig(kind="folder"), SourceConfig(kind="folder", weight=0)]}, "1..weight is 0"),
+        ({"sources": [SourceConfig(kind="librispeech")]}, r"sources\[0\].subsets"),
+        ({"sources": [SourceConfig(kind="common_voice")]}, r"sources\[0\].language"),
+        ({"speed": [1.2, 0.9]}, r"data.speed is \[1.2, 0.9\]"),
+        ({"speed": [1.0]}, "data.speed"),
+        ({"max_sec": 0.079}, "data.max_sec is 0.079"),
+        ({"batch_size": 0}, "data.batch_size"),
+        ({"num_workers": -1}, "data.num_workers"),
+        ({"validation": ValidationConfig(clips=0)}, "data.validation.clips"),
+    ],
+)
 def test_unusable_values_are_named(values, message):
     with pytest.raises(DataError, match=message):
         find_clips(DataConfig(**values))
@@ -550,8 +624,10 @@ def test_validation_clips_are_never_trained_on():
     everything, held_out = {clip.path for clips in sets for clip in clips}, {clip.path for clip in validation}
     assert len(validation) == len(held_out) == 25
     assert {clip.path for clips in train for clip in clips} == everything - held_out
-    names = [[os.path.basename(clip.path) for clip in split_validation([clips], ValidationConfig(clips=9))[1]]
-             for clips in (made_up(30, 0)[::-1], made_up(30, 0, "/mnt/data/moved"))]
+    names = [
+        [os.path.basename(clip.path) for clip in split_validation([clips], ValidationConfig(clips=9))[1]]
+        for clips in (made_up(30, 0)[::-1], made_up(30, 0, "/mnt/data/moved"))
+    ]
     assert names[0] == names[1] and names[0] != [f"{i}.wav" for i in range(9)]
 
 
@@ -577,6 +653,7 @@ def test_held_out_speakers():
 
 # ---------------------------------------------------------------- python -m voxtral.data --check
 
+
 def check_command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["data", "--check", *map(str, arguments)])
     data.main()
@@ -588,12 +665,16 @@ def test_check_reports_the_data(tmp_path, monkeypatch, capsys):
     for i in range(6):
         write(tmp_path / f"b/{'bob' if i else 'eve'}/{i}.flac", noise(6, 44100), 44100)
     touch(tmp_path / "b/bob/broken.wav", "no audio")
-    listed = [{"kind": "folder", "path": "a"}, {"kind": "folder", "path": "b", "name": "second"},
-              {"kind": "generated", "path": "g"}]
+    listed = [
+        {"kind": "folder", "path": "a"},
+        {"kind": "folder", "path": "b", "name": "second"},
+        {"kind": "generated", "path": "g"},
+    ]
     block = {"data_root": str(tmp_path), "validation": {"clips": 1, "speakers": ["eve"]}, "sources": listed}
     OmegaConf.save({"data": block, "train": {"steps": 5}}, tmp_path / "c.yaml")
-    check_command(monkeypatch, tmp_path / "c.yaml", "--audio-sec-per-sec", 0.5, "data.sources.0.weight=2",
-                  "data.batch_size=3")
+    check_command(
+        monkeypatch, tmp_path / "c.yaml", "--audio-sec-per-sec", 0.5, "data.sources.0.weight=2", "data.batch_size=3"
+    )
     out = " ".join(capsys.readouterr().out.split())
     assert "folder a 4 0 0 1 0.00 100.0% 16: 4 second 6 1 0 2 0.01 0.0% 44.1: 6 " in out
     assert "total 10 1 0 3 0.01 40.0% 16: 4, 44.1: 6" in out
@@ -605,10 +686,17 @@ def test_check_reports_the_data(tmp_path, monkeypatch, capsys):
     assert "1.6 min at 0.5 s of audio per second" in out
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["data.batchsize=3"], "batchsize"), (["data.max_sec=long"], "max_sec"),
-    (["data.sources=[{path: a}]"], "kind"), (["data.sources=[{kind: foldr}]"], "'folder'"),
-    (["train.steps=3"], "train.steps=3"), ([], "data.sources")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["data.batchsize=3"], "batchsize"),
+        (["data.max_sec=long"], "max_sec"),
+        (["data.sources=[{path: a}]"], "kind"),
+        (["data.sources=[{kind: foldr}]"], "'folder'"),
+        (["train.steps=3"], "train.steps=3"),
+        ([], "data.sources"),
+    ],
+)
 def test_check_ends_with_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     touch(tmp_path / "c.yaml", "data:\n  sources: []\n")
     with pytest.raises(SystemExit) as stopped:
@@ -620,9 +708,15 @@ def test_check_ends_with_one_sentence(tmp_path, monkeypatch, capsys, arguments, 
 def parquet(folder, rows):
     """A data set of encoded audio as people upload it: one Parquet file."""
     import datasets  # takes seconds
+
     folder.mkdir(parents=True)
-    features = datasets.Features({"audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
-                                  "sentence": datasets.Value("string"), "client_id": datasets.Value("string")})
+    features = datasets.Features(
+        {
+            "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+            "sentence": datasets.Value("string"),
+            "client_id": datasets.Value("string"),
+        }
+    )
     datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
 
 
@@ -630,14 +724,18 @@ def test_huggingface_rows_without_audio_are_left_out_and_counted(tmp_path):
     """With the real package: what is there is copied, the rest is said, and the second time nothing is asked for."""
     sound = Path(write(tmp_path / "a.flac", noise(0.3, 24000), 24000)).read_bytes()
     text = "one\u2028two\ttabs"
-    parquet(tmp_path / "set", [
-        {"audio": {"bytes": sound, "path": "a.flac"}, "sentence": text, "client_id": "c" * 128},
-        {"audio": None, "sentence": "b", "client_id": "../../x"},
-        {"audio": {"bytes": None, "path": None}, "sentence": "c", "client_id": "x"},
-        {"audio": {"bytes": b"", "path": None}, "sentence": "d", "client_id": None},
-        {"audio": {"bytes": None, "path": str(tmp_path / "gone.flac")}, "sentence": "e", "client_id": "x"},
-        {"audio": {"bytes": None, "path": str(tmp_path / "a.flac")}, "sentence": None, "client_id": "y"},
-        {"audio": {"bytes": sound, "path": "../../../evil.sh"}, "sentence": "f", "client_id": "z"}])
+    parquet(
+        tmp_path / "set",
+        [
+            {"audio": {"bytes": sound, "path": "a.flac"}, "sentence": text, "client_id": "c" * 128},
+            {"audio": None, "sentence": "b", "client_id": "../../x"},
+            {"audio": {"bytes": None, "path": None}, "sentence": "c", "client_id": "x"},
+            {"audio": {"bytes": b"", "path": None}, "sentence": "d", "client_id": None},
+            {"audio": {"bytes": None, "path": str(tmp_path / "gone.flac")}, "sentence": "e", "client_id": "x"},
+            {"audio": {"bytes": None, "path": str(tmp_path / "a.flac")}, "sentence": None, "client_id": "y"},
+            {"audio": {"bytes": sound, "path": "../../../evil.sh"}, "sentence": "f", "client_id": "z"},
+        ],
+    )
     source = {"kind": "huggingface", "path": str(tmp_path / "set"), "max_clips": 100}
     for _ in range(2):
         clips, left_out = found(tmp_path, **source)
@@ -645,11 +743,22 @@ def test_huggingface_rows_without_audio_are_left_out_and_counted(tmp_path):
         assert all(data.read_header(str(tmp_path / path)).frames == 7200 for path, _, _ in clips)
         assert sum(int(line.split(": ")[1].split()[0]) for line in left_out if "without audio" in line) == 4, left_out
     (folder,) = (tmp_path / "huggingface").iterdir()
-    assert {path.suffix for path in folder.iterdir()} <= {".flac", ".jsonl", ".lock", ""} and folder.parent == tmp_path / "huggingface"
+    assert {path.suffix for path in folder.iterdir()} <= {
+        ".flac",
+        ".jsonl",
+        ".lock",
+        "",
+    } and folder.parent == tmp_path / "huggingface"
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"path": "empty"}, "cannot be loaded"), ({"split": "dev"}, "cannot be loaded"), ({"audio_column": "sound"}, "no column 'sound'")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"path": "empty"}, "cannot be loaded"),
+        ({"split": "dev"}, "cannot be loaded"),
+        ({"audio_column": "sound"}, "no column 'sound'"),
+    ],
+)
 def test_huggingface_sets_that_cannot_be_had_say_why(tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -660,10 +769,15 @@ def test_huggingface_sets_that_cannot_be_had_say_why(tmp_path, monkeypatch, chan
 
 # ---------------------------------------------------------------- what a finder does not yield
 
+
 def test_common_voice_takes_the_newest_whole_release_and_says_so(tmp_path):
     table = "client_id\tpath\tsentence\nabc\t1.mp3\tHi\n"
-    for release, rows in (("cv-corpus-9.0-2022-04-27", 1), ("cv-corpus-24.0-2025-12-05", 2), ("cv-corpus-25.0-delta-2026-03-09", 1),
-                          ("cv-corpus-26.0-singleword", 1)):
+    for release, rows in (
+        ("cv-corpus-9.0-2022-04-27", 1),
+        ("cv-corpus-24.0-2025-12-05", 2),
+        ("cv-corpus-25.0-delta-2026-03-09", 1),
+        ("cv-corpus-26.0-singleword", 1),
+    ):
         touch(tmp_path / f"cv/{release}/xx/train.tsv", table + "abc\t2.mp3\tHo\n" * (rows - 1))
     clips, left_out = found(tmp_path, kind="common_voice", path="cv", language="xx")
     assert len(clips) == 2 and clips[0][0].startswith("cv/cv-corpus-24.0")
@@ -679,13 +793,26 @@ def test_formats_passed_over_are_counted_by_suffix_with_what_converts_them(tmp_p
         touch(tmp_path / "d/anna" / name, "x")
     for name in ("g.wave", "h.au", "i.caf", "j.w64"):
         write(tmp_path / "d/anna" / "x.wav", noise(0.5, 24000), 24000)
-        soundfile.write(tmp_path / "d/anna" / name, noise(0.5, 24000), 24000, format={".wave": "WAV", ".au": "AU", ".caf": "CAF",
-                                                                                      ".w64": "W64"}[Path(name).suffix])
-    touch(tmp_path / "c.yaml", f"data:\n  data_root: {tmp_path}\n  sources: [{{kind: folder, path: d}}]\n  validation: {{clips: 1}}\n")
+        soundfile.write(
+            tmp_path / "d/anna" / name,
+            noise(0.5, 24000),
+            24000,
+            format={".wave": "WAV", ".au": "AU", ".caf": "CAF", ".w64": "W64"}[Path(name).suffix],
+        )
+    touch(
+        tmp_path / "c.yaml",
+        f"data:\n  data_root: {tmp_path}\n  sources: [{{kind: folder, path: d}}]\n  validation: {{clips: 1}}\n",
+    )
     check_command(monkeypatch, tmp_path / "c.yaml")
     out = " ".join(capsys.readouterr().out.split())
-    assert "folder d 5 0 6 1 0.00" in out and "2 passed over: .m4a: libsndfile does not read it; convert it: ffmpeg" in out
-    assert "1 passed over: hidden" in out and ".txt: no audio (anna/d.txt)" in out and "no suffix: no audio (anna/e)" in out
+    assert (
+        "folder d 5 0 6 1 0.00" in out and "2 passed over: .m4a: libsndfile does not read it; convert it: ffmpeg" in out
+    )
+    assert (
+        "1 passed over: hidden" in out
+        and ".txt: no audio (anna/d.txt)" in out
+        and "no suffix: no audio (anna/e)" in out
+    )
 
 
 def test_check_never_counts_what_it_has_not_opened_and_exits_1_when_nothing_is_left(tmp_path, monkeypatch, capsys):
@@ -705,8 +832,22 @@ def test_a_manifest_written_on_windows(tmp_path):
     assert found(tmp_path, kind="manifest", path="sets/m.csv")[0] == [("sets/wavs/a.wav", "wavs", "Hi")]
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"a: [", b"[]", b"3", b"data: 3", b"data:\n  sources: {a: 1}\n", b"\0", b"data:\n\t- x",
-                                     b"!!python/object:os.system {}", b"data: ${a}", b"&a [*a]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe\0",
+        b"a: [",
+        b"[]",
+        b"3",
+        b"data: 3",
+        b"data:\n  sources: {a: 1}\n",
+        b"\0",
+        b"data:\n\t- x",
+        b"!!python/object:os.system {}",
+        b"data: ${a}",
+        b"&a [*a]",
+    ],
+)
 def test_what_is_no_config_is_refused_in_a_sentence(tmp_path, content):
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(DataError, match="c.yaml, data: [^\n]+$"):
@@ -716,15 +857,22 @@ def test_what_is_no_config_is_refused_in_a_sentence(tmp_path, content):
 def test_known_codes_come_with_the_frames_that_they_say(tmp_path):
     """Cut at a frame, at the clip's own speed; recordings beside them are played as ever."""
     params, length, codes = CodecParams(), 1920, np.arange(10)[None].repeat(37, 0)
-    clips = [Clip(write(tmp_path / "spoken.wav", np.repeat(np.arange(10) / 20, length), 24000, "FLOAT"), "a", 0,
-                  codes=str(tmp_path / "spoken.npy")), Clip(write(tmp_path / "read.wav", noise(2, 24000), 24000), "b", 0)]
+    clips = [
+        Clip(
+            write(tmp_path / "spoken.wav", np.repeat(np.arange(10) / 20, length), 24000, "FLOAT"),
+            "a",
+            0,
+            codes=str(tmp_path / "spoken.npy"),
+        ),
+        Clip(write(tmp_path / "read.wav", noise(2, 24000), 24000), "b", 0),
+    ]
     np.save(tmp_path / "spoken.npy", codes)
     dataset = SpeechDataset(clips, 0.3, seed=0, speed=(0.8, 1.2), params=params)
     starts = set()
     for number in range(20):
         item = dataset[number, 0]
         assert item["length"] == 3 * length and item["codes"].shape == (37, 4) and (item["codes"][:, 3] == -1).all()
-        said = item["waveform"][0, :3 * length].view(3, length)
+        said = item["waveform"][0, : 3 * length].view(3, length)
         assert torch.allclose(said, item["codes"][0, :3, None] / 20, atol=1e-4)
         starts.add(item["codes"][0, 0].item())
     assert len(starts) > 4 and max(starts) <= 7

@@ -1,4 +1,5 @@
 """evaluate.py: scores against values worked out by hand, degradations in order, a whole run on a tiny checkpoint."""
+
 import csv
 import importlib.util
 import json
@@ -17,9 +18,23 @@ from voxtral.checkpoint import save_tensors
 from voxtral.codec import VoxtralCodec
 from voxtral.data import load_segment
 from voxtral.degrade import CHAINS, DEGRADATIONS, band_limit, opus, order, white_noise
-from voxtral.evaluation import (AGREEMENT, CODES, METRICS, Agreement, Averages, Encoded, Sample, all_codes,
-                                clip_codes, compare_voices, encode_all, fresh_encoder, gap_closed, load_samples,
-                                voice_statistics)
+from voxtral.evaluation import (
+    AGREEMENT,
+    CODES,
+    METRICS,
+    Agreement,
+    Averages,
+    Encoded,
+    Sample,
+    all_codes,
+    clip_codes,
+    compare_voices,
+    encode_all,
+    fresh_encoder,
+    gap_closed,
+    load_samples,
+    voice_statistics,
+)
 from voxtral.layout import withheld_layout
 from voxtral.params import load_params
 from voxtral.score_table import SCORES
@@ -97,6 +112,7 @@ def refused(capsys, *arguments):
 
 # ---------------------------------------------------------------- scores
 
+
 def test_si_sdr_values():
     n = torch.arange(2400)
     sine, cosine = (2 * math.pi * n / 24).sin(), (2 * math.pi * n / 24).cos()  # orthogonal, equally strong, no mean
@@ -169,8 +185,11 @@ def fake_speechbrain(tmp_path, monkeypatch):
     """A package of that name, in the place of an installed one."""
     folder = tmp_path / "fake" / "speechbrain" / "inference"
     folder.mkdir(parents=True)
-    for file, text in ((folder.parent / "__init__.py", ""), (folder / "__init__.py", ""),
-                       (folder / "speaker.py", FAKE_SPEECHBRAIN)):
+    for file, text in (
+        (folder.parent / "__init__.py", ""),
+        (folder / "__init__.py", ""),
+        (folder / "speaker.py", FAKE_SPEECHBRAIN),
+    ):
         file.write_text(text)
     for name in [name for name in sys.modules if name.split(".")[0] == "speechbrain"]:
         monkeypatch.delitem(sys.modules, name)
@@ -195,6 +214,7 @@ def test_ecapa_without_weights_says_what_to_do(fake_speechbrain, folder, tmp_pat
 
 
 # ---------------------------------------------------------------- degradations
+
 
 def test_degradations_are_what_their_names_say(speech):
     x = speech[0]
@@ -245,6 +265,7 @@ def test_order_tells_ties_and_wrong_steps():
 
 # ---------------------------------------------------------------- codes and embeddings
 
+
 def test_every_clip_is_encoded_as_serving_does_as_if_alone(codec, speech):
     clips = [speech[0], speech[1][:20_001]]
     for clip, (encoded, decoded) in zip(clips, encode_all(codec, samples_of(clips))):
@@ -252,7 +273,9 @@ def test_every_clip_is_encoded_as_serving_does_as_if_alone(codec, speech):
             codes = codec.encode(clip[None, None])
             assert torch.equal(encoded.codes, codes[0]) and encoded.latent.dtype == torch.float32
             assert torch.equal(encoded.latent, codec.served_latent(clip[None, None])[0].float())
-            torch.testing.assert_close(decoded, codec.decode(codes)[0, 0, :len(clip)], rtol=0, atol=1e-5)  # padded to a second
+            torch.testing.assert_close(
+                decoded, codec.decode(codes)[0, 0, : len(clip)], rtol=0, atol=1e-5
+            )  # padded to a second
             rows = codec.voice_embedding(clip[None, None])[:-1]  # what serving would show the LLM
         measured = clip_codes(codec, encoded)
         assert measured["frames"] == len(rows) == math.ceil(len(clip) / 1920)
@@ -284,8 +307,15 @@ def test_agreement_by_hand(codec):
         return Encoded(latent, codec.quantizer.encode(latent[None])[0])
 
     own, reference = clip(5, 12.0), clip(third, 11.0)
-    perfect = {"semantic_equal": 1, "semantic_rank": 1, "levels_equal": 1, "levels_within_1": 1, "semantic_distance": 0,
-               "acoustic_distance": 0, "embedding_cosine": 1}
+    perfect = {
+        "semantic_equal": 1,
+        "semantic_rank": 1,
+        "levels_equal": 1,
+        "levels_within_1": 1,
+        "semantic_distance": 0,
+        "acoustic_distance": 0,
+        "embedding_cosine": 1,
+    }
     assert agreement(own, own) == pytest.approx(perfect, abs=1e-5)
     measured = agreement(own, reference)
     assert list(measured) == list(AGREEMENT)
@@ -301,8 +331,11 @@ def test_agreement_by_hand(codec):
 
 def test_voice_statistics_by_hand():
     east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
-    voices = voice_statistics([torch.stack([east, north]), torch.stack([east, east]), torch.stack([east, east])],
-                              ["anna", "anna", "ben"], rms=15.0)
+    voices = voice_statistics(
+        [torch.stack([east, north]), torch.stack([east, east]), torch.stack([east, east])],
+        ["anna", "anna", "ben"],
+        rms=15.0,
+    )
     assert (voices.n_rows, voices.norm) == (6, pytest.approx(7 / 6))
     assert voices.mean.tolist() == pytest.approx([5 / 6, 2 / 6])
     assert voices.variance.tolist() == pytest.approx([5 / 6 - 25 / 36, 4 / 6 - 4 / 36])
@@ -312,8 +345,9 @@ def test_voice_statistics_by_hand():
     assert voices.cosine_between_speakers == pytest.approx((1 / math.sqrt(5) + 1) / 2)
     same = compare_voices(voices, voices)
     assert same["mean_distance_to_presets"] == 0
-    assert [same[key] for key in ("mean_cosine_to_presets", "variance_over_presets", "log_variance_correlation")
-            ] == pytest.approx([1, 1, 1])
+    assert [
+        same[key] for key in ("mean_cosine_to_presets", "variance_over_presets", "log_variance_correlation")
+    ] == pytest.approx([1, 1, 1])
 
 
 def test_untrained_is_where_training_starts(codec, released):
@@ -327,10 +361,14 @@ def test_untrained_is_where_training_starts(codec, released):
 
 # ---------------------------------------------------------------- averages and intervals
 
+
 def test_means_are_weighted_and_leave_out_what_is_not_measured():
     averages = Averages(["anna", "anna", "ben"], seed=0)
-    rows = [{"mel": 1.0, "wer": 0.5, "words": 2}, {"mel": math.nan, "wer": 0.0, "words": 6},
-            {"mel": 4.0, "wer": math.nan, "words": 0}]
+    rows = [
+        {"mel": 1.0, "wer": 0.5, "words": 2},
+        {"mel": math.nan, "wer": 0.0, "words": 6},
+        {"mel": 4.0, "wer": math.nan, "words": 0},
+    ]
     assert averages.means(rows, "mel")[0] == pytest.approx(2.5)
     assert averages.means(rows, "wer")[0] == pytest.approx(1 / 8)
 
@@ -367,6 +405,7 @@ def test_gap_closed():
 
 # ---------------------------------------------------------------- the script
 
+
 def test_silent_clips_are_left_out_and_said(folder, tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(48_000), 24_000)
     clips = [Clip(str(tmp_path / "silent.wav"), "anna", 0), Clip(str(folder / "anna" / "0.wav"), "anna", 0)]
@@ -375,17 +414,33 @@ def test_silent_clips_are_left_out_and_said(folder, tmp_path):
 
 
 def test_a_whole_evaluation(released, encoders, folder, tmp_path, capsys):
-    run("--checkpoint", released, "--encoder", encoders[1], "--reference-encoder", encoders[0], "--data", folder,
-        "--output", tmp_path, "--samples", 1)
+    run(
+        "--checkpoint",
+        released,
+        "--encoder",
+        encoders[1],
+        "--reference-encoder",
+        encoders[0],
+        "--data",
+        folder,
+        "--output",
+        tmp_path,
+        "--samples",
+        1,
+    )
     report = report_of(tmp_path)
-    assert (report["clips"], report["speakers"]) == (3, 2) and "broken.wav: is text, not audio" in report["bad_clips"][0]
+    assert (report["clips"], report["speakers"]) == (3, 2) and "broken.wav: is text, not audio" in report["bad_clips"][
+        0
+    ]
     assert list(report["systems"]) == ["reference", "encoder", "untrained"]
     names = ["mel", "stft", "sisdr", *CODES, *AGREEMENT]
     for system in report["systems"].values():
         assert list(system["metrics"]) == names and system["metrics"]["mel"]["clips"] == 3
         assert len(system["codes"]["level_histogram"]) == 21 and "norm" in system["voices"]
-    metrics = {name: {key: value["value"] for key, value in system["metrics"].items()}
-               for name, system in report["systems"].items()}
+    metrics = {
+        name: {key: value["value"] for key, value in system["metrics"].items()}
+        for name, system in report["systems"].items()
+    }
     assert metrics["reference"]["semantic_equal"] == 1 > metrics["encoder"]["semantic_equal"]
     assert set(report["gap_closed"]) >= set(names)
     mel = [metrics[name]["mel"] for name in ("untrained", "encoder", "reference")]
@@ -398,20 +453,48 @@ def test_a_whole_evaluation(released, encoders, folder, tmp_path, capsys):
     with (tmp_path / "clips.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["system"], row["speaker_name"]) for row in rows[:4]] == [
-        ("reference", "anna"), ("reference", "anna"), ("reference", "ben"), ("encoder", "anna")]
+        ("reference", "anna"),
+        ("reference", "anna"),
+        ("reference", "ben"),
+        ("encoder", "anna"),
+    ]
     assert len(rows) == 9
     mean = sum(float(row["mel"]) for row in rows if row["system"] == "encoder") / 3
     assert mean == pytest.approx(metrics["encoder"]["mel"])
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"metrics.json", "table.md", "clips.csv", "scores.png", "levels.png", "voices.png", "gap.png",
-                       "clip_0.png", "clip_0_source.wav", *(f"clip_0_{name}.wav" for name in report["systems"])}
+    assert written == {
+        "metrics.json",
+        "table.md",
+        "clips.csv",
+        "scores.png",
+        "levels.png",
+        "voices.png",
+        "gap.png",
+        "clip_0.png",
+        "clip_0_source.wav",
+        *(f"clip_0_{name}.wav" for name in report["systems"]),
+    }
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     assert "- pesq: add pesq to --metrics; pip install pesq" in (tmp_path / "table.md").read_text()
 
 
 def test_the_reference_itself_closes_the_whole_gap(released, encoders, folder, tmp_path):
-    run("--checkpoint", released, "--encoder", encoders[0], "--reference-encoder", encoders[0], "--data", folder,
-        "--output", tmp_path, "--samples", 0, "--max-sec", 0.5)
+    run(
+        "--checkpoint",
+        released,
+        "--encoder",
+        encoders[0],
+        "--reference-encoder",
+        encoders[0],
+        "--data",
+        folder,
+        "--output",
+        tmp_path,
+        "--samples",
+        0,
+        "--max-sec",
+        0.5,
+    )
     gaps = report_of(tmp_path)["gap_closed"]
     assert all(gap["value"] in (1, None) for gap in gaps.values()) and gaps["semantic_equal"]["value"] == 1
     assert gaps["levels_equal"]["interval"] == [1, 1]
@@ -419,9 +502,11 @@ def test_the_reference_itself_closes_the_whole_gap(released, encoders, folder, t
 
 def test_data_is_a_config_with_its_validation_clips_or_all(folder, tmp_path):
     config = tmp_path / "data.yaml"
-    config.write_text(f"data:\n  data_root: {folder}\n  sources:\n"
-                      "  - {kind: folder}\n  - {kind: folder, path: absent}\n"
-                      "  validation: {clips: 1, speakers: [ben]}\n")
+    config.write_text(
+        f"data:\n  data_root: {folder}\n  sources:\n"
+        "  - {kind: folder}\n  - {kind: folder, path: absent}\n"
+        "  validation: {clips: 1, speakers: [ben]}\n"
+    )
     clips, absent = evaluate.choose_clips(str(config), ["data.validation.clips=5"], False)
     assert {clip.speaker for clip in clips} == {"ben"} and len(clips) == 2 and "absent" in absent[0]
     assert len(evaluate.choose_clips(str(config), [], False)[0]) == 1
@@ -433,8 +518,19 @@ def test_data_is_a_config_with_its_validation_clips_or_all(folder, tmp_path):
 
 def test_calibration_needs_no_checkpoint(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("VOXTRAL_CKPT", raising=False)
-    run("--degrade", "--data", folder / "anna", "--metrics", "sisdr,mel", "--output", tmp_path, "--samples", 1,
-        "--max-sec", 1)
+    run(
+        "--degrade",
+        "--data",
+        folder / "anna",
+        "--metrics",
+        "sisdr,mel",
+        "--output",
+        tmp_path,
+        "--samples",
+        1,
+        "--max-sec",
+        1,
+    )
     report = report_of(tmp_path)
     assert list(report["systems"]) == list(DEGRADATIONS)
     assert report["order"] == {name: {chain: "right" for chain in CHAINS} for name in ("sisdr", "mel")}
@@ -465,8 +561,9 @@ def test_mistakes_are_one_sentence(released, encoders, folder, tmp_path, capsys,
     assert "only a config has keys" in refused(capsys, *base, "--degrade", "data.max_sec=1")
     assert "--whisper: " in refused(capsys, *base, "--degrade", "--metrics", "wer", "--whisper", "none")
     assert "--speaker-model: " in refused(capsys, *base, "--degrade", "--metrics", "speaker", "--speaker-model", "none")
-    assert "absent.safetensors is missing" in refused(capsys, *base, "--checkpoint", released, "--encoder",
-                                                      tmp_path / "absent.safetensors")
+    assert "absent.safetensors is missing" in refused(
+        capsys, *base, "--checkpoint", released, "--encoder", tmp_path / "absent.safetensors"
+    )
     assert "absent.yaml" in refused(capsys, "--degrade", "--data", "absent.yaml", "--output", tmp_path / "out")
     base[1] = tmp_path / "bad"
     base[1].mkdir()

@@ -1,4 +1,5 @@
 """evaluate_clones.py: who says what, words and voices by hand, paired systems, an adapter, the page, refused inputs."""
+
 import csv
 import json
 import math
@@ -16,8 +17,21 @@ from peft import LoraConfig, get_peft_model
 import evaluate_clones
 from voxtral.backbone import Backbone
 from voxtral.checkpoint import save_tensors
-from voxtral.clones import (METRICS, Item, Judge, References, System, adapted, digit_words, items_of_clips,
-                            items_of_manifest, read_list, read_system, speak_and_score, summarize)
+from voxtral.clones import (
+    METRICS,
+    Item,
+    Judge,
+    References,
+    System,
+    adapted,
+    digit_words,
+    items_of_clips,
+    items_of_manifest,
+    read_list,
+    read_system,
+    speak_and_score,
+    summarize,
+)
 from voxtral.data import load_segment
 from voxtral.errors import UserError
 from voxtral.inject import inject
@@ -30,7 +44,7 @@ from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 from voxtral.tts import TTS, Take
 
 SPEECH = Path(__file__).parents[1] / "assets" / "speech"
-SAID = {"anna": ["One day.", "Two days."], "ben": ["Three.", "Four."], "eve": ["Five.", "Six <b> & \"more\"."]}
+SAID = {"anna": ["One day.", "Two days."], "ben": ["Three.", "Four."], "eve": ["Five.", 'Six <b> & "more".']}
 SOURCES = {"anna": "k_af_heart", "ben": "k_am_adam", "eve": "k_bf_lily"}
 
 
@@ -70,8 +84,10 @@ def adapter(checkpoint, tmp_path_factory):
     """As phase 2 saves it, all of it random."""
     path = tmp_path_factory.mktemp("lora") / "adapter"
     torch.manual_seed(0)
-    get_peft_model(Backbone.from_checkpoint(checkpoint, dtype=torch.float32).model, LoraConfig(
-        r=4, lora_alpha=12, init_lora_weights=False, target_modules=["q_proj", "v_proj"])).save_pretrained(path)
+    get_peft_model(
+        Backbone.from_checkpoint(checkpoint, dtype=torch.float32).model,
+        LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["q_proj", "v_proj"]),
+    ).save_pretrained(path)
     return path
 
 
@@ -88,11 +104,22 @@ def judge(speaker_checkpoint):
 @pytest.fixture
 def run(checkpoint, manifest, speaker_checkpoint, encoder, tmp_path):
     """run(argument, ...) -> the arguments of a short evaluation whose system `a` has the encoder file."""
+
     def arguments(*more, **changes):
-        options = {"checkpoint": checkpoint, "data": manifest, "speaker-model": speaker_checkpoint, "max-sec": 1,
-                   "output": tmp_path / "out", "device": "cpu", "system": f"a={encoder}"} | changes
-        return [*(f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None),
-                *map(str, more)]
+        options = {
+            "checkpoint": checkpoint,
+            "data": manifest,
+            "speaker-model": speaker_checkpoint,
+            "max-sec": 1,
+            "output": tmp_path / "out",
+            "device": "cpu",
+            "system": f"a={encoder}",
+        } | changes
+        return [
+            *(f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None),
+            *map(str, more),
+        ]
+
     return arguments
 
 
@@ -102,14 +129,17 @@ def said_by(items):
 
 # ---------------------------------------------------------------- who says what
 
+
 def test_lists_of_seed_tts_eval(tmp_path):
     (tmp_path / "wavs").mkdir()
     for name in ("a.wav", "b.wav"):
         (tmp_path / "wavs" / name).touch()
     path = tmp_path / "meta.lst"
     path.write_text("u1|What a said.|wavs/a.wav|New words.\n\nu2|What b said.|wavs/b.wav|More, words |wavs/u2.wav\n")
-    assert read_list(path) == [Item("u1", "wavs/a.wav", str(tmp_path / "wavs/a.wav"), "New words."),
-                               Item("u2", "wavs/b.wav", str(tmp_path / "wavs/b.wav"), "More, words")]
+    assert read_list(path) == [
+        Item("u1", "wavs/a.wav", str(tmp_path / "wavs/a.wav"), "New words."),
+        Item("u2", "wavs/b.wav", str(tmp_path / "wavs/b.wav"), "More, words"),
+    ]
 
 
 def test_lists_of_librispeech(tmp_path):
@@ -118,13 +148,20 @@ def test_lists_of_librispeech(tmp_path):
     path = tmp_path / "cross.lst"
     path.write_text("61-70968-0003\t4.1\tHe began.\t61-70970-0010\t5.2\tIt was | late.\n")
     assert read_list(path, tmp_path / "audio") == [
-        Item("61-70970-0010", "61", str(tmp_path / "audio/61/70968/61-70968-0003.flac"), "It was | late.")]
+        Item("61-70970-0010", "61", str(tmp_path / "audio/61/70968/61-70968-0003.flac"), "It was | late.")
+    ]
 
 
-@pytest.mark.parametrize("text,message", [
-    ("u|p|a.wav|x\nu|p|b.wav|y\nv|p|b.wav|z\n", "2 of 2 prompt files are missing, first {folder}/a.wav"),
-    ("u|p|a.wav|x\nfour words of text\n", "line 2 has neither"), ("\n", "lists nothing"),
-    ("u|p|a.wav| \n", "line 1 gives u nothing to say"), ("1-2\t1\ta\tb\t1\tc\n", "line 1 has neither")])
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("u|p|a.wav|x\nu|p|b.wav|y\nv|p|b.wav|z\n", "2 of 2 prompt files are missing, first {folder}/a.wav"),
+        ("u|p|a.wav|x\nfour words of text\n", "line 2 has neither"),
+        ("\n", "lists nothing"),
+        ("u|p|a.wav| \n", "line 1 gives u nothing to say"),
+        ("1-2\t1\ta\tb\t1\tc\n", "line 1 has neither"),
+    ],
+)
 def test_lists_that_are_refused(tmp_path, run, refused, text, message):
     (tmp_path / "meta.lst").write_text(text)
     found = refused(evaluate_clones.main, run(data=None, list=tmp_path / "meta.lst", checkpoint="/absent"))
@@ -161,8 +198,18 @@ def test_equal_texts_count_once_and_the_own_one_never():
 
 # ---------------------------------------------------------------- words
 
-@pytest.mark.parametrize("text", ["Call one seven eight two eight.", "call 17828", "Call 1-7-8-2-8!",
-                                  "call 1, 7, 8, 2, 8", "Call 17,828.", "call one 7 eight 28"])
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Call one seven eight two eight.",
+        "call 17828",
+        "Call 1-7-8-2-8!",
+        "call 1, 7, 8, 2, 8",
+        "Call 17,828.",
+        "call one 7 eight 28",
+    ],
+)
 def test_numbers_compare_digit_by_digit(text):
     assert digit_words(text, "en") == "call 1 7 8 2 8"
 
@@ -189,17 +236,24 @@ def test_word_errors_are_against_the_text(judge, monkeypatch):
 
 # ---------------------------------------------------------------- voices
 
+
 def test_voices_are_compared_with_those_of_other_speakers(manifest, judge):
     folder = manifest.parent
     items = [Item("", name[:-1], str(folder / f"{name}.wav"), "x") for name in ("anna0", "anna1", "ben0", "eve0")]
     references = References([*items, items[0]], judge)
     references.embeddings = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0], [0.6, 0.8, 0]])
     assert references.compare(items[0], torch.tensor([0.8, 0.6, 0])) == pytest.approx(
-        {"own": 0.8, "others": (0.6 + 0.96) / 2, "margin": 0.02, "nearest": 0})
+        {"own": 0.8, "others": (0.6 + 0.96) / 2, "margin": 0.02, "nearest": 0}
+    )
     assert references.compare(items[0], torch.tensor([0.6, 0, 0.8])) == pytest.approx(  # her other clip is no rival
-        {"own": 0.6, "others": 0.18, "margin": 0.42, "nearest": 1})
+        {"own": 0.6, "others": 0.18, "margin": 0.42, "nearest": 1}
+    )
     assert references.compare(items[0], judge.embed(torch.zeros(0))[:3]) == {
-        "own": 0, "others": 0, "margin": 0, "nearest": 0}
+        "own": 0,
+        "others": 0,
+        "margin": 0,
+        "nearest": 0,
+    }
     alone = References(items[:2], judge).compare(items[0], judge.embed(torch.ones(9600)))
     assert alone["own"] > 0 and all(math.isnan(alone[name]) for name in ("others", "margin", "nearest"))
 
@@ -232,15 +286,16 @@ def test_codes_of_the_systems_own_encoder_are_what_own_codec_compares_with(tts, 
         for item, clone, row in zip(items, audio[system.name], part):
             waveform = prepare_reference(item.reference).waveform
             with torch.no_grad():
-                decoded = tts.codec.decode(tts.codec.encode(waveform))[0, 0, :waveform.shape[-1]]
+                decoded = tts.codec.decode(tts.codec.encode(waveform))[0, 0, : waveform.shape[-1]]
             clone = judge.embed(clone)
             assert row["own_codec"] == pytest.approx(torch.dot(judge.embed(decoded), clone).item(), abs=1e-5)
             assert row["own"] == pytest.approx(torch.dot(judge.embed(waveform[0, 0]), clone).item(), abs=1e-5)
     tts.codec.has_encoder = False
 
 
-def test_clones_without_end_and_without_audio_count(tts, encoder, manifest, speaker_checkpoint, whisper_checkpoint,
-                                                    monkeypatch):
+def test_clones_without_end_and_without_audio_count(
+    tts, encoder, manifest, speaker_checkpoint, whisper_checkpoint, monkeypatch
+):
     items, _ = items_of_manifest(manifest, per_voice=1)
     judge = Judge(speaker_checkpoint, whisper_checkpoint)
     codes = torch.ones(37, 5, dtype=torch.long)
@@ -275,19 +330,37 @@ def test_adapters_change_only_their_own_system(tts, checkpoint, encoder, adapter
     served = Backbone.from_checkpoint(inject(checkpoint, encoder, adapter, tmp_path / "clone"), dtype=torch.float32)
     merged = adapted(tts, str(adapter)).models.backbone.model.state_dict()
     for name, tensor in served.model.state_dict().items():
-        torch.testing.assert_close(merged[name], tensor, rtol=2 ** -8, atol=1e-6)  # serving has bf16
+        torch.testing.assert_close(merged[name], tensor, rtol=2**-8, atol=1e-6)  # serving has bf16
         assert torch.equal(merged[name], weights[name]) != (".q_proj" in name or ".v_proj" in name)
 
 
 # ---------------------------------------------------------------- averages
 
+
 def test_summary_by_hand():
     def row(system, speaker, wer, words, margin, **more):
-        return {"system": system, "speaker": speaker, "wer": wer, "words": words, "own": 0.5, "own_codec": 0.5,
-                "others": 0.5 - margin, "margin": margin, "nearest": 1.0, "ended": 1.0, "seconds": 2.0} | more
+        return {
+            "system": system,
+            "speaker": speaker,
+            "wer": wer,
+            "words": words,
+            "own": 0.5,
+            "own_codec": 0.5,
+            "others": 0.5 - margin,
+            "margin": margin,
+            "nearest": 1.0,
+            "ended": 1.0,
+            "seconds": 2.0,
+        } | more
 
-    rows = [row("a", "x", 0.0, 2, 0.4), row("a", "x", 0.5, 4, 0.2), row("a", "y", 1.0, 4, 0.6, ended=0.0, nearest=0.0),
-            row("b", "x", 0.5, 2, 0.2), row("b", "x", 0.5, 4, 0.1), row("b", "y", 1.0, 4, 0.3)]
+    rows = [
+        row("a", "x", 0.0, 2, 0.4),
+        row("a", "x", 0.5, 4, 0.2),
+        row("a", "y", 1.0, 4, 0.6, ended=0.0, nearest=0.0),
+        row("b", "x", 0.5, 2, 0.2),
+        row("b", "x", 0.5, 4, 0.1),
+        row("b", "y", 1.0, 4, 0.3),
+    ]
     summary = summarize(rows)
     a, b = summary["systems"].values()
     assert list(a) == list(METRICS)
@@ -307,6 +380,7 @@ def test_summary_by_hand():
 
 
 # ---------------------------------------------------------------- the script and its page
+
 
 def test_a_whole_evaluation(run, encoder, adapter, whisper_checkpoint, tmp_path, capsys):
     evaluate_clones.main(run("--system", f"b={encoder},{adapter}", "--samples", 5, whisper=whisper_checkpoint))
@@ -341,7 +415,9 @@ def test_a_list_says_who_says_what(run, manifest, tmp_path):
     evaluate_clones.main(run("--samples", 1, data=None, list=tmp_path / "meta.lst", root=manifest.parent))
     with (tmp_path / "out" / "clips.csv").open(newline="") as file:
         assert [(row["item"], row["speaker"], row["text"]) for row in csv.DictReader(file)] == [
-            ("u", "ben0.wav", "New words."), ("v", "anna0.wav", "Newer words.")]
+            ("u", "ben0.wav", "New words."),
+            ("v", "anna0.wav", "Newer words."),
+        ]
     reference, _ = soundfile.read(tmp_path / "out" / "clone_0_reference.wav")
     expected = prepare_reference(manifest.parent / "ben0.wav").waveform[0, 0].numpy()
     np.testing.assert_allclose(reference, expected, atol=1e-4)
@@ -369,15 +445,34 @@ def test_pages_show_text_as_it_is(tmp_path):
     assert clone == Recording("<i>", "a b.wav", "a b.png", ["1 < 2"]) and (tmp_path / "a b.png").is_file()
     silent = record(tmp_path, "none", "mute", torch.zeros(0), 24_000)
     assert silent == Recording("mute", notes=["no audio"]) and not (tmp_path / "none.wav").exists()
-    write_page(tmp_path / "index.html", "T & T", "<p>hello</p>", ["", "h<"], [["row", "1\n[0, 2]"]],
-               [Voice("v", "a < b", Recording("reference", "a b.wav"), [clone, silent])])
+    write_page(
+        tmp_path / "index.html",
+        "T & T",
+        "<p>hello</p>",
+        ["", "h<"],
+        [["row", "1\n[0, 2]"]],
+        [Voice("v", "a < b", Recording("reference", "a b.wav"), [clone, silent])],
+    )
     page = (tmp_path / "index.html").read_text()
-    assert all(part in page for part in ("<h1>T &amp; T</h1>", "<p>hello</p>", "<th>h&lt;</th>", "<td>1\n[0, 2]</td>",
-                                         "“a &lt; b”", 'src="a%20b.wav"', "<h3>&lt;i&gt;</h3>", "1 &lt; 2", "no audio"))
+    assert all(
+        part in page
+        for part in (
+            "<h1>T &amp; T</h1>",
+            "<p>hello</p>",
+            "<th>h&lt;</th>",
+            "<td>1\n[0, 2]</td>",
+            "“a &lt; b”",
+            'src="a%20b.wav"',
+            "<h3>&lt;i&gt;</h3>",
+            "1 &lt; 2",
+            "no audio",
+        )
+    )
     assert page.count("<audio ") == 2 and page.count("<img ") == 1
 
 
 # ---------------------------------------------------------------- refused
+
 
 def test_mistakes_are_one_sentence(run, encoder, adapter, manifest, tmp_path, monkeypatch, refused):
     monkeypatch.delenv("VOXTRAL_CKPT", raising=False)
@@ -386,26 +481,27 @@ def test_mistakes_are_one_sentence(run, encoder, adapter, manifest, tmp_path, mo
     (tmp_path / "bad.safetensors").write_text("no tensors")
     save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
     for message, arguments in [
-            ("pass --checkpoint", run(checkpoint="")),
-            ("absent.csv does not exist", run(data="absent.csv")),
-            ("absent.lst does not exist", run(data=None, list="absent.lst")),
-            ("--per-voice goes with --data", run(data=None, list="x.lst", per_voice=1)),
-            ("--root goes with --list", run(root="x")),
-            ("--prompts is 0", run(prompts=0)),
-            ("--max-sec is nan", run(max_sec="nan")),
-            ("nobody is called zoe; among the 3 speakers are anna", run(speakers="zoe")),
-            ("holds no text", run(sentences=tmp_path / "empty.txt")),
-            ("only 4 of 7 sentences to say", run(per_voice=7)),
-            ("no clip can be a reference (there is none)", run(data=tmp_path / "no.csv")),
-            ("the language is 'xx'", run(language="xx")),
-            ("none is neither 'resemblyzer' nor a file", run(speaker_model="none")),
-            ("asr.model is 'none'", run(whisper="none")),
-            ("absent.safetensors is missing", run(system=f"a={tmp_path}/absent.safetensors")),
-            ("bad.safetensors", run(system=f"a={tmp_path}/bad.safetensors")),
-            ("other.safetensors", run("--system", f"b={tmp_path}/other.safetensors")),
-            ("--system oops: it must be NAME=ENCODER", run(system="oops")),
-            ("--system a/b=own", run(system="a/b=own")),
-            ("same name", run("--system", f"a={encoder}")),
-            ("adapter_config.json", run(system=f"a={encoder},{tmp_path}")),
-            ("the model's context has 65536", run(max_sec=6000))]:
+        ("pass --checkpoint", run(checkpoint="")),
+        ("absent.csv does not exist", run(data="absent.csv")),
+        ("absent.lst does not exist", run(data=None, list="absent.lst")),
+        ("--per-voice goes with --data", run(data=None, list="x.lst", per_voice=1)),
+        ("--root goes with --list", run(root="x")),
+        ("--prompts is 0", run(prompts=0)),
+        ("--max-sec is nan", run(max_sec="nan")),
+        ("nobody is called zoe; among the 3 speakers are anna", run(speakers="zoe")),
+        ("holds no text", run(sentences=tmp_path / "empty.txt")),
+        ("only 4 of 7 sentences to say", run(per_voice=7)),
+        ("no clip can be a reference (there is none)", run(data=tmp_path / "no.csv")),
+        ("the language is 'xx'", run(language="xx")),
+        ("none is neither 'resemblyzer' nor a file", run(speaker_model="none")),
+        ("asr.model is 'none'", run(whisper="none")),
+        ("absent.safetensors is missing", run(system=f"a={tmp_path}/absent.safetensors")),
+        ("bad.safetensors", run(system=f"a={tmp_path}/bad.safetensors")),
+        ("other.safetensors", run("--system", f"b={tmp_path}/other.safetensors")),
+        ("--system oops: it must be NAME=ENCODER", run(system="oops")),
+        ("--system a/b=own", run(system="a/b=own")),
+        ("same name", run("--system", f"a={encoder}")),
+        ("adapter_config.json", run(system=f"a={encoder},{tmp_path}")),
+        ("the model's context has 65536", run(max_sec=6000)),
+    ]:
         assert message in refused(evaluate_clones.main, arguments)

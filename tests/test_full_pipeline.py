@@ -1,4 +1,5 @@
 """Phase 2 on a small random checkpoint: pairs, teacher and student, gradients, runs that survive, and bad input."""
+
 import json
 import math
 import re
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import stopped, stopped_by_torchrun
 from safetensors.torch import load_file
 
 import train_full_pipeline
-from conftest import stopped, stopped_by_torchrun
 from voxtral import distillation
 from voxtral.backbone import Backbone
 from voxtral.checkpoint import Checkpoint, save_tensors
@@ -62,14 +63,25 @@ def clips_root(folder, tmp_path_factory):
         (root / "generated" / voice).mkdir(parents=True)
         for number in range(CLIPS_PER_VOICE):
             n_frames = int(torch.randint(5, 12, (), generator=generator))
-            codes = torch.cat([torch.randint(64, (1, n_frames), generator=generator),
-                               torch.randint(21, (36, n_frames), generator=generator)])
+            codes = torch.cat(
+                [
+                    torch.randint(64, (1, n_frames), generator=generator),
+                    torch.randint(21, (36, n_frames), generator=generator),
+                ]
+            )
             name = f"{voice}/{number:05d}"
             np.save(root / "generated" / f"{name}.npy", codes.numpy().astype(np.int16))
             with torch.no_grad():
                 audio = codec.decode(codes[None])[0, 0].clamp(-1, 1)
             soundfile.write(root / "generated" / f"{name}.flac", audio.numpy(), SAMPLE_RATE)
-            rows.append({"path": f"{name}.flac", "codes": f"{name}.npy", "voice": voice, "text": f"sentence {number} of {voice}"})
+            rows.append(
+                {
+                    "path": f"{name}.flac",
+                    "codes": f"{name}.npy",
+                    "voice": voice,
+                    "text": f"sentence {number} of {voice}",
+                }
+            )
     (root / "generated" / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -77,26 +89,47 @@ def clips_root(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def command(folder, encoder, clips_root):
     """command(output_dir, "key=value", ...) -> arguments of train_full_pipeline.py"""
+
     def make(output_dir, *overrides):
-        return ["--config", "configs/full_pipeline.yaml", f"checkpoint={folder}", f"encoder={encoder}", f"output_dir={output_dir}",
-                f"data.data_root={clips_root}", "data.validation.clips=2", "data.validation.speakers=[carl]",
-                "data.batch_size=2", "data.num_workers=0", "device=cpu", "train.precision=fp32", "optimizer.learning_rate=5e-3",
-                "optimizer.warmup_steps=1", "train.log_every_steps=1", "train.max_steps=4", *overrides]
+        return [
+            "--config",
+            "configs/full_pipeline.yaml",
+            f"checkpoint={folder}",
+            f"encoder={encoder}",
+            f"output_dir={output_dir}",
+            f"data.data_root={clips_root}",
+            "data.validation.clips=2",
+            "data.validation.speakers=[carl]",
+            "data.batch_size=2",
+            "data.num_workers=0",
+            "device=cpu",
+            "train.precision=fp32",
+            "optimizer.learning_rate=5e-3",
+            "optimizer.warmup_steps=1",
+            "train.log_every_steps=1",
+            "train.max_steps=4",
+            *overrides,
+        ]
+
     return make
 
 
 @pytest.fixture(scope="module")
 def make_model(command, tmp_path_factory):
     """make_model("key=value", ...) -> (model, data set, batch of its first three clips)"""
+
     def make(*overrides):
         arguments = command(tmp_path_factory.mktemp("unused"), *overrides)
         config = load_config(FullPipelineConfig, ROOT / arguments[1], arguments[2:])
         models = train_full_pipeline.load_models(config, torch.device("cpu"))
         clips = [clip for source in find_clips(config.data)[0] for clip in source]
-        dataset = PairDataset(clips, load_tokenizer(Path(config.checkpoint)), models.codec.params, config.data.max_sec, 0)
+        dataset = PairDataset(
+            clips, load_tokenizer(Path(config.checkpoint)), models.codec.params, config.data.max_sec, 0
+        )
         torch.manual_seed(0)
         model = FullPipeline(models, config).train()
         return model, dataset, collate_pairs([dataset[0, index] for index in (0, 4, 8)])
+
     return make
 
 
@@ -110,6 +143,7 @@ def shake_lora(model):
 
 # ---------------------------------------------------------------- pairs
 
+
 def test_a_prompt_with_true_codes_is_what_serving_builds(make_model, folder):
     model, dataset, batch = make_model()
     tts = TTS.from_checkpoint(folder)
@@ -119,12 +153,16 @@ def test_a_prompt_with_true_codes_is_what_serving_builds(make_model, folder):
         n, begins, text = batch.n_reference[i], batch.begins[i], None
         for clip in dataset.clips:  # which clip is spoken shows in its codes
             codes = torch.from_numpy(np.load(clip.codes).astype(np.int64))
-            if codes.shape == batch.speech[i, :, :batch.n_speech[i]].shape and torch.equal(codes, batch.speech[i, :, :batch.n_speech[i]]):
+            if codes.shape == batch.speech[i, :, : batch.n_speech[i]].shape and torch.equal(
+                codes, batch.speech[i, :, : batch.n_speech[i]]
+            ):
                 text = clip.text
-        prompt = tts.prompt(text, rows[i, :n + 1])
-        assert len(prompt) == begins + 1 and torch.equal(x[i, :begins + 1], prompt)
+        prompt = tts.prompt(text, rows[i, : n + 1])
+        assert len(prompt) == begins + 1 and torch.equal(x[i, : begins + 1], prompt)
         end = begins + 1 + batch.n_speech[i]
-        assert torch.equal(x[i, begins + 1:end], model.codec.embed_codes(batch.speech[i:i + 1, :, :batch.n_speech[i]])[0])
+        assert torch.equal(
+            x[i, begins + 1 : end], model.codec.embed_codes(batch.speech[i : i + 1, :, : batch.n_speech[i]])[0]
+        )
         assert (batch.kind[i, :end] != PADDING).all() and (batch.kind[i, end:] == PADDING).all()
         assert (batch.kind[i] == AUDIO).sum() == n + 1 and (batch.kind[i] == GENERATION).sum() == batch.n_speech[i] + 1
     assert batch.n_tokens == (batch.kind != PADDING).sum() < batch.kind.numel()
@@ -146,8 +184,11 @@ def test_items_depend_on_seed_number_and_index_alone(make_model):
     _, one, _ = make_model()
     _, two, _ = make_model()
     for item in ((0, 3), (7, 3), (8, 3)):
-        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for (ka, a), (kb, b)
-                   in zip(one[item].items(), two[item].items()) if ka != "bad")
+        assert all(
+            torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+            for (ka, a), (kb, b) in zip(one[item].items(), two[item].items())
+            if ka != "bad"
+        )
     speeches = {one[number, 3]["speech"].numpy().tobytes() for number in range(20)}
     assert len(speeches) == CLIPS_PER_VOICE - 1
 
@@ -173,12 +214,13 @@ def test_encoding_once_gives_the_codes_that_the_step_would_compute(make_model):
     cached = collate_pairs([dataset[0, index] for index in (0, 4, 8)])
     assert cached.waveform is None
     rows, _ = model.references(cached, of_encoder=True, table=model.table)
-    assert all(torch.equal(rows[i, :n + 1], in_step[i, :n + 1]) for i, n in enumerate(batch.n_reference.tolist()))
+    assert all(torch.equal(rows[i, : n + 1], in_step[i, : n + 1]) for i, n in enumerate(batch.n_reference.tolist()))
     alone = model.codec.encode(dataset.read(4)[1][None, None])[0]
     assert torch.equal(dataset.encoded[4].long(), alone)
 
 
 # ---------------------------------------------------------------- teacher and student
+
 
 @torch.no_grad()
 def test_the_loss_is_zero_only_when_the_encoder_finds_the_true_codes(make_model):
@@ -200,10 +242,13 @@ def test_the_teacher_is_the_base_model_whatever_the_adapter_holds(make_model, fo
     valid = batch.kind != PADDING
     assert all(torch.allclose(t[valid], e[valid], atol=1e-5) for t, e in zip(teacher.layers, expected))
     assert not any(torch.allclose(s[valid], e[valid], atol=1e-3) for s, e in zip(student.layers, expected))
-    assert torch.allclose(teacher.hidden[1, :3], base(x)[1, batch.begins[1]:batch.begins[1] + 3], atol=1e-5)
+    assert torch.allclose(teacher.hidden[1, :3], base(x)[1, batch.begins[1] : batch.begins[1] + 3], atol=1e-5)
     pairs = zip(model.base.model.layers, model.backbone.model.layers)  # one set of weights in memory
-    assert all(b.self_attn.q_proj.weight is a.self_attn.q_proj.base_layer.weight
-               and b.mlp.up_proj.weight is a.mlp.up_proj.weight for b, a in pairs)
+    assert all(
+        b.self_attn.q_proj.weight is a.self_attn.q_proj.base_layer.weight
+        and b.mlp.up_proj.weight is a.mlp.up_proj.weight
+        for b, a in pairs
+    )
 
 
 @torch.no_grad()
@@ -226,13 +271,15 @@ def test_losses_by_hand(make_model):
     expected = {name: 0.0 for name in losses}
     for i in range(3):
         audio = batch.kind[i] == AUDIO
-        expected["hidden"] += sum((s[i, audio] - t[i, audio]).square().mean() for s, t in zip(student.layers, teacher.layers)) / 2 / 3
+        expected["hidden"] += (
+            sum((s[i, audio] - t[i, audio]).square().mean() for s, t in zip(student.layers, teacher.layers)) / 2 / 3
+        )
         n = batch.n_speech[i]
-        final = model.backbone.model.norm(student.layers[-1])[i, batch.begins[i]:batch.begins[i] + n + 1]
+        final = model.backbone.model.norm(student.layers[-1])[i, batch.begins[i] : batch.begins[i] + n + 1]
         logits = (final @ model.acoustic.semantic_codebook_output.weight.T)[:, 1:66]
         labels = torch.cat([batch.speech[i, 0, :n] + 1, torch.tensor([0])])  # of END_AUDIO and the codes
         expected["cross_entropy"] += torch.nn.functional.cross_entropy(logits, labels) / 3
-        p = teacher.logits[i, :n + 1].softmax(-1)
+        p = teacher.logits[i, : n + 1].softmax(-1)
         expected["semantic_kl"] += (p * (p.log() - logits.softmax(-1).log())).sum(-1).mean() / 3
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-4)
@@ -257,15 +304,23 @@ def test_normalizing_divides_each_layer_by_the_teachers_variance(make_model):
     student = [t * 1.1 for t in teacher]
     plain = [distillation.hidden_loss([s], [t], mask, False) for s, t in zip(student, teacher)]
     normal = [distillation.hidden_loss([s], [t], mask, True) for s, t in zip(student, teacher)]
-    assert plain[1] / plain[0] == pytest.approx(1e4, rel=1e-3) and normal[1] == pytest.approx(normal[0].item(), rel=1e-3)
+    assert plain[1] / plain[0] == pytest.approx(1e4, rel=1e-3) and normal[1] == pytest.approx(
+        normal[0].item(), rel=1e-3
+    )
 
 
 # ---------------------------------------------------------------- gradients
 
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_every_lora_matrix_and_nothing_else(make_model, checkpointing):
-    model, _, batch = make_model(f"train.gradient_checkpointing={checkpointing}", "loss.semantic_kl=1", "loss.velocity=1",
-                                 "loss.flow=1", "loss.cross_entropy=1")
+    model, _, batch = make_model(
+        f"train.gradient_checkpointing={checkpointing}",
+        "loss.semantic_kl=1",
+        "loss.velocity=1",
+        "loss.flow=1",
+        "loss.cross_entropy=1",
+    )
     shake_lora(model)
     sum(model(batch, seed=0).values()).backward()
     found = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -324,6 +379,7 @@ def test_the_mel_loss_is_of_what_the_codes_sound_like(make_model):
 
 # ---------------------------------------------------------------- what is reported
 
+
 def test_compare_before_training_leaves_the_preset_alone(make_model):
     model, _, batch = make_model()
     before = compare(model, [batch, batch], "cpu")
@@ -337,6 +393,7 @@ def test_compare_before_training_leaves_the_preset_alone(make_model):
 
 
 # ---------------------------------------------------------------- runs
+
 
 @pytest.fixture(scope="module")
 def whole_run(command, tmp_path_factory):
@@ -353,9 +410,14 @@ def test_a_run_lowers_the_loss_and_leaves_what_it_says(whole_run):
     report = json.loads((whole_run / "report.json").read_text())
     assert report["after"]["loss/hidden"] < report["before"]["loss/hidden"]
     assert report["before"]["preset_top1"] == 1
-    assert {"best/adapter/adapter_model.safetensors", "plots/layers.png", "plots/losses.png", "config.yaml",
-            "checkpoints/step_00000004/run_state.pt", "best/metrics.json"} <= {
-                str(path.relative_to(whole_run)) for path in whole_run.rglob("*")}
+    assert {
+        "best/adapter/adapter_model.safetensors",
+        "plots/layers.png",
+        "plots/losses.png",
+        "config.yaml",
+        "checkpoints/step_00000004/run_state.pt",
+        "best/metrics.json",
+    } <= {str(path.relative_to(whole_run)) for path in whole_run.rglob("*")}
     assert [row["step"] for row in rows_of(whole_run) if "validation/loss/total" in row] == [0, 2, 4]
     trained = [row for row in rows_of(whole_run) if "time/tokens_per_sec" in row]
     assert len(trained) == 4 and all(row["time/tokens_per_sec"] > 0 for row in trained)
@@ -384,7 +446,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole_run, command, tmp_path):
     folder = shutil.copytree(whole_run, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "step_00000004")
     train_full_pipeline.main(command(folder, "train.validate_every_steps=2", "train.save_every_steps=2", "resume=true"))
-    one, two = (torch.load(f / "checkpoints" / "step_00000004" / "run_state.pt", weights_only=True) for f in (whole_run, folder))
+    one, two = (
+        torch.load(f / "checkpoints" / "step_00000004" / "run_state.pt", weights_only=True) for f in (whole_run, folder)
+    )
     assert one["best"] == two["best"] and one["trained"].keys() == two["trained"].keys()
     assert all(torch.equal(one["trained"][name], two["trained"][name]) for name in one["trained"])
     losses = [[row["loss/total"] for row in rows_of(f) if "loss/total" in row] for f in (whole_run, folder)]
@@ -399,8 +463,12 @@ def test_a_stop_request_to_all_processes_saves(command, tmp_path, stop_at, capsy
 
 
 def test_a_stop_request_to_torchrun_saves(command, tmp_path):
-    out = stopped_by_torchrun(tmp_path, "train_full_pipeline.py", "SIGINT", command(
-        tmp_path / "run", "data.num_workers=1", "train.max_steps=100000", "train.log_every_steps=100000"))
+    out = stopped_by_torchrun(
+        tmp_path,
+        "train_full_pipeline.py",
+        "SIGINT",
+        command(tmp_path / "run", "data.num_workers=1", "train.max_steps=100000", "train.log_every_steps=100000"),
+    )
     step = int(re.search(r"stopped after step (\d+)", out)[1])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
 
@@ -409,7 +477,9 @@ def test_accumulation_is_a_larger_batch(command, tmp_path):
     weights = []
     for batch_size, accumulation in ((4, 1), (2, 2)):
         folder = tmp_path / str(accumulation)
-        train_full_pipeline.main(command(folder, f"train.accumulation={accumulation}", f"data.batch_size={batch_size}", "train.max_steps=1"))
+        train_full_pipeline.main(
+            command(folder, f"train.accumulation={accumulation}", f"data.batch_size={batch_size}", "train.max_steps=1")
+        )
         row = [row for row in rows_of(folder) if "grad/norm" in row][0]
         weights.append((row["grad/norm"], row["loss/total"], row["loss/hidden"]))
     assert weights[1] == pytest.approx(weights[0], rel=1e-3)
@@ -417,19 +487,41 @@ def test_accumulation_is_a_larger_batch(command, tmp_path):
 
 def test_two_processes_give_the_curve_of_one_with_twice_the_batch(command, tmp_path):
     train_full_pipeline.main(command(tmp_path / "one", "data.batch_size=4", "train.max_steps=3"))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613",
-                    "train_full_pipeline.py", *command(tmp_path / "two", "data.batch_size=2", "train.max_steps=3")],
-                   cwd=ROOT, check=True, capture_output=True)
-    one, two = ([row["loss/total"] for row in rows_of(tmp_path / name) if "grad/norm" in row] for name in ("one", "two"))
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "29613",
+            "train_full_pipeline.py",
+            *command(tmp_path / "two", "data.batch_size=2", "train.max_steps=3"),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    one, two = (
+        [row["loss/total"] for row in rows_of(tmp_path / name) if "grad/norm" in row] for name in ("one", "two")
+    )
     assert two == pytest.approx(one, rel=1e-3) and len(one) == 3
 
 
-@pytest.mark.parametrize("parts, files", [("[embedding]", {"weights.safetensors"}),
-                                          ("[lora,encoder]", {"adapter", "encoder.safetensors"}),
-                                          ("[backbone,acoustic,embedding]", {"weights.safetensors"})])
+@pytest.mark.parametrize(
+    "parts, files",
+    [
+        ("[embedding]", {"weights.safetensors"}),
+        ("[lora,encoder]", {"adapter", "encoder.safetensors"}),
+        ("[backbone,acoustic,embedding]", {"weights.safetensors"}),
+    ],
+)
 def test_other_parts_can_be_trained(command, folder, tmp_path, parts, files):
     run = tmp_path / "run"
-    train_full_pipeline.main(command(run, f"train.trainable={parts}", "train.max_steps=1", "loss.cross_entropy=1", "loss.flow=1"))
+    train_full_pipeline.main(
+        command(run, f"train.trainable={parts}", "train.max_steps=1", "loss.cross_entropy=1", "loss.flow=1")
+    )
     saved = run / "checkpoints" / "step_00000001"
     assert {path.name for path in saved.iterdir()} == files | {"run_state.pt"}
     if "weights.safetensors" in files:
@@ -438,8 +530,9 @@ def test_other_parts_can_be_trained(command, folder, tmp_path, parts, files):
         moved = [name for name, old in checkpoint.read(tensors).items() if not torch.equal(tensors[name], old.float())]
         assert set(moved) == set(tensors)
     else:
-        assert load_file(saved / "encoder.safetensors").keys() == set(Checkpoint(folder).params and
-                                                                      VoxtralCodec.from_checkpoint(folder).encoder_tensors())
+        assert load_file(saved / "encoder.safetensors").keys() == set(
+            Checkpoint(folder).params and VoxtralCodec.from_checkpoint(folder).encoder_tensors()
+        )
 
 
 def test_native_tensors_are_the_checkpoints_own(make_model, folder):
@@ -458,7 +551,9 @@ def test_no_speaker_leads_out_of_the_folder(folder, tmp_path, speaker):
     (found,), _ = find_clips(DataConfig(data_root=str(inside), sources=[SourceConfig(kind="generated")]))
     encode_speech(codec, [clip], set(), inside / "coded", 1.0, [1.0], [0.0])
     assert len(found) == 1 and found[0].text == clip.text and Path(found[0].codes).is_file()
-    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "in"} and [path.name for path in (tmp_path / "in").iterdir()] == ["made"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "in"} and [
+        path.name for path in (tmp_path / "in").iterdir()
+    ] == ["made"]
     assert len(list((inside / "coded").glob("*/*.npy"))) == 1
 
 
@@ -467,7 +562,7 @@ def test_resynthesized_clips_carry_the_codes_that_made_them(folder, tmp_path):
     noise = 0.1 * np.random.default_rng(0).standard_normal(30000).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", noise, SAMPLE_RATE)
     resynthesize(codec, [Clip(str(tmp_path / "a.wav"), "anna", 0, "some noise")], tmp_path / "made", 1.0)
-    row, = [json.loads(line) for line in (tmp_path / "made" / "manifest.jsonl").read_text().splitlines()]
+    (row,) = [json.loads(line) for line in (tmp_path / "made" / "manifest.jsonl").read_text().splitlines()]
     codes = torch.from_numpy(np.load(tmp_path / "made" / row["codes"]).astype(np.int64))
     audio, rate = soundfile.read(tmp_path / "made" / row["path"], dtype="float32")
     assert codes.shape == (37, 13) and rate == SAMPLE_RATE and row["voice"] == "anna" and row["text"] == "some noise"
@@ -477,6 +572,7 @@ def test_resynthesized_clips_carry_the_codes_that_made_them(folder, tmp_path):
 
 
 # ---------------------------------------------------------------- bad input
+
 
 def refused(arguments, capsys):
     """The one line with which train_full_pipeline.py ends."""
@@ -491,8 +587,8 @@ def refused(arguments, capsys):
 def test_bad_clips_are_left_out_and_listed(command, clips_root, tmp_path):
     root = shutil.copytree(clips_root, tmp_path / "clips") / "generated"
     (root / "anna" / "00000.flac").write_bytes(b"no sound")
-    np.save(root / "anna" / "00001.npy", np.zeros((37, 3), np.int16))       # fewer frames than the sound
-    np.save(root / "ben" / "00000.npy", np.full((37, 6), 99, np.int16))     # no such level
+    np.save(root / "anna" / "00001.npy", np.zeros((37, 3), np.int16))  # fewer frames than the sound
+    np.save(root / "ben" / "00000.npy", np.full((37, 6), 99, np.int16))  # no such level
     (root / "ben" / "00001.npy").write_bytes(b"\x80 no array")
     run = tmp_path / "run"
     train_full_pipeline.main(command(run, f"data.data_root={tmp_path / 'clips'}", "train.max_steps=1"))
@@ -501,24 +597,28 @@ def test_bad_clips_are_left_out_and_listed(command, clips_root, tmp_path):
     assert "do not belong" in listed
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["encoder=null"], "has no encoder"),
-    (["encoder=/nowhere/encoder.safetensors"], "is missing"),
-    (["lora.rankk=3"], "unknown key 'lora.rankk'"),
-    (["lora.rank=0"], "lora.rank is 0"),
-    (["lora.target_modules=[gate_proj]"], "lora.target_modules"),
-    (["train.trainable=[lora,backbone]"], "choose one of the two"),
-    (["train.trainable=[acoustic]"], "acoustic learns from"),
-    (["data.speed=[0.9,1.1]"], "data.speed: the codes"),
-    (["loss.mel=1"], "loss.mel is the encoder's"),
-    (["train.compile=true"], "for a language model from nothing"),
-    (["train.dropout=0.1"], "for a language model from nothing"),
-    (["reference_sec=[3,1]"], "reference_sec is [3.0, 1.0]"),
-    (["reference_sec=[1,3]"], "hidden needs the encoder's own references"),
-    (["train.trainable=[codebook]"], "train.trainable"),
-    (["loss.hidden=0"], "all weights are 0"),
-    (["data.validation.speakers=[zoe]"], "nobody is called zoe"),
-    (["data.sources=[{kind: folder, path: generated}]"], "comes without codes")])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["encoder=null"], "has no encoder"),
+        (["encoder=/nowhere/encoder.safetensors"], "is missing"),
+        (["lora.rankk=3"], "unknown key 'lora.rankk'"),
+        (["lora.rank=0"], "lora.rank is 0"),
+        (["lora.target_modules=[gate_proj]"], "lora.target_modules"),
+        (["train.trainable=[lora,backbone]"], "choose one of the two"),
+        (["train.trainable=[acoustic]"], "acoustic learns from"),
+        (["data.speed=[0.9,1.1]"], "data.speed: the codes"),
+        (["loss.mel=1"], "loss.mel is the encoder's"),
+        (["train.compile=true"], "for a language model from nothing"),
+        (["train.dropout=0.1"], "for a language model from nothing"),
+        (["reference_sec=[3,1]"], "reference_sec is [3.0, 1.0]"),
+        (["reference_sec=[1,3]"], "hidden needs the encoder's own references"),
+        (["train.trainable=[codebook]"], "train.trainable"),
+        (["loss.hidden=0"], "all weights are 0"),
+        (["data.validation.speakers=[zoe]"], "nobody is called zoe"),
+        (["data.sources=[{kind: folder, path: generated}]"], "comes without codes"),
+    ],
+)
 def test_bad_input_is_one_sentence(command, capsys, tmp_path, overrides, message):
     assert message in refused(command(tmp_path / "run", *overrides), capsys)
     assert not (tmp_path / "run").exists()
@@ -534,12 +634,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch,
 
 # ---------------------------------------------------------------- a language model from nothing
 
-FROM_NOTHING = ("train.trainable=[backbone,acoustic,embedding]", "reference_sec=[0.16,0.4]", "loss.hidden=0", "loss.cross_entropy=1", "loss.flow=2")
+FROM_NOTHING = (
+    "train.trainable=[backbone,acoustic,embedding]",
+    "reference_sec=[0.16,0.4]",
+    "loss.hidden=0",
+    "loss.cross_entropy=1",
+    "loss.flow=2",
+)
 
 
 def test_references_are_random_crops_of_their_own_true_codes(folder, clips_root):
-    clips = [clip for source in find_clips(load_config(FullPipelineConfig, ROOT / "configs/full_pipeline.yaml",
-                                                       [f"data.data_root={clips_root}"]).data)[0] for clip in source]
+    clips = [
+        clip
+        for source in find_clips(
+            load_config(FullPipelineConfig, ROOT / "configs/full_pipeline.yaml", [f"data.data_root={clips_root}"]).data
+        )[0]
+        for clip in source
+    ]
     params = load_params(folder).codec
     dataset = PairDataset(clips, load_tokenizer(folder), params, 10.0, 0, False, (0.16, 0.4))
     lengths, starts = set(), set()
@@ -547,18 +658,25 @@ def test_references_are_random_crops_of_their_own_true_codes(folder, clips_root)
         item = dataset[number, 0]
         whole = torch.from_numpy(np.load(dataset.clips[0].codes).astype(np.int64))
         n = item["reference"].shape[1]
-        places = [i for i in range(whole.shape[1] - n + 1) if torch.equal(whole[:, i:i + n], item["reference"])]
+        places = [i for i in range(whole.shape[1] - n + 1) if torch.equal(whole[:, i : i + n], item["reference"])]
         assert len(places) == 1 and torch.equal(item["encoded"], item["reference"]) and "waveform" not in item
         lengths.add(n)
         starts.add(places[0])
     assert lengths == {2, 3, 4, 5} and len(starts) > 2
     fixed = PairDataset(clips, load_tokenizer(folder), params, 10.0, 0, True, (0.16, 0.4))
-    assert torch.equal(fixed[0, 0]["reference"], torch.from_numpy(np.load(fixed.clips[0].codes)[:, :5].astype(np.int64)))
+    assert torch.equal(
+        fixed[0, 0]["reference"], torch.from_numpy(np.load(fixed.clips[0].codes)[:, :5].astype(np.int64))
+    )
 
 
 def test_what_is_said_has_another_text_than_the_reference(folder, clips_root):
-    clips = [clip for source in find_clips(load_config(FullPipelineConfig, ROOT / "configs/full_pipeline.yaml",
-                                                       [f"data.data_root={clips_root}"]).data)[0] for clip in source]
+    clips = [
+        clip
+        for source in find_clips(
+            load_config(FullPipelineConfig, ROOT / "configs/full_pipeline.yaml", [f"data.data_root={clips_root}"]).data
+        )[0]
+        for clip in source
+    ]
     anna = [clip for clip in clips if clip.speaker == "anna"]
     twice = [anna[0], replace(anna[1], text=anna[0].text), anna[2]]  # the same sentence at another speed, say
     dataset = PairDataset(twice, load_tokenizer(folder), load_params(folder).codec, 10.0, 0)
@@ -578,7 +696,9 @@ def test_dropout_acts_in_training_only_and_on_every_layer(make_model):
     hooked = [m for m in model.modules() if m._forward_hooks]
     assert len(hooked) == 2 * (len(model.backbone.model.layers) + len(model.acoustic.layers))
     model.train()
-    layers = [layer.feed_forward for layer in model.acoustic.layers] + [layer.mlp for layer in model.backbone.model.layers]
+    layers = [layer.feed_forward for layer in model.acoustic.layers] + [
+        layer.mlp for layer in model.backbone.model.layers
+    ]
     for layer in layers:
         x = torch.randn(2, 3, 64)
         assert torch.equal(layer(x), layer(x)) is False
@@ -586,11 +706,26 @@ def test_dropout_acts_in_training_only_and_on_every_layer(make_model):
 
 def test_a_run_from_nothing_needs_no_encoder_and_keeps_what_speaks_best(folder, clips_root, tmp_path):
     run = tmp_path / "run"
-    train_full_pipeline.main([
-        "--config", "configs/full_pipeline.yaml", f"checkpoint={folder}", f"output_dir={run}", f"data.data_root={clips_root}",
-        "data.validation.clips=9", "data.validation.speakers=[carl]", "data.batch_size=2", "data.num_workers=0", "device=cpu",
-        "optimizer.learning_rate=5e-3", "optimizer.warmup_steps=1", "train.log_every_steps=1", "train.max_steps=4",
-        "train.validate_every_steps=2", *FROM_NOTHING])
+    train_full_pipeline.main(
+        [
+            "--config",
+            "configs/full_pipeline.yaml",
+            f"checkpoint={folder}",
+            f"output_dir={run}",
+            f"data.data_root={clips_root}",
+            "data.validation.clips=9",
+            "data.validation.speakers=[carl]",
+            "data.batch_size=2",
+            "data.num_workers=0",
+            "device=cpu",
+            "optimizer.learning_rate=5e-3",
+            "optimizer.warmup_steps=1",
+            "train.log_every_steps=1",
+            "train.max_steps=4",
+            "train.validate_every_steps=2",
+            *FROM_NOTHING,
+        ]
+    )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n") if line]
     validated = [row for row in rows if "validation/loss/flow" in row]
     assert [row["step"] for row in validated] == [0, 2, 4] and "validation/top1" in validated[0]

@@ -1,4 +1,5 @@
 """generate_clips.py: what a clip is, which ones there are, kills, shares of several processes, and what is dropped."""
+
 import json
 import os
 import signal
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import stopped
 
 import generate_clips
-from conftest import stopped
 from voxtral.clips import ClipFolder, defect, longest_run, plan
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError
@@ -44,8 +45,23 @@ def texts(tmp_path_factory):
 
 
 def arguments(checkpoint, texts, output, *more):
-    return ["--checkpoint", str(checkpoint), "--texts", str(texts), "--output", str(output), "--per-voice",
-            str(PER_VOICE), "--batch-size", "4", "--max-sec", "3", "--device", "cpu", *map(str, more)]
+    return [
+        "--checkpoint",
+        str(checkpoint),
+        "--texts",
+        str(texts),
+        "--output",
+        str(output),
+        "--per-voice",
+        str(PER_VOICE),
+        "--batch-size",
+        "4",
+        "--max-sec",
+        "3",
+        "--device",
+        "cpu",
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +78,15 @@ def rows(path):
 
 def contents(folder):
     """Path -> bytes of codes and manifest, samples of every clip."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")
-             if path.suffix in (".flac", ".npy") or path.name == "manifest.jsonl"}
-    return {name: soundfile.read(path, dtype="int16")[0] if path.suffix == ".flac" else path.read_bytes()
-            for name, path in files.items()}
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if path.suffix in (".flac", ".npy") or path.name == "manifest.jsonl"
+    }
+    return {
+        name: soundfile.read(path, dtype="int16")[0] if path.suffix == ".flac" else path.read_bytes()
+        for name, path in files.items()
+    }
 
 
 def assert_same(folder, other):
@@ -80,6 +101,7 @@ def assert_same(folder, other):
 
 
 # ---------------------------------------------------------------- clips
+
 
 def test_every_clip_is_what_its_codes_decode_to(checkpoint, whole):
     codec, kept = VoxtralCodec.from_checkpoint(checkpoint), rows(whole / "manifest.jsonl")
@@ -115,6 +137,7 @@ def test_training_finds_the_clips_with_text_voice_and_codes(whole):
 
 # ---------------------------------------------------------------- which ones
 
+
 def test_voices_speak_their_language():
     spoken = {voice: {clip.text for clip in plan([voice], SENTENCES, 20, 0)} for voice in ("de_ben", "fr_eva", "anna")}
     assert spoken["de_ben"] == {"Drei drei drei.", "Four, four, four and four."}
@@ -139,6 +162,7 @@ def test_batches_hold_each_clip_once():
 
 # ---------------------------------------------------------------- what is dropped
 
+
 def take_of(n_frames, ended=True):
     codes = torch.zeros(37, n_frames, dtype=torch.long)
     codes[0] = torch.arange(n_frames) % 50
@@ -149,7 +173,7 @@ def test_each_defect_is_named():
     speech = 0.1 * torch.randn(100 * 1920, generator=torch.Generator().manual_seed(0))
     assert defect(take_of(100), speech, 24000) == ""
     assert defect(take_of(100, ended=False), speech, 24000) == "no END_AUDIO"
-    assert defect(take_of(4), speech[:4 * 1920], 24000) == "too short"
+    assert defect(take_of(4), speech[: 4 * 1920], 24000) == "too short"
     assert defect(take_of(100), speech * 0.01, 24000) == "silence"
     assert defect(take_of(100), speech * torch.nan, 24000) == "silence"
     stuck = take_of(100)
@@ -175,19 +199,24 @@ def test_dropped_clips_are_counted_and_leave_no_file(checkpoint, texts, whole, c
     for reason in reasons:
         assert f"{reason} {sum(row['dropped'] == reason for row in dropped)}" in shown
     assert len(records) == 2 * PER_VOICE
-    assert {row["path"] for row in rows(whole / "manifest.jsonl")} == \
-           {f"{row['name']}.flac" for row in records if not row["dropped"]} == \
-           {name for name in contents(whole) if name.endswith(".flac")}
+    assert (
+        {row["path"] for row in rows(whole / "manifest.jsonl")}
+        == {f"{row['name']}.flac" for row in records if not row["dropped"]}
+        == {name for name in contents(whole) if name.endswith(".flac")}
+    )
 
 
 # ---------------------------------------------------------------- kills and shares
 
+
 def test_a_killed_run_goes_on_to_the_same_folder(checkpoint, texts, whole, tmp_path):
     output = tmp_path / "clips"
     # As slow as needed to be killed in the middle of it
-    program = ("import time, generate_clips as g; make = g.make_batch\n"
-               "def slow(*a): r = make(*a); time.sleep(60); return r\n"
-               f"g.make_batch = slow; g.main({arguments(checkpoint, texts, output)!r})")
+    program = (
+        "import time, generate_clips as g; make = g.make_batch\n"
+        "def slow(*a): r = make(*a); time.sleep(60); return r\n"
+        f"g.make_batch = slow; g.main({arguments(checkpoint, texts, output)!r})"
+    )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
     records = output / "records-0.jsonl"
     deadline = time.monotonic() + 60
@@ -215,6 +244,7 @@ def test_a_stop_request_ends_after_the_batch_with_a_manifest(checkpoint, texts, 
     def make_and_stop(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return make_batch(*arguments)
+
     monkeypatch.setattr(generate_clips, "make_batch", make_and_stop)
     stopped(generate_clips.main, arguments(checkpoint, texts, output))
     monkeypatch.undo()
@@ -238,7 +268,9 @@ def test_a_clip_that_cannot_be_written_is_not_recorded(checkpoint, texts, tmp_pa
 def test_processes_share_the_clips_and_the_folder(checkpoint, texts, whole, tmp_path, monkeypatch):
     output = tmp_path / "clips"
     for rank in (1, 0):
-        monkeypatch.setattr(generate_clips, "stoppable_process", lambda device: nullcontext(Process(rank, 2, torch.device("cpu"))))
+        monkeypatch.setattr(
+            generate_clips, "stoppable_process", lambda device: nullcontext(Process(rank, 2, torch.device("cpu")))
+        )
         generate_clips.main(arguments(checkpoint, texts, output))
     first, second = ({row["name"] for row in rows(output / f"records-{rank}.jsonl")} for rank in (0, 1))
     assert len(first) == len(second) == PER_VOICE and not first & second
@@ -258,6 +290,7 @@ def test_more_clips_come_on_top(checkpoint, texts, whole, tmp_path):
 
 # ---------------------------------------------------------------- refusals
 
+
 def test_a_folder_with_a_torn_record_and_one_that_leads_out_of_it_goes_on(tmp_path):
     """A text with U+2028 is one record, as a version that split there has left it."""
     clips = plan(["anna", "../../x"], [("", "one\u2028two"), ("", "three")], 1, seed=0)
@@ -266,7 +299,9 @@ def test_a_folder_with_a_torn_record_and_one_that_leads_out_of_it_goes_on(tmp_pa
     folder.record(clips, ["", "silence"], [1.0, 1.0])
     with folder.own.open("a", encoding="utf-8") as file:
         escaped = {**folder.records[clips[0].name], "name": "../../escaped/00000"}
-        file.write('{"name": "torn{"name": "x"}\n[]\n' + json.dumps(escaped) + "\n" + json.dumps({"name": "half"}) + "\n")
+        file.write(
+            '{"name": "torn{"name": "x"}\n[]\n' + json.dumps(escaped) + "\n" + json.dumps({"name": "half"}) + "\n"
+        )
     again = ClipFolder(tmp_path / "clips", rank=1)
     assert set(again.records) == {clip.name for clip in clips} and not again.missing(clips)
     assert again.records[clips[0].name]["text"] == clips[0].text
@@ -283,16 +318,19 @@ def test_another_seed_or_other_sentences_are_refused(whole):
             folder.missing(other)
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--voices", "nobody"], "no voice nobody"),
-    (["--texts", "missing.tsv"], "missing.tsv does not exist"),
-    (["--checkpoint", "missing"], "missing"),
-    (["--per-voice", "0"], "--per-voice is 0"),
-    (["--batch-size", "0"], "--batch-size is 0"),
-    (["--max-sec", "0"], "--max-sec is 0"),
-    (["--seed", "-1"], "--seed is -1"),
-    (["--device", "tpu"], "device is tpu"),
-])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--voices", "nobody"], "no voice nobody"),
+        (["--texts", "missing.tsv"], "missing.tsv does not exist"),
+        (["--checkpoint", "missing"], "missing"),
+        (["--per-voice", "0"], "--per-voice is 0"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--max-sec", "0"], "--max-sec is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--device", "tpu"], "device is tpu"),
+    ],
+)
 def test_bad_input_is_one_sentence(checkpoint, texts, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit) as exit_info:
         generate_clips.main(arguments(checkpoint, texts, tmp_path / "clips", *more))

@@ -1,5 +1,6 @@
 """Where an encoder starts, and what it is measured by: held-out clips of every source, true codes of generated ones,
 clips that decide nothing."""
+
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_train_encoder import SPEECH
 
 import evaluate
 import train_encoder
@@ -20,12 +22,12 @@ from voxtral.inject import inject
 from voxtral.sources import Clip, DataError, ValidationConfig, final_clips, find_clips, split_validation
 from voxtral.standin import small_params, write_random_checkpoint
 from voxtral.validation import known_agreement
-from test_train_encoder import SPEECH
 
 CHEAP = {"l1": 1.0, "stft": 0, "mel": 0, "feature": 0, "asr": 0, "commit": 0, "match": 0}
 
 
 # ---------------------------------------------------------------- which clips
+
 
 def source(number, count):
     return [Clip(f"/data/{number}/speaker{i % 3}/{i}.wav", f"speaker{i % 3}", number) for i in range(count)]
@@ -61,16 +63,19 @@ def test_a_file_of_two_sources_is_held_out_once():
 
 # ---------------------------------------------------------------- true codes
 
+
 def test_known_agreement_counts_whole_frames_of_known_clips():
     codes = torch.zeros(3, 3, 4, dtype=torch.long)
     first = torch.tensor([[0, 1, 0, 9], [0, 1, 2, 9], [0, 0, 3, 9]])  # frame 3 is not whole
     longer = torch.zeros(3, 6, dtype=torch.long)
     found = known_agreement(codes, torch.tensor([3, 4, 4]), [first, None, longer])
-    assert found == pytest.approx({"known_semantic_equal": 6 / 7, "known_levels_equal": 11 / 14,
-                                   "known_levels_within_1": 12 / 14})
+    assert found == pytest.approx(
+        {"known_semantic_equal": 6 / 7, "known_levels_equal": 11 / 14, "known_levels_within_1": 12 / 14}
+    )
 
 
 # ---------------------------------------------------------------- runs
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -85,11 +90,21 @@ def made(tmp_path_factory):
     for path in SPEECH[:6]:
         shutil.copy(path, root / "speech")
     resynthesize(codec, [Clip(str(path), "anna", 0) for path in SPEECH[:6]], root / "generated", 0.6)
-    config = {"checkpoint": str(root / "checkpoint"), "device": "cpu", "loss": CHEAP, "optimizer": {"warmup_steps": 1},
-              "data": {"data_root": str(root), "batch_size": 2, "max_sec": 0.5, "num_workers": 0,
-                       "sources": [{"kind": "folder", "path": "speech"}, {"kind": "generated", "path": "generated"}],
-                       "validation": {"clips": 4, "test_clips": 2}},
-              "train": {"max_steps": 1, "precision": "fp32", "log_every_steps": 1, "n_samples": 1}}
+    config = {
+        "checkpoint": str(root / "checkpoint"),
+        "device": "cpu",
+        "loss": CHEAP,
+        "optimizer": {"warmup_steps": 1},
+        "data": {
+            "data_root": str(root),
+            "batch_size": 2,
+            "max_sec": 0.5,
+            "num_workers": 0,
+            "sources": [{"kind": "folder", "path": "speech"}, {"kind": "generated", "path": "generated"}],
+            "validation": {"clips": 4, "test_clips": 2},
+        },
+        "train": {"max_steps": 1, "precision": "fp32", "log_every_steps": 1, "n_samples": 1},
+    }
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     return root
 
@@ -126,7 +141,8 @@ def test_phase_1_says_how_many_true_codes_its_encoder_finds(made, tmp_path, caps
     tested = json.loads((tmp_path / "run" / "test.json").read_text())
     assert list(tested) == ["all", "folder speech", "generated"] and tested["all"]["clips"] == 2
     assert tested["all"]["known_semantic_equal"] == pytest.approx(
-        true_agreement(made, best, [clip for clip in final if clip.codes], 0.5))
+        true_agreement(made, best, [clip for clip in final if clip.codes], 0.5)
+    )
     assert "known_semantic_equal" not in tested["folder speech"]
 
 
@@ -137,8 +153,9 @@ def test_a_run_starts_fresh_unless_it_is_told_otherwise(made, tmp_path, capsys):
     assert capsys.readouterr().out.count("encoder: fresh weights") == 2
     encoders = [load_file(run / "best" / "encoder.safetensors") for run in (fresh, injected)]
     assert all(torch.equal(encoders[0][name], encoders[1][name]) for name in encoders[0])
-    train(made, tmp_path / "on", f"checkpoint={made / 'injected'}", "encoder=checkpoint",
-          "optimizer.learning_rate=1e-9")
+    train(
+        made, tmp_path / "on", f"checkpoint={made / 'injected'}", "encoder=checkpoint", "optimizer.learning_rate=1e-9"
+    )
     assert f"encoder: the one in {made / 'injected'}" in capsys.readouterr().out
     wanted = load_file(made / "encoder.safetensors")
     started = load_file(tmp_path / "on" / "best" / "encoder.safetensors")
@@ -155,19 +172,42 @@ def test_a_start_that_is_not_there_is_refused(made, tmp_path, refused):
 def test_without_known_codes_the_command_that_makes_them_is_named(made, tmp_path, refused, monkeypatch):
     """Before the data is looked for."""
     monkeypatch.setattr(train_encoder, "find_clips", None)
-    said = refused(train_encoder.main, ["--config", str(made / "config.yaml"), f"output_dir={tmp_path / 'run'}",
-                                        "loss.match=0.3", f"match.codes={tmp_path / 'generated'}"])
+    said = refused(
+        train_encoder.main,
+        [
+            "--config",
+            str(made / "config.yaml"),
+            f"output_dir={tmp_path / 'run'}",
+            "loss.match=0.3",
+            f"match.codes={tmp_path / 'generated'}",
+        ],
+    )
     assert f"python generate_clips.py --output {tmp_path / 'generated'} --per-voice 100" in said and "minutes" in said
 
 
 def test_evaluate_compares_with_the_true_codes(made, tmp_path):
-    evaluate.main(["--checkpoint", str(made / "injected"), "--data", str(made / "generated"),
-                   "--output", str(tmp_path / "out"), "--metrics", "mel", "--device", "cpu", "--samples", "0"])
+    evaluate.main(
+        [
+            "--checkpoint",
+            str(made / "injected"),
+            "--data",
+            str(made / "generated"),
+            "--output",
+            str(tmp_path / "out"),
+            "--metrics",
+            "mel",
+            "--device",
+            "cpu",
+            "--samples",
+            "0",
+        ]
+    )
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     metrics = report["systems"]["encoder"]["metrics"]
     assert report["clips"] == 6 and metrics["known_semantic_equal"]["clips"] == 6
-    clips = find_clips(evaluate.DataConfig(data_root=str(made / "generated"),
-                                           sources=[evaluate.SourceConfig(kind="generated")]))[0][0]
+    clips = find_clips(
+        evaluate.DataConfig(data_root=str(made / "generated"), sources=[evaluate.SourceConfig(kind="generated")])
+    )[0][0]
     codec = VoxtralCodec.from_checkpoint(made / "injected")
     save_tensors(tmp_path / "own.safetensors", codec.encoder_tensors())
     by_hand = true_agreement(made, tmp_path / "own.safetensors", clips, 20.0)
@@ -176,6 +216,20 @@ def test_evaluate_compares_with_the_true_codes(made, tmp_path):
 
 
 def test_evaluate_without_true_codes_says_nothing_of_them(made, tmp_path):
-    evaluate.main(["--checkpoint", str(made / "injected"), "--data", str(made / "speech"),
-                   "--output", str(tmp_path / "out"), "--metrics", "mel", "--device", "cpu", "--samples", "0"])
+    evaluate.main(
+        [
+            "--checkpoint",
+            str(made / "injected"),
+            "--data",
+            str(made / "speech"),
+            "--output",
+            str(tmp_path / "out"),
+            "--metrics",
+            "mel",
+            "--device",
+            "cpu",
+            "--samples",
+            "0",
+        ]
+    )
     assert "known_" not in (tmp_path / "out" / "metrics.json").read_text()

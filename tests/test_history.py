@@ -1,4 +1,5 @@
 """What plots show of a long run: bounded, spread evenly, the same after a resume."""
+
 import json
 
 import pytest

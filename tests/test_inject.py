@@ -1,4 +1,5 @@
 """Injecting an encoder and a LoRA: what comes out, what stays, what is refused, what a kill or a full disk leaves."""
+
 import json
 import os
 import random
@@ -68,7 +69,7 @@ def shard(folder, n_shards=3):
     size = -(-len(names) // n_shards)
     weight_map = {}
     for i in range(n_shards):
-        part = names[i * size:(i + 1) * size]
+        part = names[i * size : (i + 1) * size]
         file = f"consolidated-{i + 1:05d}-of-{n_shards:05d}.safetensors"
         save_tensors(folder / file, checkpoint.read(part))
         weight_map |= {name: file for name in part}
@@ -95,6 +96,7 @@ def encoder(pristine, tmp_path):
 
 # ---------------------------------------------------------------- what comes out
 
+
 def test_every_other_byte_order_and_metadata_stay(folder, encoder, tmp_path):
     before = snapshot(folder)
     output = inject(folder, encoder, output=tmp_path / "out")
@@ -102,8 +104,8 @@ def test_every_other_byte_order_and_metadata_stay(folder, encoder, tmp_path):
     old, new = SafetensorsFile(folder / WEIGHTS), SafetensorsFile(output / WEIGHTS)
     assert list(new.entries) == [*old.entries, *withheld_layout(load_params(folder))]
     assert new.metadata == {"format": "pt"}
-    data = old.path.read_bytes()[old.data_start:]
-    assert new.path.read_bytes()[new.data_start:].startswith(data)
+    data = old.path.read_bytes()[old.data_start :]
+    assert new.path.read_bytes()[new.data_start :].startswith(data)
     for name, entry in new.entries.items():
         if name in old.entries:
             assert entry == old.entries[name]
@@ -212,6 +214,7 @@ def test_files_of_a_download_cache_are_links(folder, encoder, tmp_path):
 
 # ---------------------------------------------------------------- LoRA
 
+
 def relative_error(ours, theirs):
     return ((ours - theirs).norm() / theirs.norm()).item()
 
@@ -248,14 +251,15 @@ def test_lora_is_summed_in_fp32_rounded_once_and_changes_nothing_else(folder, en
     delta = 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     name = "layers.1.attention.wv.weight"
     assert torch.equal(new.read([name])[name], (old.read([name])[name].float() + delta.detach()).bfloat16())
-    assert list(new.files[0].entries)[:len(old.shapes)] == list(old.shapes)
+    assert list(new.files[0].entries)[: len(old.shapes)] == list(old.shapes)
 
 
 def test_lora_in_place_is_never_merged_twice_and_comes_out_again(folder, encoder, pristine, tmp_path):
     write_adapter(tmp_path / "all", folder)
     write_adapter(tmp_path / "some", folder, seed=1, target_modules=["q_proj", "o_proj"])
-    wanted = {name: digest(inject(pristine, encoder, tmp_path / name, tmp_path / "out") / WEIGHTS)
-              for name in ("all", "some")}
+    wanted = {
+        name: digest(inject(pristine, encoder, tmp_path / name, tmp_path / "out") / WEIGHTS) for name in ("all", "some")
+    }
     wanted[None] = digest(inject(pristine, encoder, None, tmp_path / "out") / WEIGHTS)
     for name in (None, "some", "all", "all", None, "some"):
         inject(folder, encoder, tmp_path / name if name else None)
@@ -265,10 +269,21 @@ def test_lora_in_place_is_never_merged_twice_and_comes_out_again(folder, encoder
     assert snapshot(folder) == snapshot(pristine)
 
 
-@pytest.mark.parametrize("key,value", [("use_dora", True), ("use_rslora", True), ("rank_pattern", {"q_proj": 2}),
-                                       ("alpha_pattern", {"q_proj": 2}), ("bias", "all"), ("modules_to_save", ["norm"]),
-                                       ("init_lora_weights", "pissa"), ("peft_type", "IA3"), ("r", 5),
-                                       ("new_idea", True)])
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+        ("bias", "all"),
+        ("modules_to_save", ["norm"]),
+        ("init_lora_weights", "pissa"),
+        ("peft_type", "IA3"),
+        ("r", 5),
+        ("new_idea", True),
+    ],
+)
 def test_adapters_that_are_no_plain_lora_are_refused(folder, encoder, tmp_path, key, value):
     write_adapter(tmp_path / "adapter", folder)
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -284,21 +299,28 @@ def change_adapter(change):
         tensors = file.read()
         change(tensors)
         save_tensors(file.path, tensors)
+
     return apply
 
 
 A = "base_model.model.layers.1.self_attn.q_proj.lora_A.weight"
 
 
-@pytest.mark.parametrize("change,message", [
-    (change_adapter(lambda tensors: tensors.pop(A)), f"lacks the tensor {A}"),
-    (change_adapter(lambda tensors: tensors.update({A: torch.ones(4, 65)})), "shape"),
-    (change_adapter(lambda tensors: tensors.update({A: tensors[A] * float("nan")})), "finite"),
-    (change_adapter(lambda tensors: tensors.update({A.replace("q_proj", "up_proj"): torch.ones(4, 64)})), "unexpected"),
-    (change_adapter(lambda tensors: tensors.clear()), "holds no LoRA"),
-    (lambda path: (path / "adapter_model.safetensors").unlink(), "missing"),
-    (lambda path: (path / "adapter_config.json").unlink(), "missing"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (change_adapter(lambda tensors: tensors.pop(A)), f"lacks the tensor {A}"),
+        (change_adapter(lambda tensors: tensors.update({A: torch.ones(4, 65)})), "shape"),
+        (change_adapter(lambda tensors: tensors.update({A: tensors[A] * float("nan")})), "finite"),
+        (
+            change_adapter(lambda tensors: tensors.update({A.replace("q_proj", "up_proj"): torch.ones(4, 64)})),
+            "unexpected",
+        ),
+        (change_adapter(lambda tensors: tensors.clear()), "holds no LoRA"),
+        (lambda path: (path / "adapter_model.safetensors").unlink(), "missing"),
+        (lambda path: (path / "adapter_config.json").unlink(), "missing"),
+    ],
+)
 def test_adapters_that_do_not_fit_are_refused(folder, encoder, tmp_path, change, message):
     write_adapter(tmp_path / "adapter", folder)
     change(tmp_path / "adapter")
@@ -319,15 +341,18 @@ def test_a_merged_lora_without_its_original_is_not_built_upon(folder, encoder, t
 NAME = "audio_tokenizer.encoder_blocks.1.conv.parametrizations.weight.original1"
 
 
-@pytest.mark.parametrize("change,message", [
-    (lambda tensors: tensors.pop(NAME), f"lacks the tensor {NAME}"),
-    (lambda tensors: tensors.update({"audio_tokenizer.output_proj.x": torch.ones(1)}), "unexpected tensor"),
-    (lambda tensors: tensors.update({NAME: tensors[NAME][:, :, :3]}), "has shape"),
-    (lambda tensors: tensors[NAME].view(-1)[7].fill_(float("nan")), f"{NAME} holds values that are no finite"),
-    (lambda tensors: tensors[NAME].view(-1)[7].fill_(float("inf")), f"{NAME} holds values that are no finite"),
-    (lambda tensors: tensors.update({NAME: tensors[NAME].long()}), f"{NAME} holds values that are no finite"),
-    (lambda tensors: tensors[NAME].zero_(), f"{NAME} is all zero"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda tensors: tensors.pop(NAME), f"lacks the tensor {NAME}"),
+        (lambda tensors: tensors.update({"audio_tokenizer.output_proj.x": torch.ones(1)}), "unexpected tensor"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME][:, :, :3]}), "has shape"),
+        (lambda tensors: tensors[NAME].view(-1)[7].fill_(float("nan")), f"{NAME} holds values that are no finite"),
+        (lambda tensors: tensors[NAME].view(-1)[7].fill_(float("inf")), f"{NAME} holds values that are no finite"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].long()}), f"{NAME} holds values that are no finite"),
+        (lambda tensors: tensors[NAME].zero_(), f"{NAME} is all zero"),
+    ],
+)
 def test_encoders_that_do_not_fit_are_refused(folder, tmp_path, change, message):
     encoder = write_encoder(tmp_path / "encoder.safetensors", folder, change=change)
     before = snapshot(folder)
@@ -387,7 +412,7 @@ def test_in_place_needs_an_original_to_go_back_to(folder, encoder, tmp_path):
 
 def test_too_little_disk_is_refused_before_writing(folder, encoder, tmp_path, monkeypatch):
     before, usage = snapshot(folder), shutil.disk_usage(folder)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 ** 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     for output in (tmp_path / "out", None):
         with pytest.raises(CheckpointError, match="GB of disk"):
             inject(folder, encoder, output=output)
@@ -405,12 +430,14 @@ def test_a_backup_of_another_checkpoint_is_refused(folder, encoder):
 
 # ---------------------------------------------------------------- kills and full disks
 
+
 @pytest.fixture(scope="module")
 def mid_size(tmp_path_factory):
     """A checkpoint of about 50 MB, two encoders and an adapter."""
     base = tmp_path_factory.mktemp("mid")
-    raw = small_params(backbone={"dim": 256, "vocab_size": 40_000, "hidden_dim": 1024},
-                       codec={"dim": 256, "hidden_dim": 512})
+    raw = small_params(
+        backbone={"dim": 256, "vocab_size": 40_000, "hidden_dim": 1024}, codec={"dim": 256, "hidden_dim": 512}
+    )
     write_random_checkpoint(base / "checkpoint", raw, {"alpha": 20}, n_text_tokens=500)
     for seed in (1, 2):
         write_encoder(base / f"encoder_{seed}.safetensors", base / "checkpoint", seed)
@@ -547,9 +574,20 @@ def test_a_full_disk_leaves_everything_as_it_was(mid_size, tmp_path, share):
     limit = int(share * (folder / WEIGHTS).stat().st_size)
     for arguments in (["--in-place"], ["--output", str(tmp_path / "out")]):
         process = subprocess.run(
-            [sys.executable, ROOT / "inject_encoder.py", "--checkpoint", folder, *arguments, "--encoder",
-             mid_size / "encoder_1.safetensors"], capture_output=True, text=True, cwd=ROOT,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+            [
+                sys.executable,
+                ROOT / "inject_encoder.py",
+                "--checkpoint",
+                folder,
+                *arguments,
+                "--encoder",
+                mid_size / "encoder_1.safetensors",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
         assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
         assert "File too large" in process.stderr and "Traceback" not in process.stderr
         after = {name: value for name, value in snapshot(folder).items() if not name.startswith((BACKUP, RECORD))}
@@ -557,6 +595,7 @@ def test_a_full_disk_leaves_everything_as_it_was(mid_size, tmp_path, share):
 
 
 # ---------------------------------------------------------------- the script
+
 
 def run_script(capsys, *arguments):
     """-> (exit code, stdout, stderr) of inject_encoder.py in this process."""
@@ -601,8 +640,7 @@ def test_verify_notices_another_encoder_and_counts_changes(folder, encoder, tmp_
     codes = torch.zeros(1, 37, 4)
     changed = codes.clone()
     changed[0, 0, 0] = changed[0, 5, :3] = 1
-    assert changed_shares(changed, codes) == ("25.00% of the semantic codes, "
-                                                             "2.08% of the acoustic levels")  # 3 of 144
+    assert changed_shares(changed, codes) == ("25.00% of the semantic codes, 2.08% of the acoustic levels")  # 3 of 144
 
 
 def test_script_says_errors_in_one_sentence_and_warns_of_lost_voices(folder, encoder, tmp_path, monkeypatch, capsys):
@@ -622,10 +660,18 @@ def test_script_says_errors_in_one_sentence_and_warns_of_lost_voices(folder, enc
 
 # ---------------------------------------------------------------- JSON, one member at a time
 
-@pytest.mark.parametrize("text", [
-    '{"a": {"b": 1}}', '{"a":{"b":1}}', '{"a": {}}',
-    '{\n    "x": "}\\"{",\n    "a": {\n        "b": 1e5,\n        "c": [{}]\n    }\n}\n',
-    '{\r\n\t"a" : {\r\n\t\t"b" : 1\r\n\t}\r\n}', '{"é": "\\u00e9", "a": {"b": null, "é": 2}} \n'])
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": {"b": 1}}',
+        '{"a":{"b":1}}',
+        '{"a": {}}',
+        '{\n    "x": "}\\"{",\n    "a": {\n        "b": 1e5,\n        "c": [{}]\n    }\n}\n',
+        '{\r\n\t"a" : {\r\n\t\t"b" : 1\r\n\t}\r\n}',
+        '{"é": "\\u00e9", "a": {"b": null, "é": 2}} \n',
+    ],
+)
 def test_members_are_added_as_the_others_are_written_and_taken_out_again(text):
     added = set_json(text, ["a", "new"], 7)
     wanted = json.loads(text)

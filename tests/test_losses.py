@@ -1,4 +1,5 @@
 """Every loss against values worked out by hand; padding never counts."""
+
 import math
 from functools import partial
 
@@ -6,11 +7,23 @@ import pytest
 import torch
 
 from voxtral.discriminator import DiscriminatorConfig, DiscriminatorLoss, Discriminators, FoldedConv2d, feature_loss
-from voxtral.losses import (Balancer, MelDistance, clip_mean, codebook_scale, codes_loss, commitment_loss, discriminator_hinge_loss,
-                            diversity_loss, feature_matching_loss, l1_loss, stft_distance, stft_loss, stft_magnitude)
+from voxtral.losses import (
+    Balancer,
+    MelDistance,
+    clip_mean,
+    codebook_scale,
+    codes_loss,
+    commitment_loss,
+    discriminator_hinge_loss,
+    diversity_loss,
+    feature_matching_loss,
+    l1_loss,
+    stft_distance,
+    stft_loss,
+    stft_magnitude,
+)
 from voxtral.params import CodecParams
 from voxtral.quantizer import Quantizer
-
 
 FULL = torch.tensor([4800, 4800])
 
@@ -28,7 +41,9 @@ def test_stft_magnitude_of_a_sine_at_a_bin():
     n, k = 64, 8
     x = torch.cos(2 * math.pi * k / n * torch.arange(640.0))[None, None]
     magnitude = stft_magnitude(x, n, False)[0, :, 20]
-    assert magnitude[k].item() == pytest.approx(n / 4, rel=1e-4)  # the Hann window sums to n / 2, a cosine has half of it per side
+    assert magnitude[k].item() == pytest.approx(
+        n / 4, rel=1e-4
+    )  # the Hann window sums to n / 2, a cosine has half of it per side
     assert stft_magnitude(x, n, True)[0, k, 20].item() == pytest.approx(n / 4 / math.sqrt(n), rel=1e-4)
 
 
@@ -50,7 +65,9 @@ def test_mel_and_stft_distance_of_a_scaled_signal():
     assert stft_distance(0.5 * x, x, lengths).item() == pytest.approx(2 * math.log10(4) + linear, rel=0.01)
 
 
-@pytest.mark.parametrize("distance", [l1_loss, lambda a, b, n: stft_loss(a, b, n, [256]), MelDistance(24000), stft_distance])
+@pytest.mark.parametrize(
+    "distance", [l1_loss, lambda a, b, n: stft_loss(a, b, n, [256]), MelDistance(24000), stft_distance]
+)
 def test_identical_is_zero_and_padding_does_not_count(distance):
     x, y = noise(2, 1, 4800), noise(2, 1, 4800, seed=1)
     assert distance(x, x, FULL).item() == 0
@@ -64,13 +81,15 @@ def test_identical_is_zero_and_padding_does_not_count(distance):
 def test_two_halves_of_a_batch_average_to_the_whole():
     x, y, lengths = noise(4, 1, 4800), noise(4, 1, 4800, seed=1), torch.tensor([4800, 3000, 2000, 4800])
     whole = stft_loss(x, y, lengths, [256])
-    halves = [stft_loss(x[i:i + 2], y[i:i + 2], lengths[i:i + 2], [256]) for i in (0, 2)]
+    halves = [stft_loss(x[i : i + 2], y[i : i + 2], lengths[i : i + 2], [256]) for i in (0, 2)]
     assert whole.item() == pytest.approx(sum(h.item() for h in halves) / 2, rel=1e-6)
 
 
 def test_gradient_is_finite_in_silence():
     x = torch.zeros(1, 1, 4800, requires_grad=True)
-    (stft_loss(x, torch.zeros(1, 1, 4800), FULL[:1], [256]) + MelDistance(24000)(x, noise(1, 1, 4800), FULL[:1])).backward()
+    (
+        stft_loss(x, torch.zeros(1, 1, 4800), FULL[:1], [256]) + MelDistance(24000)(x, noise(1, 1, 4800), FULL[:1])
+    ).backward()
     assert x.grad.isfinite().all()
 
 
@@ -89,8 +108,12 @@ def test_diversity_is_zero_when_uniform_and_one_when_collapsed():
     spread = (codebook.T + 1e-3)[None]  # [1, 4, 4]: every entry once
     assert diversity_loss(spread, codebook, torch.tensor(1.0), torch.tensor([4])).item() == pytest.approx(0, abs=1e-5)
     collapsed = codebook.T[None, :, :1].expand(1, 4, 4) + 1e-3
-    assert diversity_loss(collapsed, codebook, torch.tensor(1.0), torch.tensor([4])).item() == pytest.approx(1, abs=1e-5)
-    assert diversity_loss(spread, codebook, torch.tensor(1.0), torch.tensor([1])).item() == pytest.approx(1, abs=1e-5)  # three frames are padding
+    assert diversity_loss(collapsed, codebook, torch.tensor(1.0), torch.tensor([4])).item() == pytest.approx(
+        1, abs=1e-5
+    )
+    assert diversity_loss(spread, codebook, torch.tensor(1.0), torch.tensor([1])).item() == pytest.approx(
+        1, abs=1e-5
+    )  # three frames are padding
 
 
 def test_diversity_gradient_spreads_codes():
@@ -119,7 +142,10 @@ def test_hinge_values():
 
 
 def test_feature_matching_values():
-    real, fake = [[torch.zeros(1, 2, 4, 3), torch.zeros(1, 1, 4, 3)]], [[torch.full((1, 2, 4, 3), 2.0), torch.full((1, 1, 4, 3), 4.0)]]
+    real, fake = (
+        [[torch.zeros(1, 2, 4, 3), torch.zeros(1, 1, 4, 3)]],
+        [[torch.full((1, 2, 4, 3), 2.0), torch.full((1, 1, 4, 3), 4.0)]],
+    )
     assert feature_matching_loss(real, fake, torch.ones(1)).item() == pytest.approx(3)
     for maps in fake[0]:
         maps[:, :, 2:] = 0  # silent padding is equal on both sides
@@ -128,8 +154,16 @@ def test_feature_matching_values():
 
 
 @pytest.mark.parametrize("frames, bins", [(30, 40), (13, 35), (3, 9), (1, 20)])
-@pytest.mark.parametrize("channels, kernel, stride, dilation, fold", [
-    ((2, 6), (3, 9), 1, 1, 8), ((6, 6), (3, 9), 2, 1, 2), ((6, 6), (3, 9), 2, 4, 2), ((6, 1), (3, 3), 1, 1, 1), ((6, 1), (3, 3), 1, 2, 8)])
+@pytest.mark.parametrize(
+    "channels, kernel, stride, dilation, fold",
+    [
+        ((2, 6), (3, 9), 1, 1, 8),
+        ((6, 6), (3, 9), 2, 1, 2),
+        ((6, 6), (3, 9), 2, 4, 2),
+        ((6, 1), (3, 3), 1, 1, 1),
+        ((6, 1), (3, 3), 1, 2, 8),
+    ],
+)
 def test_a_folded_convolution_is_the_plain_one(channels, kernel, stride, dilation, fold, frames, bins):
     conv = FoldedConv2d(*channels, kernel, stride, dilation, fold).double()
     x = torch.randn(2, channels[0], frames, bins, dtype=torch.double, requires_grad=True)
@@ -145,7 +179,9 @@ def test_feature_matching_moves_the_reconstruction_alone():
     real, fake = noise(2, 1, 4800), noise(2, 1, 4800, seed=1).requires_grad_()
     _, *maps = DiscriminatorLoss(discriminators)(real, fake, torch.ones(2))
     loss = feature_loss(discriminators, fake, torch.ones(2), *maps)
-    assert loss.item() == pytest.approx(feature_matching_loss([maps], [discriminators(fake)[0][:-1]], torch.ones(2)).item())
+    assert loss.item() == pytest.approx(
+        feature_matching_loss([maps], [discriminators(fake)[0][:-1]], torch.ones(2)).item()
+    )
     loss.backward()
     assert fake.grad.abs().sum() > 0 and all(parameter.grad is None for parameter in discriminators.parameters())
 

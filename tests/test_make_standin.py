@@ -1,4 +1,5 @@
 """make_standin.py: a whole codec and a language model are trained, cut in two, and the halves fit together."""
+
 import json
 import shutil
 from pathlib import Path
@@ -7,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import stopped
 from safetensors.torch import load_file
 
 import inject_encoder
 import make_standin
-from conftest import stopped
 from voxtral.checkpoint import ENCODER_PREFIXES, Checkpoint
 from voxtral.codec import VoxtralCodec
 from voxtral.data import load_segment
@@ -34,12 +35,25 @@ def config(tmp_path_factory):
     (folder / "train.csv").write_text("path,speaker\n" + rows)
     content = yaml.safe_load((ROOT / "configs" / "standin_small.yaml").read_text())
     del content["language_model"]
-    content |= {"output_dir": str(folder / "run"), "device": "cpu",
-                "standin": {"codec": {"dim": 32, "hidden_dim": 48, "head_dim": 8, "semantic_codebook_size": 40},
-                            "n_text_tokens": 300, "voices": {"low": "k_am_adam", "high": "k_af_heart"}},
-                "optimizer": {"warmup_steps": 1}, "loss": {"mel": 1.0, "feature": 0.0, "asr": 0.0}}
-    content["data"] |= {"data_root": str(folder), "sources": [{"kind": "manifest", "path": "train.csv"}], "batch_size": 2, "num_workers": 0, "max_sec": 0.48,
-                        "validation": {"clips": 1, "speakers": ["m_f12"]}}
+    content |= {
+        "output_dir": str(folder / "run"),
+        "device": "cpu",
+        "standin": {
+            "codec": {"dim": 32, "hidden_dim": 48, "head_dim": 8, "semantic_codebook_size": 40},
+            "n_text_tokens": 300,
+            "voices": {"low": "k_am_adam", "high": "k_af_heart"},
+        },
+        "optimizer": {"warmup_steps": 1},
+        "loss": {"mel": 1.0, "feature": 0.0, "asr": 0.0},
+    }
+    content["data"] |= {
+        "data_root": str(folder),
+        "sources": [{"kind": "manifest", "path": "train.csv"}],
+        "batch_size": 2,
+        "num_workers": 0,
+        "max_sec": 0.48,
+        "validation": {"clips": 1, "speakers": ["m_f12"]},
+    }
     content["train"] |= {"max_steps": 2, "precision": "fp32", "validate_every_steps": 2, "save_every_steps": 2}
     path = folder / "standin.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -62,11 +76,16 @@ def test_released_folder_lacks_exactly_the_encoder(made):
 
 def test_every_part_of_the_codec_was_trained(made):
     before, after = (VoxtralCodec.from_checkpoint(made / name) for name in ("initial", "released"))
-    for name in ("decoder_blocks.0.conv.parametrizations.weight.original1", "output_proj.conv.parametrizations.weight.original1",
-                 "quantizer.semantic_codebook.embedding_sum"):
+    for name in (
+        "decoder_blocks.0.conv.parametrizations.weight.original1",
+        "output_proj.conv.parametrizations.weight.original1",
+        "quantizer.semantic_codebook.embedding_sum",
+    ):
         assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
     best = load_file(made / "best" / "encoder.safetensors")
-    assert all(torch.equal(t, best[name].bfloat16()) for name, t in load_file(made / "withheld_encoder.safetensors").items())
+    assert all(
+        torch.equal(t, best[name].bfloat16()) for name, t in load_file(made / "withheld_encoder.safetensors").items()
+    )
 
 
 def test_presets_are_embeddings_of_training_speakers_by_the_true_encoder(made):
@@ -90,24 +109,52 @@ def test_a_codebook_to_be_trained_starts_among_the_latents(made):
 def test_an_encoder_anew_and_a_decoder_alone_follow_where_they_are_given_steps(config, made, tmp_path):
     """The encoder that is withheld is the second one; the decoder has moved from the first run's; the codebook has not."""
     run = tmp_path / "run"
-    make_standin.main(["--config", str(config), f"output_dir={run}", "standin.encoder_steps=2", "standin.decoder_steps=2"])
+    make_standin.main(
+        ["--config", str(config), f"output_dir={run}", "standin.encoder_steps=2", "standin.decoder_steps=2"]
+    )
     first, second = load_file(run / "best" / "encoder.safetensors"), load_file(run / "withheld_encoder.safetensors")
-    assert not any(torch.equal(second[name], tensor.bfloat16()) for name, tensor in first.items() if "original1" in name)
+    assert not any(
+        torch.equal(second[name], tensor.bfloat16()) for name, tensor in first.items() if "original1" in name
+    )
     started = [VoxtralCodec.from_checkpoint(run / stage / "initial").has_encoder for stage in ("encoder", "decoder")]
     assert started == [False, True]  # the one is fresh, the other learns from it
-    before, after = (VoxtralCodec.from_checkpoint(folder).state_dict() for folder in (made / "released", run / "released"))
-    moved = {name for name in before if name.startswith(("decoder_blocks", "output_proj")) and not torch.equal(before[name], after[name])}
+    before, after = (
+        VoxtralCodec.from_checkpoint(folder).state_dict() for folder in (made / "released", run / "released")
+    )
+    moved = {
+        name
+        for name in before
+        if name.startswith(("decoder_blocks", "output_proj")) and not torch.equal(before[name], after[name])
+    }
     assert any("original1" in name for name in moved)
-    assert torch.equal(before["quantizer.semantic_codebook.embedding_sum"], after["quantizer.semantic_codebook.embedding_sum"])
+    assert torch.equal(
+        before["quantizer.semantic_codebook.embedding_sum"], after["quantizer.semantic_codebook.embedding_sum"]
+    )
 
 
 def test_training_goes_on_from_a_stand_in_with_its_encoder(config, made, tmp_path):
     """At a learning rate that moves nothing, the halves stay what they were."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    inject_encoder.main(["--checkpoint", str(made / "released"), "--encoder", str(made / "withheld_encoder.safetensors"),
-                         "--output", str(whole)])
-    make_standin.main(["--config", str(config), f"checkpoint={whole}", "encoder=checkpoint", f"output_dir={run}",
-                       "optimizer.learning_rate=1e-12"])
+    inject_encoder.main(
+        [
+            "--checkpoint",
+            str(made / "released"),
+            "--encoder",
+            str(made / "withheld_encoder.safetensors"),
+            "--output",
+            str(whole),
+        ]
+    )
+    make_standin.main(
+        [
+            "--config",
+            str(config),
+            f"checkpoint={whole}",
+            "encoder=checkpoint",
+            f"output_dir={run}",
+            "optimizer.learning_rate=1e-12",
+        ]
+    )
     before, after = (load_file(folder / "withheld_encoder.safetensors") for folder in (made, run))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert not (run / "initial").exists()
@@ -115,17 +162,27 @@ def test_training_goes_on_from_a_stand_in_with_its_encoder(config, made, tmp_pat
 
 def test_a_start_of_other_sizes_is_refused(config, made, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        make_standin.main(["--config", str(config), f"checkpoint={made / 'released'}", "standin.codec.hidden_dim=64",
-                           f"output_dir={tmp_path / 'run'}"])
+        make_standin.main(
+            [
+                "--config",
+                str(config),
+                f"checkpoint={made / 'released'}",
+                "standin.codec.hidden_dim=64",
+                f"output_dir={tmp_path / 'run'}",
+            ]
+        )
     assert end.value.code == 2 and "other sizes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["standin.codec.dims=3"], "standin.codec.dims"),
-    (["standin.voices.low=nobody"], "standin.voices.low"),
-    (["standin.voices.low=m_f12"], "no training clip is of the speaker m_f12"),
-    (["data.data_root=nowhere"], "nowhere/train.csv"),
-])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["standin.codec.dims=3"], "standin.codec.dims"),
+        (["standin.voices.low=nobody"], "standin.voices.low"),
+        (["standin.voices.low=m_f12"], "no training clip is of the speaker m_f12"),
+        (["data.data_root=nowhere"], "nowhere/train.csv"),
+    ],
+)
 def test_mistakes_are_named_before_anything_is_written(config, tmp_path, capsys, overrides, message):
     with pytest.raises(SystemExit) as end:
         make_standin.main(["--config", str(config), f"output_dir={tmp_path / 'run'}", *overrides])
@@ -134,9 +191,16 @@ def test_mistakes_are_named_before_anything_is_written(config, tmp_path, capsys,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--random"], ["--random", "--config", "x.yaml"],
-                                       ["--config", "configs/standin_small.yaml", "--output", "x"],
-                                       ["--random", "--output", "x", "train.max_steps=1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--random"],
+        ["--random", "--config", "x.yaml"],
+        ["--config", "configs/standin_small.yaml", "--output", "x"],
+        ["--random", "--output", "x", "train.max_steps=1"],
+    ],
+)
 def test_arguments_that_do_not_fit_together(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         make_standin.main(arguments)
@@ -154,23 +218,40 @@ def test_random_checkpoint(tmp_path, size, dim, n_voices):
 
 # ---------------------------------------------------------------- the language model
 
+
 @pytest.fixture(scope="module")
 def talking(config):
     """The config with two texts a speaker, and a language model of three steps."""
     folder = config.parent
     for name in CLIPS:
         shutil.copy(ROOT / "assets" / "speech" / name.replace("_0", "_1"), folder)
-    rows = "".join(f"{name},{name[:-7]},says {i}\n" for i, name in enumerate(CLIPS + [name.replace("_0", "_1") for name in CLIPS]))
+    rows = "".join(
+        f"{name},{name[:-7]},says {i}\n" for i, name in enumerate(CLIPS + [name.replace("_0", "_1") for name in CLIPS])
+    )
     (folder / "talk.csv").write_text("path,speaker,text\n" + rows)
     content = yaml.safe_load(config.read_text())
     content["output_dir"] = str(folder / "talking")
-    content["standin"] |= {"n_text_tokens": 256, "backbone": {"dim": 32, "hidden_dim": 48, "n_heads": 2, "n_kv_heads": 2, "vocab_size": 1280},
-                           "acoustic": {"hidden_dim": 48, "n_heads": 2, "n_kv_heads": 2}}
-    content["language_model"] = yaml.safe_load((ROOT / "configs" / "standin_small.yaml").read_text())["language_model"] | {
-        "speeds": [0.9, 1.0], "offsets_ms": [0, 40], "reference_sec": [0.5, 1.0]}
-    content["language_model"]["data"] |= {"sources": [{"kind": "manifest", "path": "talk.csv"}], "batch_size": 2, "num_workers": 0,
-                                          "max_sec": 1.5, "validation": {"clips": 9, "speakers": ["m_f12"]}}
-    content["language_model"]["train"] |= {"max_steps": 3, "log_every_steps": 1, "validate_every_steps": 2, "save_every_steps": 2}
+    content["standin"] |= {
+        "n_text_tokens": 256,
+        "backbone": {"dim": 32, "hidden_dim": 48, "n_heads": 2, "n_kv_heads": 2, "vocab_size": 1280},
+        "acoustic": {"hidden_dim": 48, "n_heads": 2, "n_kv_heads": 2},
+    }
+    content["language_model"] = yaml.safe_load((ROOT / "configs" / "standin_small.yaml").read_text())[
+        "language_model"
+    ] | {"speeds": [0.9, 1.0], "offsets_ms": [0, 40], "reference_sec": [0.5, 1.0]}
+    content["language_model"]["data"] |= {
+        "sources": [{"kind": "manifest", "path": "talk.csv"}],
+        "batch_size": 2,
+        "num_workers": 0,
+        "max_sec": 1.5,
+        "validation": {"clips": 9, "speakers": ["m_f12"]},
+    }
+    content["language_model"]["train"] |= {
+        "max_steps": 3,
+        "log_every_steps": 1,
+        "validate_every_steps": 2,
+        "save_every_steps": 2,
+    }
     path = folder / "talking.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
@@ -216,6 +297,7 @@ def test_the_release_speaks_with_the_language_model_that_was_trained(talked):
 def test_a_kill_between_stages_goes_on_to_the_same_release(talking, talked, tmp_path, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
+
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(make_standin.train_full_pipeline, "train", die)
@@ -235,16 +317,23 @@ def test_a_stop_request_at_the_end_of_a_stage_begins_no_other(talking, tmp_path,
     assert not (tmp_path / "run" / "whole").exists() and not (tmp_path / "run" / "released").exists()
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["language_model.data.sources=[{kind: manifest, path: train.csv}]"], "columns path, speaker and text"),
-    (["language_model.data.validation.speakers=[nobody]"], "nobody"),
-    (["language_model.whisper=/nowhere.pt"], "/nowhere.pt"),
-    (["language_model.train.max_steps=null"], "language_model.train.max_steps"),
-    (["language_model.reference_sec=[3, 1]"], "reference_sec"),
-    (["language_model.loss.hidden=1"], "hidden"),
-    (["standin.n_text_tokens=300"], "vocab_size"),
-    (["language_model.train.dropuot=1"], "language_model.train.dropout"),
-])
-def test_mistakes_of_the_language_model_are_named_before_anything_is_written(talking, tmp_path, refused, overrides, message):
-    assert message in refused(make_standin.main, ["--config", str(talking), f"output_dir={tmp_path / 'run'}", *overrides])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["language_model.data.sources=[{kind: manifest, path: train.csv}]"], "columns path, speaker and text"),
+        (["language_model.data.validation.speakers=[nobody]"], "nobody"),
+        (["language_model.whisper=/nowhere.pt"], "/nowhere.pt"),
+        (["language_model.train.max_steps=null"], "language_model.train.max_steps"),
+        (["language_model.reference_sec=[3, 1]"], "reference_sec"),
+        (["language_model.loss.hidden=1"], "hidden"),
+        (["standin.n_text_tokens=300"], "vocab_size"),
+        (["language_model.train.dropuot=1"], "language_model.train.dropout"),
+    ],
+)
+def test_mistakes_of_the_language_model_are_named_before_anything_is_written(
+    talking, tmp_path, refused, overrides, message
+):
+    assert message in refused(
+        make_standin.main, ["--config", str(talking), f"output_dir={tmp_path / 'run'}", *overrides]
+    )
     assert not (tmp_path / "run").exists()

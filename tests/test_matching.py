@@ -1,4 +1,5 @@
 """Statistics of known codes and the loss on them."""
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +46,9 @@ def test_statistics_are_those_of_adjacent_valid_frames():
     frames, lengths = torch.randn(3, 2, 9), [9, 4, 1]
     valid = torch.arange(9) < torch.tensor(lengths)[:, None]
     mean, covariance = mean_and_covariance(*pair_sums(frames, valid))
-    pairs = np.array([np.concatenate([frames[b, :, t], frames[b, :, t + 1]]) for b, n in enumerate(lengths) for t in range(n - 1)])
+    pairs = np.array(
+        [np.concatenate([frames[b, :, t], frames[b, :, t + 1]]) for b, n in enumerate(lengths) for t in range(n - 1)]
+    )
     assert len(pairs) == 11
     np.testing.assert_allclose(mean, pairs.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(covariance, np.cov(pairs.T, bias=True), atol=1e-5)
@@ -56,7 +59,9 @@ def test_codes_that_are_distributed_alike_cost_nothing(codec):
     matching = CodeMatching(codes, codec, "cpu")
     same = matching(output_of(codec, torch.stack(codes)), torch.full((6,), 40))
     assert same.item() < 1e-6
-    other = CodeMatching(codes, codec, "cpu")(output_of(codec, random_codes(6, 37, 40, seed=9) // 2), torch.full((6,), 40))
+    other = CodeMatching(codes, codec, "cpu")(
+        output_of(codec, random_codes(6, 37, 40, seed=9) // 2), torch.full((6,), 40)
+    )
     assert other.item() > 0.1
 
 
@@ -64,8 +69,10 @@ def test_padding_does_not_count(codec):
     codes, n_frames = random_codes(2, 37, 12), torch.tensor([12, 7])
     padded = codes.clone()
     padded[1, :, 7:] = 0
-    losses = [CodeMatching([random_codes(37, 50, seed=3)], codec, "cpu")(output_of(codec, one), n_frames).item()
-              for one in (codes, padded)]
+    losses = [
+        CodeMatching([random_codes(37, 50, seed=3)], codec, "cpu")(output_of(codec, one), n_frames).item()
+        for one in (codes, padded)
+    ]
     assert losses[0] == losses[1]
 
 
@@ -80,8 +87,11 @@ def test_the_value_is_what_is_said(codec):
     def statistics(clips):
         pairs = np.concatenate([np.concatenate([clip[:, :-1], clip[:, 1:]]) for clip in clips], axis=1)
         return pairs.mean(1), np.cov(pairs, bias=True)
+
     (mean, covariance), (wanted_mean, wanted_covariance) = statistics(both), statistics([unit])
-    expected = np.square(mean - wanted_mean).mean() + COVARIANCE_WEIGHT * np.square(covariance - wanted_covariance).mean()
+    expected = (
+        np.square(mean - wanted_mean).mean() + COVARIANCE_WEIGHT * np.square(covariance - wanted_covariance).mean()
+    )
     assert matching(output_of(codec, heard), torch.full((2,), 11)).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -95,7 +105,7 @@ def test_the_gradient_leads_to_the_known_statistics(codec):
         output = output_of(codec, high)
         matching(output, torch.full((4,), 20)).backward()
         norms.append(output.latent.grad.norm().item())
-    acoustic = output.latent.grad[:, PARAMS.semantic_dim:]
+    acoustic = output.latent.grad[:, PARAMS.semantic_dim :]
     assert acoustic.mean() > 0 and (acoustic > 0).float().mean() > 0.7
     assert norms[-1] == pytest.approx(norms[0], rel=0.02)
 
@@ -110,7 +120,9 @@ def test_the_average_runs_and_is_resumed(codec):
     assert one.running[0].requires_grad is False
     before = one.running[0].clone()
     other.load_state_dict(one.state_dict())
-    assert [one(batch, n_frames).item() for batch in batches[20:]] == [other(batch, n_frames).item() for batch in batches[20:]]
+    assert [one(batch, n_frames).item() for batch in batches[20:]] == [
+        other(batch, n_frames).item() for batch in batches[20:]
+    ]
     assert not torch.equal(one.running[0], before)
 
 
@@ -139,7 +151,9 @@ def test_known_codes_skips_and_lists_what_it_cannot_use(tmp_path):
     assert "shape [5, 5]" in bad[0][1] and "unreadable" in bad[1][1] and "outside the codebooks" in bad[2][1]
 
 
-@pytest.mark.parametrize("clips, words", [([random_codes(37, 1)], "all are shorter"), ([random_codes(4, 9)], r"shape \[4, 9\]")])
+@pytest.mark.parametrize(
+    "clips, words", [([random_codes(37, 1)], "all are shorter"), ([random_codes(4, 9)], r"shape \[4, 9\]")]
+)
 def test_a_folder_without_codes_is_an_error(tmp_path, clips, words):
     with pytest.raises(DataError, match=f"match.codes.*{words}"):
         known_codes(folder_of(tmp_path, clips), PARAMS)

@@ -1,4 +1,5 @@
 """benchmarks/on_gpus.sh: which commands it runs where, and that their settings are ones that exist."""
+
 import json
 import os
 import subprocess
@@ -10,7 +11,11 @@ import pytest
 from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, load_config
 
 ROOT = Path(__file__).parents[1]
-CLEAN = {name: value for name, value in os.environ.items() if name not in ("STAGES", "MID_STEPS", "ROW_STEPS", "SEEDS", "MINUTES")}
+CLEAN = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("STAGES", "MID_STEPS", "ROW_STEPS", "SEEDS", "MINUTES")
+}
 STUB = """#!{python}
 import json, os, sys, time
 if sys.argv[1] == "-c":
@@ -31,8 +36,14 @@ def calls_of(tmp_path, gpus, **environment) -> list[list[str]]:
     for name in ("python", "torchrun"):
         (tmp_path / name).write_text(STUB.format(python=sys.executable, gpus=gpus, calls=tmp_path / "calls"))
         (tmp_path / name).chmod(0o755)
-    subprocess.run([ROOT / "benchmarks/on_gpus.sh", "speech", "base", "out"], cwd=tmp_path, check=True, timeout=60,
-                   env=CLEAN | environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True)
+    subprocess.run(
+        [ROOT / "benchmarks/on_gpus.sh", "speech", "base", "out"],
+        cwd=tmp_path,
+        check=True,
+        timeout=60,
+        env=CLEAN | environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+    )
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     parts = (tmp_path / "out" / "parts.txt").read_text().splitlines()
     assert len(parts) == len(calls) and len({part.split(":")[0] for part in parts}) == len(parts)
@@ -43,8 +54,16 @@ def test_settings_exist_and_both_gpus_are_used(tmp_path):
     calls = calls_of(tmp_path, 2)
     assert {call[0] for call in calls} == {"0", "1", "0,1"}
     scripts = [next(word for word in call[1:] if word.endswith(".py") or word == "pytest") for call in calls]
-    assert {Path(script).stem for script in scripts} == {"make_standin", "train_encoder", "train_step", "withheld_encoder",
-                                                        "code_limits", "evaluate", "pytest", "loss_curves"}
+    assert {Path(script).stem for script in scripts} == {
+        "make_standin",
+        "train_encoder",
+        "train_step",
+        "withheld_encoder",
+        "code_limits",
+        "evaluate",
+        "pytest",
+        "loss_curves",
+    }
     for call, script in zip(calls, scripts):
         overrides = [word for word in call if "=" in word and word.split("=")[0] not in ("batch", "seconds")]
         if script in ("train_encoder.py", "benchmarks/train_step.py"):
@@ -69,9 +88,12 @@ def test_some_stages_alone(tmp_path):
 def test_encoders_are_trained_when_the_standin_is_there_and_as_long_as_the_minutes_last(tmp_path):
     standin, *others = calls_of(tmp_path, 2, STAGES="standin,rows+longer", MINUTES="7")
     assert standin[:2] == ["0", "make_standin.py"] and {(call[0], call[1]) for call in others} == {
-        (gpu, "benchmarks/withheld_encoder.py") for gpu in "01"}  # beside each other
+        (gpu, "benchmarks/withheld_encoder.py") for gpu in "01"
+    }  # beside each other
     assert all(call[call.index("--minutes") + 1] == "7" for call in others)
-    assert [call[call.index("--at-once") + 1] for call in others if "--at-once" in call] == ["2"]  # rows: two on each GPU
+    assert [call[call.index("--at-once") + 1] for call in others if "--at-once" in call] == [
+        "2"
+    ]  # rows: two on each GPU
 
 
 def test_rows_alone_take_both_gpus(tmp_path):

@@ -1,4 +1,5 @@
 """The presets back to codes: those of the embedded stand-in, and made-up ones whose codes are known."""
+
 import shutil
 from pathlib import Path
 
@@ -41,8 +42,13 @@ def random_codes(codec, n_frames, seed=0):
 def test_every_frame_of_the_standins_presets_comes_back():
     found = preset_codes(VoxtralCodec.from_checkpoint(STANDIN), STANDIN)
     assert [(name, preset.codes.shape[1]) for name, preset in found.items()] == [
-        ("casual_female", 45), ("casual_male", 42), ("cheerful_female", 43), ("neutral_male", 45),
-        ("neutral_female", 37), ("deep_male", 41)]
+        ("casual_female", 45),
+        ("casual_male", 42),
+        ("cheerful_female", 43),
+        ("neutral_male", 45),
+        ("neutral_female", 37),
+        ("deep_male", 41),
+    ]
     table = Checkpoint(STANDIN).read([EMBEDDING_NAME])[EMBEDDING_NAME].double()
     for name, preset in found.items():
         assert preset.exact.all() and preset.errors.max() < 0.0025 and not preset.problem

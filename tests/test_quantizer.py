@@ -1,4 +1,5 @@
 """Quantization by values worked out by hand, and the random choices of training."""
+
 import math
 
 import pytest
@@ -33,6 +34,7 @@ def latents(n_clips, n_frames=4, seed=0):
 
 # ---------------------------------------------------------------- semantic
 
+
 def test_nearest_entry_by_euclidean_distance():
     book = codebook([[1, 0], [0, 1], [100, 0]])
     x = torch.tensor([[0.9, 0.2], [0.2, 0.9], [40, 0], [60, 0]])  # by inner product all four would be the last entry
@@ -55,6 +57,7 @@ def test_entry_without_usage_is_divided_by_the_floor():
 
 
 # ---------------------------------------------------------------- acoustic
+
 
 @pytest.mark.parametrize("level", range(21))
 def test_levels_are_evenly_spaced_and_survive_the_way_back(quantizer, level):
@@ -124,10 +127,10 @@ def test_gradient_passes_straight_through(quantizer, semantic, acoustic):
     latent = latents(1).requires_grad_()
     mixed, _, semantic_ste = run(quantizer, latent, semantic, acoustic)
     upstream = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1))
-    gradient, = torch.autograd.grad((mixed * upstream).sum(), latent, retain_graph=True)
+    (gradient,) = torch.autograd.grad((mixed * upstream).sum(), latent, retain_graph=True)
     assert torch.allclose(gradient[:, :2], upstream[:, :2])
     assert torch.allclose(gradient[:, 2:], upstream[:, 2:] * (1 - latent[:, 2:].tanh() ** 2), atol=1e-6)
-    gradient, = torch.autograd.grad((semantic_ste * upstream[:, :2]).sum(), latent)
+    (gradient,) = torch.autograd.grad((semantic_ste * upstream[:, :2]).sum(), latent)
     assert torch.allclose(gradient[:, :2], upstream[:, :2]) and gradient[:, 2:].abs().sum() == 0
 
 
@@ -140,10 +143,18 @@ def test_shares_over_many_clips(quantizer):
 
     def equal(a, b):
         return ((a - b).abs() < 1e-5).flatten(1).all(dim=1)
+
     semantic = equal(mixed[:, :2], hard[:, :2])
     rounded, passed = equal(mixed[:, 2:], hard[:, 2:]), equal(mixed[:, 2:], squashed)
-    for share, expected in [(semantic, 0.5), (equal(mixed[:, :2], latent[:, :2]), 0.5), (rounded, 0.5), (passed, 0.25),
-                            (~rounded & ~passed, 0.25), (semantic & rounded, 0.25), (semantic & passed, 0.125)]:
+    for share, expected in [
+        (semantic, 0.5),
+        (equal(mixed[:, :2], latent[:, :2]), 0.5),
+        (rounded, 0.5),
+        (passed, 0.25),
+        (~rounded & ~passed, 0.25),
+        (semantic & rounded, 0.25),
+        (semantic & passed, 0.125),
+    ]:
         assert share.float().mean().item() == pytest.approx(expected, abs=0.01)
 
 
@@ -175,6 +186,7 @@ def test_processes_together_draw_what_one_draws():
 
 
 # ---------------------------------------------------------------- the codebook that follows an average
+
 
 def update(book, x, valid=None, **settings):
     valid = torch.ones(len(x), dtype=torch.bool) if valid is None else torch.tensor(valid)
@@ -209,10 +221,14 @@ def test_dead_entries_restart_at_vectors_of_the_batch():
 
 
 def test_vectors_of_padding_change_nothing():
-    books = [codebook([[0, 0], [10, 0]] + [[1000.0, i] for i in range(30)], usage=[1.0] * 2 + [1e-3] * 30) for _ in range(2)]
+    books = [
+        codebook([[0, 0], [10, 0]] + [[1000.0, i] for i in range(30)], usage=[1.0] * 2 + [1e-3] * 30) for _ in range(2)
+    ]
     update(books[0], [[1, 1], [3, 1], [8, 2]])
     update(books[1], [[77, 7], [1, 1], [3, 1], [88, 8], [8, 2], [99, 9]], [False, True, True, False, True, False])
-    assert torch.equal(books[0].embedding_sum, books[1].embedding_sum) and torch.equal(books[0].cluster_usage, books[1].cluster_usage)
+    assert torch.equal(books[0].embedding_sum, books[1].embedding_sum) and torch.equal(
+        books[0].cluster_usage, books[1].cluster_usage
+    )
     assert {tuple(entry) for entry in books[1].embedding[2:].tolist()} == {(1, 1), (3, 1), (8, 2)}
 
 

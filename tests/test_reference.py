@@ -1,4 +1,5 @@
 """Preparing a reference: what is cut, kept, levelled, warned of and refused."""
+
 from pathlib import Path
 
 import numpy as np
@@ -48,18 +49,27 @@ def test_loudness_does_not_depend_on_the_recording_level(tmp_path, factor):
 
 def test_peaks_stay_below_full_scale(tmp_path):
     audio = voice(4, level=0.01)
-    audio[RATE:3 * RATE:4801] = 0.9  # clicks: raising the speech to -23 LUFS would clip them
+    audio[RATE : 3 * RATE : 4801] = 0.9  # clicks: raising the speech to -23 LUFS would clip them
     reference = prepare(tmp_path, audio)
     assert reference.waveform.abs().max() <= 0.951 and loudness(reference) < -24
 
 
-@pytest.mark.parametrize("name,options", [("clip.wav", {}), ("clip.flac", {"subtype": "PCM_16"}),
-                                          ("clip.ogg", {"format": "OGG"}), ("clip.mp3", {"format": "MP3"})])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("clip.wav", {}),
+        ("clip.flac", {"subtype": "PCM_16"}),
+        ("clip.ogg", {"format": "OGG"}),
+        ("clip.mp3", {"format": "MP3"}),
+    ],
+)
 def test_stereo_of_another_rate_in_any_format(tmp_path, name, options):
     mono = voice(4, 44100)
     reference = prepare(tmp_path, np.stack([mono, np.zeros_like(mono)], 1), 44100, name, **options)
     assert reference.seconds == pytest.approx(4.3, abs=0.15)
-    assert any("2 channels: number 1" in note for note in reference.notes) and any("44100" in note for note in reference.notes)
+    assert any("2 channels: number 1" in note for note in reference.notes) and any(
+        "44100" in note for note in reference.notes
+    )
     spectrum = torch.fft.rfft(reference.waveform[0, 0]).abs()
     peak = spectrum.argmax() * RATE / reference.waveform.shape[-1]
     assert peak.item() == pytest.approx(150, abs=5)  # not 150 * 24000 / 44100
@@ -68,7 +78,7 @@ def test_stereo_of_another_rate_in_any_format(tmp_path, name, options):
 def test_offset_and_rumble_are_removed_and_the_voice_is_not(tmp_path):
     t = np.arange(4 * RATE) / RATE
     reference = prepare(tmp_path, voice(4) + 0.1 + 0.2 * np.sin(2 * np.pi * 15 * t).astype(np.float32))
-    spectrum = torch.fft.rfft(reference.waveform[0, 0, :4 * RATE]).abs()
+    spectrum = torch.fft.rfft(reference.waveform[0, 0, : 4 * RATE]).abs()
     frequency = torch.arange(len(spectrum)) / 4
     strength = {hz: spectrum[(frequency - hz).abs() < 2].max() for hz in (15, 150)}
     assert strength[15] < 0.1 * strength[150] and abs(reference.waveform.mean()) < 1e-3
@@ -78,8 +88,8 @@ def test_silence_is_trimmed_and_a_pause_kept_at_the_end(tmp_path):
     reference = prepare(tmp_path, np.concatenate([silence(2), voice(4), silence(3)]))
     assert reference.seconds == pytest.approx(0.1 + 4 + 0.3, abs=0.05)
     level = reference.waveform[0, 0].abs()
-    assert level[-round(0.25 * RATE):].max() < 1e-3 and level[:round(0.08 * RATE)].max() < 1e-3
-    assert level[round(0.15 * RATE):round(0.3 * RATE)].max() > 0.01
+    assert level[-round(0.25 * RATE) :].max() < 1e-3 and level[: round(0.08 * RATE)].max() < 1e-3
+    assert level[round(0.15 * RATE) : round(0.3 * RATE)].max() > 0.01
     (trimmed,) = [float(note.split()[0]) for note in reference.notes if "trimmed" in note]
     assert trimmed == pytest.approx(4.6, abs=0.05)
 
@@ -87,7 +97,7 @@ def test_silence_is_trimmed_and_a_pause_kept_at_the_end(tmp_path):
 def test_a_recording_that_stops_in_a_word_gets_a_pause(tmp_path):
     reference = prepare(tmp_path, voice(4))
     assert reference.seconds == pytest.approx(4.3, abs=0.01)
-    assert reference.waveform[0, 0, -round(0.28 * RATE):].abs().max() == 0
+    assert reference.waveform[0, 0, -round(0.28 * RATE) :].abs().max() == 0
     assert any("silence added" in note for note in reference.notes)
 
 
@@ -103,7 +113,7 @@ def test_long_recordings_are_cut_at_the_last_pause_in_reach(tmp_path):
     reference = prepare(tmp_path, np.concatenate(parts))
     assert reference.seconds == pytest.approx(18.8, abs=0.1)  # 10 + 0.5 + 8 and the pause
     assert reference.warnings == []
-    assert reference.waveform[0, 0, -round(0.25 * RATE):].abs().max() < 1e-3
+    assert reference.waveform[0, 0, -round(0.25 * RATE) :].abs().max() < 1e-3
 
 
 def test_without_a_pause_the_cut_is_hard_and_says_so(tmp_path):
@@ -136,14 +146,17 @@ def test_clipping_noise_and_shortness_draw_warnings(tmp_path):
     assert len(short.warnings) == 1 and "2.4" in short.warnings[0]
 
 
-@pytest.mark.parametrize("audio,message", [
-    (silence(5), "is silent"),
-    (np.random.default_rng(0).normal(0, 1e-4, 5 * RATE).astype(np.float32), "is silent"),
-    (np.concatenate([silence(3), voice(0.6), silence(3)]), "0.6 s of speech"),
-    (voice(0.9), "lasts 0.9 s"),
-    (np.zeros(0, np.float32), "lasts 0.0 s|is empty"),
-    (np.full(5 * RATE, np.nan, np.float32), "not finite"),
-])
+@pytest.mark.parametrize(
+    "audio,message",
+    [
+        (silence(5), "is silent"),
+        (np.random.default_rng(0).normal(0, 1e-4, 5 * RATE).astype(np.float32), "is silent"),
+        (np.concatenate([silence(3), voice(0.6), silence(3)]), "0.6 s of speech"),
+        (voice(0.9), "lasts 0.9 s"),
+        (np.zeros(0, np.float32), "lasts 0.0 s|is empty"),
+        (np.full(5 * RATE, np.nan, np.float32), "not finite"),
+    ],
+)
 def test_what_cannot_be_a_reference_is_refused(tmp_path, audio, message):
     with pytest.raises(BadReference, match=message):
         prepare(tmp_path, audio)

@@ -1,4 +1,5 @@
 """A reference's codes, refined on the recording, on a small random codec."""
+
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def waveform():
 
 @torch.no_grad()
 def distance(codec, codes, waveform):
-    decoded = codec.decode(codes)[..., :waveform.shape[-1]]
+    decoded = codec.decode(codes)[..., : waveform.shape[-1]]
     return MelDistance(24000)(decoded, waveform, torch.tensor([waveform.shape[-1]])).item()
 
 
@@ -80,15 +81,43 @@ def test_a_registered_voice_is_refined_when_asked(checkpoint, codec, monkeypatch
 
 def test_clone_voice_refines_when_asked(checkpoint, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(refinement, "MAX_STEPS", 1)
-    clone_voice.main(["--checkpoint", str(checkpoint), "--reference", str(SPEECH), "--refine", "600", "--text", "Yes.",
-                      "--max-sec", "0.2", "--device", "cpu", "--output", str(tmp_path / "out.wav")])
+    clone_voice.main(
+        [
+            "--checkpoint",
+            str(checkpoint),
+            "--reference",
+            str(SPEECH),
+            "--refine",
+            "600",
+            "--text",
+            "Yes.",
+            "--max-sec",
+            "0.2",
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path / "out.wav"),
+        ]
+    )
     assert "refined in 1 steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script, arguments, words", [
-    (clone_voice, ["--voice", "alpha", "--refine", "5", "--text", "Yes.", "--output", "a.wav"], "--refine needs --ref"),
-    (clone_voice, ["--reference", "a.wav", "--refine", "-1", "--text", "Yes.", "--output", "b.wav"], "--refine is -1"),
-    (patch_tokenizer, ["--voice", "a=a.wav", "--refine", "inf"], "--refine is inf")])
+@pytest.mark.parametrize(
+    "script, arguments, words",
+    [
+        (
+            clone_voice,
+            ["--voice", "alpha", "--refine", "5", "--text", "Yes.", "--output", "a.wav"],
+            "--refine needs --ref",
+        ),
+        (
+            clone_voice,
+            ["--reference", "a.wav", "--refine", "-1", "--text", "Yes.", "--output", "b.wav"],
+            "--refine is -1",
+        ),
+        (patch_tokenizer, ["--voice", "a=a.wav", "--refine", "inf"], "--refine is inf"),
+    ],
+)
 def test_mistakes(checkpoint, refused, script, arguments, words):
     assert words in refused(script.main, ["--checkpoint", str(checkpoint), *arguments])
 

@@ -1,4 +1,5 @@
 """What training scripts share: schedules, the run folder, the log with its guard against divergence."""
+
 import json
 import math
 import os
@@ -41,8 +42,20 @@ def step_names(run):
 
 # ---------------------------------------------------------------- schedules
 
-@pytest.mark.parametrize("step, factor", [(0, 0.25), (1, 0.5), (3, 1.0), (4, 1.0), (9, 0.5), (14, 0.0), (100, 0.0),
-                                          (13, 0.5 * (1 + math.cos(math.pi * 0.9)))])
+
+@pytest.mark.parametrize(
+    "step, factor",
+    [
+        (0, 0.25),
+        (1, 0.5),
+        (3, 1.0),
+        (4, 1.0),
+        (9, 0.5),
+        (14, 0.0),
+        (100, 0.0),
+        (13, 0.5 * (1 + math.cos(math.pi * 0.9))),
+    ],
+)
 def test_cosine_with_warmup(step, factor):
     """Four steps of warm-up, ten of cosine."""
     assert cosine_with_warmup(step, 4, 14) == pytest.approx(factor, abs=1e-12)
@@ -80,6 +93,7 @@ def test_duration():
 
 # ---------------------------------------------------------------- processes
 
+
 def test_device_must_be_known():
     with pytest.raises(ConfigError, match="device is tpu: it must be auto, cpu or cuda"):
         start_process("tpu")
@@ -92,9 +106,16 @@ def test_cuda_without_a_gpu_is_an_error():
     assert start_process("auto").device.type == "cpu"
 
 
-@pytest.mark.parametrize("error, said", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), "data.batch_size .train.accumulation .* data.max_sec"),
-    (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "a batch was lost .* resume=true")])
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+            "data.batch_size .train.accumulation .* data.max_sec",
+        ),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "a batch was lost .* resume=true"),
+    ],
+)
 def test_what_can_end_a_training_is_one_sentence(error, said):
     with pytest.raises(SystemExit, match=f"^training stopped: .*{said}") as stop, training_process("cpu"):
         try:
@@ -118,6 +139,7 @@ def test_machines_with_other_clips_are_refused(monkeypatch):
 
 
 # ---------------------------------------------------------------- the run folder
+
 
 def test_run_folder_keeps_the_configuration_and_the_environment(run):
     assert load_config(EncoderConfig, run.path / "config.yaml", []) == EncoderConfig()
@@ -151,6 +173,7 @@ def test_a_failed_save_leaves_the_checkpoints_as_they_were(run):
     def fail(folder):
         (folder / "a").write_text("half")
         raise OSError("disk full")
+
     for step in (1, 2):
         with pytest.raises(UserError, match="disk full"):
             save(run, step, fail, keep_last=1)
@@ -166,6 +189,7 @@ def test_the_best_is_replaced_whole_or_not_at_all(run):
     def fail(folder):
         write(folder)
         raise OSError("disk full")
+
     run.save_best(write, step=3, loss=0.5)
     with pytest.raises(UserError, match="disk full"):
         run.save_best(fail, step=4, loss=0.4)
@@ -188,6 +212,7 @@ def test_a_kill_while_the_best_is_replaced_loses_nothing(run, monkeypatch, kille
             if len(renamed) == killed_before:
                 raise KeyboardInterrupt
         replace(source, target)
+
     monkeypatch.setattr(os, "replace", kill)
     monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # a killed process cleans nothing
     with pytest.raises(KeyboardInterrupt):
@@ -223,6 +248,7 @@ def test_a_save_that_is_killed_is_not_seen_and_is_cleared_by_the_next(run):
 
 # ---------------------------------------------------------------- metrics
 
+
 def test_read_metrics_leaves_out_a_line_cut_by_a_kill(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": [1, 2]}\n{"step": 2, "a": [3, 4')
@@ -240,6 +266,7 @@ def test_truncate_metrics_drops_what_a_resumed_run_writes_again(run):
 
 # ---------------------------------------------------------------- the log
 
+
 def scalars(**losses):
     return {f"loss/{name}": torch.tensor(float(value)) for name, value in losses.items()}
 
@@ -255,7 +282,7 @@ def test_a_flush_writes_the_last_step_with_its_extras(log, run, capsys):
     log.add(1, scalars(total=3, l1=1))
     log.add(2, scalars(total=2, l1=0.5))
     log.flush({"code/levels": torch.tensor([0.25, 0.75]), "optimizer/learning_rate": 0.1}, work=4.0)
-    row, = read_metrics(run.path / "metrics.jsonl")
+    (row,) = read_metrics(run.path / "metrics.jsonl")
     assert (row["step"], row["loss/total"], row["loss/l1"]) == (2, 2, 0.5)
     assert (row["code/levels"], row["optimizer/learning_rate"]) == ([0.25, 0.75], 0.1)
     assert row["time/audio_sec_per_sec"] == pytest.approx(4000 / row["time/step_ms"])
@@ -264,9 +291,14 @@ def test_a_flush_writes_the_last_step_with_its_extras(log, run, capsys):
     assert len(read_metrics(run.path / "metrics.jsonl")) == 1  # nothing new to say
 
 
-@pytest.mark.parametrize("losses, what", [({"total": 5, "asr": math.nan}, "loss/asr not finite"),
-                                          ({"total": math.inf, "asr": 1}, "loss/total not finite"),
-                                          ({"total": 101, "asr": 1}, "loss/total above train.max_total_loss (100)")])
+@pytest.mark.parametrize(
+    "losses, what",
+    [
+        ({"total": 5, "asr": math.nan}, "loss/asr not finite"),
+        ({"total": math.inf, "asr": 1}, "loss/total not finite"),
+        ({"total": 101, "asr": 1}, "loss/total above train.max_total_loss (100)"),
+    ],
+)
 def test_divergence_stops_with_the_step_and_its_losses(log, run, losses, what):
     save(run, 1, lambda folder: (folder / "a").write_text("x"), keep_last=1)
     log.add(1, scalars(total=1, asr=1))

@@ -1,4 +1,5 @@
 """The run folder: what is kept of a run, damaged and full disks, and with which configuration it goes on."""
+
 import resource
 import shutil
 from contextlib import contextmanager
@@ -19,8 +20,12 @@ FILE = "encoder.safetensors"
 
 
 def begin(path, **changes):
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EncoderConfig), OmegaConf.from_dotlist(
-        [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])))
+    config = OmegaConf.to_object(
+        OmegaConf.merge(
+            OmegaConf.structured(EncoderConfig),
+            OmegaConf.from_dotlist([f"{key.replace('__', '.')}={value}" for key, value in changes.items()]),
+        )
+    )
     return RunFolder(path, config, ALONE, resume=(Path(path) / "checkpoints").is_dir())
 
 
@@ -32,8 +37,14 @@ def run(tmp_path):
 def save(run, step, max_steps=100):
     """A checkpoint whose tensors hold its step."""
     value = {"a": torch.full((1000,), float(step))}
-    return run.save_step(step, partial(write_files, files={FILE: value}), {"part": Tensors(value)}, max_steps, best=0.5,
-                         facts={"data.batch_size": 8})
+    return run.save_step(
+        step,
+        partial(write_files, files={FILE: value}),
+        {"part": Tensors(value)},
+        max_steps,
+        best=0.5,
+        facts={"data.batch_size": 8},
+    )
 
 
 def restore(run, batch=8):
@@ -44,6 +55,7 @@ def restore(run, batch=8):
 
 
 # ---------------------------------------------------------------- what is kept
+
 
 def test_weights_of_milestones_outlive_their_state(tmp_path):
     run = begin(tmp_path / "run", train__keep_last=1, train__milestones=4)
@@ -90,17 +102,22 @@ def test_tensors_keep_their_place_and_take_their_like_only():
 
 # ---------------------------------------------------------------- damaged and full disks
 
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize("name", ["run_state.pt", FILE])
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b""), cut, lambda path: path.write_bytes(b"no state")])
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(b""), cut, lambda path: path.write_bytes(b"no state")]
+)
 def test_a_damaged_checkpoint_is_named_and_the_older_one_that_can_be_used(run, name, damage):
     for step in (10, 20):
         save(run, step)
     damage(run.checkpoints / "step_00000020" / name)
-    with pytest.raises(ConfigError, match=r"step_00000020 is damaged .*: delete it, and resume=true goes on from .*step_00000010\.$") as error:
+    with pytest.raises(
+        ConfigError, match=r"step_00000020 is damaged .*: delete it, and resume=true goes on from .*step_00000010\.$"
+    ) as error:
         restore(run)
     assert name in str(error.value) and "\n" not in str(error.value)
     damage(run.checkpoints / "step_00000010" / name)
@@ -125,7 +142,12 @@ def full_disk(n_bytes):
 def test_a_full_disk_is_a_sentence_and_loses_nothing(run, n_bytes):
     for step in (10, 20):
         save(run, step)
-    with full_disk(n_bytes), pytest.raises(UserError, match="step_00000030 could not be written .*newest checkpoint is .*step_00000020") as error:
+    with (
+        full_disk(n_bytes),
+        pytest.raises(
+            UserError, match="step_00000030 could not be written .*newest checkpoint is .*step_00000020"
+        ) as error,
+    ):
         save(run, 30)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_00000010", "step_00000020"]
@@ -133,6 +155,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(run, n_bytes):
 
 
 # ---------------------------------------------------------------- with which configuration
+
 
 @pytest.fixture
 def told(tmp_path):
@@ -149,7 +172,11 @@ def test_resuming_goes_on_with_the_runs_own_configuration(told, capsys):
     config = load_run_config(EncoderConfig, told, ["resume=true", "train.max_steps=8"])
     assert (config.optimizer.warmup_steps, config.loss.mel, config.train.max_steps, config.resume) == (5, 2, 8, True)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and said[0].startswith("optimizer.warmup_steps is 5, as the run had it") and said[1].startswith("loss.mel is 2.0")
+    assert (
+        len(said) == 2
+        and said[0].startswith("optimizer.warmup_steps is 5, as the run had it")
+        and said[1].startswith("loss.mel is 2.0")
+    )
     assert load_run_config(EncoderConfig, told, []).optimizer.warmup_steps == 9  # another run
 
 
@@ -161,14 +188,26 @@ def test_changes_are_listed_and_every_configuration_is_kept(told, tmp_path):
         save(run, step)
     kept = {file.name: load_config(EncoderConfig, file, []) for file in (path / "former_configs").iterdir()}
     assert {name: (config.train.max_steps, config.loss.mel) for name, config in kept.items()} == {
-        "000_until_step_00000003.yaml": (7, 2), "001_until_step_00000004.yaml": (8, 2)}
+        "000_until_step_00000003.yaml": (7, 2),
+        "001_until_step_00000004.yaml": (8, 2),
+    }
     own = load_config(EncoderConfig, path / "config.yaml", [])
     assert (own.train.max_steps, own.loss.mel) == (8, 3)
 
 
-@pytest.mark.parametrize("override", ["seed=2", "data.sources=[{kind: folder}]", "data.validation.clips=3", "optimizer.betas=[0.9,0.9]",
-                                      "train.trainable=[encoder,decoder]", "discriminator.channels=3", "loss.feature=1",
-                                      "balancer.enabled=true"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=2",
+        "data.sources=[{kind: folder}]",
+        "data.validation.clips=3",
+        "optimizer.betas=[0.9,0.9]",
+        "train.trainable=[encoder,decoder]",
+        "discriminator.channels=3",
+        "loss.feature=1",
+        "balancer.enabled=true",
+    ],
+)
 def test_what_the_state_hangs_on_cannot_change(told, tmp_path, override):
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     config = load_run_config(EncoderConfig, told, ["resume=true", override])

@@ -1,4 +1,5 @@
 """The speaker loss with random weights in the format of Resemblyzer's pretrained.pt."""
+
 import pytest
 import torch
 
@@ -37,7 +38,7 @@ def test_padding_and_the_rest_of_the_batch_change_nothing(encoder, seconds):
     alone = encoder(noise(seconds), lengths(seconds))
     assert alone.norm().item() == pytest.approx(1, abs=1e-5)
     together = torch.cat([noise(4.0, seed=1), noise(4.0, seed=2)])
-    together[0, :, :round(seconds * 24_000)] = noise(seconds)
+    together[0, :, : round(seconds * 24_000)] = noise(seconds)
     assert torch.allclose(alone, encoder(together, lengths(seconds, 4.0))[:1], atol=1e-5)
 
 
@@ -46,9 +47,9 @@ def test_windows_are_averaged(encoder):
     clip = noise(3.2)
     embedding = encoder(clip, lengths(3.2))
     changed = clip.clone()
-    changed[..., round(3.15 * 24_000):] = 0  # beyond the third window
+    changed[..., round(3.15 * 24_000) :] = 0  # beyond the third window
     assert torch.allclose(embedding, encoder(changed, lengths(3.2)), atol=1e-6)
-    changed[..., round(2.5 * 24_000):] = 0
+    changed[..., round(2.5 * 24_000) :] = 0
     assert not torch.allclose(embedding, encoder(changed, lengths(3.2)), atol=1e-4)
 
 

@@ -1,4 +1,5 @@
 """Stand-in checkpoints against the released layout, the codec that loads them, and mistral_common."""
+
 import json
 from importlib.resources import files
 from math import prod
@@ -60,8 +61,9 @@ def test_codec_loads_and_decodes_audio_of_sensible_level(folder):
     codec = VoxtralCodec.from_checkpoint(folder)
     assert not codec.has_encoder
     generator = torch.Generator().manual_seed(0)
-    codes = torch.cat([torch.randint(64, (2, 1, 20), generator=generator),
-                       torch.randint(21, (2, 36, 20), generator=generator)], dim=1)
+    codes = torch.cat(
+        [torch.randint(64, (2, 1, 20), generator=generator), torch.randint(21, (2, 36, 20), generator=generator)], dim=1
+    )
     with torch.no_grad():
         audio = codec.decode(codes)
     assert audio.shape == (2, 1, 20 * 1920)
@@ -74,7 +76,7 @@ def test_weights_depend_on_seed_and_name_only(folder):
     assert torch.equal(stored, random_tensor(name, stored.shape))
     assert not torch.equal(stored, random_tensor(name, stored.shape, seed=1))
     assert not torch.equal(stored, random_tensor("layers.0.attention.wq.weight", stored.shape))
-    assert stored.float().std().item() == pytest.approx(64 ** -0.5, rel=0.05)
+    assert stored.float().std().item() == pytest.approx(64**-0.5, rel=0.05)
 
 
 def test_voices_agree_in_all_three_places(folder):

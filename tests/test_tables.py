@@ -1,4 +1,5 @@
 """The doors that texts and names come in by: tables of many writers, JSON lines, sentences; folders with links and pipes."""
+
 import csv
 import io
 import json
@@ -23,7 +24,9 @@ from voxtral.text import read_sentences, says_something
 
 fast = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # What breaks lines or fields for somebody, and any other text.
-odd = st.text(st.sampled_from("aé中\u2028\u2029\x85\f\v\x1c\x1e\u200b\u200f\ufeff\t|;,\"' \x00\x07\x1b\\/.😀"), max_size=12)
+odd = st.text(
+    st.sampled_from("aé中\u2028\u2029\x85\f\v\x1c\x1e\u200b\u200f\ufeff\t|;,\"' \x00\x07\x1b\\/.😀"), max_size=12
+)
 texts = odd | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 names = st.from_regex(r"[a-z]{1,6}\.wav", fullmatch=True)
 
@@ -35,6 +38,7 @@ def rows_of(path):
 
 # ---------------------------------------------------------------- tables
 
+
 @fast
 @given(st.lists(st.tuples(names, texts, texts), min_size=1, max_size=6))
 def test_any_text_survives_json_lines(tmp_path, rows):
@@ -43,13 +47,24 @@ def test_any_text_survives_json_lines(tmp_path, rows):
     assert all(len(line.splitlines()) == 1 for line in lines)  # whatever another reader takes for a line's end
     path.write_text("".join(lines), encoding="utf-8", newline="")
     assert rows_of(path)[0] == [Row(*row) for row in rows]
-    path.write_text("".join(json.dumps({"path": row[0], "text": row[2]}, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="")
+    path.write_text(
+        "".join(json.dumps({"path": row[0], "text": row[2]}, ensure_ascii=False) + "\n" for row in rows),
+        encoding="utf-8",
+        newline="",
+    )
     assert [(row.path, row.text) for row in rows_of(path)[0]] == [(row[0], row[2]) for row in rows]
 
 
 @fast
-@given(st.lists(st.tuples(names, texts.filter(lambda text: "\r" not in text and "\n" not in text and "\0" not in text)), min_size=1, max_size=6),
-       st.sampled_from([",", ";"]), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+@given(
+    st.lists(
+        st.tuples(names, texts.filter(lambda text: "\r" not in text and "\n" not in text and "\0" not in text)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([",", ";"]),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
 def test_any_text_survives_csv(tmp_path, rows, delimiter, quoting):
     table = io.StringIO(newline="")
     csv.writer(table, delimiter=delimiter, quoting=quoting, lineterminator="\n").writerows([("path", "text"), *rows])
@@ -61,25 +76,33 @@ def test_any_text_survives_csv(tmp_path, rows, delimiter, quoting):
 @fast
 @given(st.lists(st.tuples(names, odd.filter(lambda text: "\t" not in text)), min_size=1, max_size=6))
 def test_any_text_survives_tsv(tmp_path, rows):
-    (tmp_path / "a.tsv").write_text("path\tsentence\n" + "".join(f"{name}\t{text}\n" for name, text in rows), encoding="utf-8", newline="")
+    (tmp_path / "a.tsv").write_text(
+        "path\tsentence\n" + "".join(f"{name}\t{text}\n" for name, text in rows), encoding="utf-8", newline=""
+    )
     assert [(row.path, row.text) for row in rows_of(tmp_path / "a.tsv")[0]] == rows
 
 
-@pytest.mark.parametrize("name, content, wanted", [
-    ("f5.csv", "audio_file|text\na.wav|Hello there, my friend.\n", [("a.wav", "Hello there, my friend.")]),
-    ("hf.csv", "file_name,transcription\na.wav,Hi\n", [("a.wav", "Hi")]),
-    ("semicolon.csv", "path;text\na.wav;Hi, you\n", [("a.wav", "Hi, you")]),
-    ("quoted.tsv", '"path"\t"text"\n"a.wav"\t"b"\n', [("a.wav", "b")]),
-    ("nemo.jsonl", '{"audio_filepath": "a.wav", "duration": 3.8, "text": "a"}\n', [("a.wav", "a")]),
-    ("datasets.jsonl", '{"audio": {"bytes": null, "path": "a.wav"}, "text": "a"}\n', [("a.wav", "a")]),
-    ("list.json", '[{"path": "a.wav"},\n {"path": "b.wav", "text": "b"}]', [("a.wav", ""), ("b.wav", "b")]),
-    ("excel.csv", "\ufeffPath , Text\r\na.wav,Hi\r\n", [("a.wav", "Hi")]),
-    ("comma.csv", "path,text\na.wav,Well, no, never\n", [("a.wav", "Well, no, never")]),
-    ("speech.txt", "path\ttext\na.wav\tHi\n", [("a.wav", "Hi")]),
-    ("open.csv", 'path,text\na.wav,"No\nb.wav,Yes\nc.wav,"two\nlines, all right"\nd.wav,"say ""x"""\n',
-     [("a.wav", '"No'), ("b.wav", "Yes"), ("c.wav", "two\nlines, all right"), ("d.wav", 'say "x"')]),
-    ("open_at_the_end.csv", 'text,path\n"No,a.wav\n"Yes,b.wav\n', [("a.wav", '"No'), ("b.wav", '"Yes')]),
-])
+@pytest.mark.parametrize(
+    "name, content, wanted",
+    [
+        ("f5.csv", "audio_file|text\na.wav|Hello there, my friend.\n", [("a.wav", "Hello there, my friend.")]),
+        ("hf.csv", "file_name,transcription\na.wav,Hi\n", [("a.wav", "Hi")]),
+        ("semicolon.csv", "path;text\na.wav;Hi, you\n", [("a.wav", "Hi, you")]),
+        ("quoted.tsv", '"path"\t"text"\n"a.wav"\t"b"\n', [("a.wav", "b")]),
+        ("nemo.jsonl", '{"audio_filepath": "a.wav", "duration": 3.8, "text": "a"}\n', [("a.wav", "a")]),
+        ("datasets.jsonl", '{"audio": {"bytes": null, "path": "a.wav"}, "text": "a"}\n', [("a.wav", "a")]),
+        ("list.json", '[{"path": "a.wav"},\n {"path": "b.wav", "text": "b"}]', [("a.wav", ""), ("b.wav", "b")]),
+        ("excel.csv", "\ufeffPath , Text\r\na.wav,Hi\r\n", [("a.wav", "Hi")]),
+        ("comma.csv", "path,text\na.wav,Well, no, never\n", [("a.wav", "Well, no, never")]),
+        ("speech.txt", "path\ttext\na.wav\tHi\n", [("a.wav", "Hi")]),
+        (
+            "open.csv",
+            'path,text\na.wav,"No\nb.wav,Yes\nc.wav,"two\nlines, all right"\nd.wav,"say ""x"""\n',
+            [("a.wav", '"No'), ("b.wav", "Yes"), ("c.wav", "two\nlines, all right"), ("d.wav", 'say "x"')],
+        ),
+        ("open_at_the_end.csv", 'text,path\n"No,a.wav\n"Yes,b.wav\n', [("a.wav", '"No'), ("b.wav", '"Yes')]),
+    ],
+)
 def test_tables_as_people_write_them(tmp_path, name, content, wanted):
     (tmp_path / name).write_text(content, encoding="utf-8", newline="")
     assert [(row.path, row.text) for row in rows_of(tmp_path / name)[0]] == wanted
@@ -93,25 +116,41 @@ def test_a_table_in_utf16_is_read(tmp_path):
 def test_a_million_open_quotes_take_no_time_and_lose_no_row(tmp_path):
     (tmp_path / "a.csv").write_text("path,text\n" + "".join(f'{i}.wav,"open {i}\n' for i in range(20_000)))
     rows, remarks = rows_of(tmp_path / "a.csv")
-    assert len(rows) == 20_000 and rows[-1] == Row("19999.wav", text='"open 19999') and "not closed" in remarks.lines()[0]
+    assert (
+        len(rows) == 20_000 and rows[-1] == Row("19999.wav", text='"open 19999') and "not closed" in remarks.lines()[0]
+    )
 
 
 def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"path": "a.wav"}\n{"path": \n[1]\n{"path": null}\n{"path": "b.wav", "text": "\xff"}\n'
-                                       b'{"path": "c.wav", "text": "\\ud800"}\n{"path": "\\ud800.wav"}\n{"path": "\\udce9.wav"}\n' + b"[" * 100_000 + b'\n{"path": "d.wav"}\n')
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"path": "a.wav"}\n{"path": \n[1]\n{"path": null}\n{"path": "b.wav", "text": "\xff"}\n'
+        b'{"path": "c.wav", "text": "\\ud800"}\n{"path": "\\ud800.wav"}\n{"path": "\\udce9.wav"}\n'
+        + b"[" * 100_000
+        + b'\n{"path": "d.wav"}\n'
+    )
     rows, remarks = rows_of(tmp_path / "a.jsonl")
     assert [row.path for row in rows] == ["a.wav", "\udce9.wav", "d.wav"] and len(remarks) == 7
     assert {reason: count for reason, (count, _) in remarks.passed_over.items()} == {
-        "a line that is no JSON object": 3, "a row that names no file": 1, "a row that is not UTF-8": 3}
+        "a line that is no JSON object": 3,
+        "a row that names no file": 1,
+        "a row that is not UTF-8": 3,
+    }
     (tmp_path / "a.csv").write_text("path,text,speaker\na.wav,Hi, you,anna\nb.wav,No,ben\n")
     rows, remarks = rows_of(tmp_path / "a.csv")
     assert [row.path for row in rows] == ["b.wav"] and "a.csv, line 2" in remarks.lines()[0]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.csv", "datei,text\na.wav,Hi\n", "it has 'datei', 'text', and understood are path: path, audio,"),
-    ("a.jsonl", '{"datei": "a.wav"}\n', "it has 'datei'"), ("a.csv", "", "is empty"), ("a.jsonl", "", "no row"),
-    ("a.jsonl", "no JSON\n", "no row"), ("a.json", "[1, ", "no valid JSON list")])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "datei,text\na.wav,Hi\n", "it has 'datei', 'text', and understood are path: path, audio,"),
+        ("a.jsonl", '{"datei": "a.wav"}\n', "it has 'datei'"),
+        ("a.csv", "", "is empty"),
+        ("a.jsonl", "", "no row"),
+        ("a.jsonl", "no JSON\n", "no row"),
+        ("a.json", "[1, ", "no valid JSON list"),
+    ],
+)
 def test_what_is_no_table_says_what_was_seen(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(TableError, match=message):
@@ -128,18 +167,35 @@ def test_a_file_of_json_lines_that_was_torn_goes_on(tmp_path):
 
 def test_sentences_are_read_as_they_are_written(tmp_path):
     path = tmp_path / "s.tsv"
-    path.write_text("en\tHello one\u2028still one.\r\nen\tA\tB tab.\nNo language,\ttab\npt-BR\tOi\f!\n\u2028 \n\u200b\u200d\n\tbare\n\0\n",
-                    encoding="utf-8", newline="")
-    assert read_sentences(path) == [("en", "Hello one\u2028still one."), ("en", "A\tB tab."), ("", "No language,\ttab"), ("pt-BR", "Oi\f!"),
-                                    ("", "bare")]
+    path.write_text(
+        "en\tHello one\u2028still one.\r\nen\tA\tB tab.\nNo language,\ttab\npt-BR\tOi\f!\n\u2028 \n\u200b\u200d\n\tbare\n\0\n",
+        encoding="utf-8",
+        newline="",
+    )
+    assert read_sentences(path) == [
+        ("en", "Hello one\u2028still one."),
+        ("en", "A\tB tab."),
+        ("", "No language,\ttab"),
+        ("pt-BR", "Oi\f!"),
+        ("", "bare"),
+    ]
     assert says_something("?") and not says_something("\u200b\x00 \u2028\t")
 
 
 # ---------------------------------------------------------------- names
 
+
 @fast
-@given(st.lists(st.text(max_size=300) | odd | st.sampled_from(["../../x", "..", ".", "", "/etc", "a/b", "a_b", "N/A", ".hidden", "x\0y", "a."]),
-                min_size=1, max_size=8, unique=True))
+@given(
+    st.lists(
+        st.text(max_size=300)
+        | odd
+        | st.sampled_from(["../../x", "..", ".", "", "/etc", "a/b", "a_b", "N/A", ".hidden", "x\0y", "a."]),
+        min_size=1,
+        max_size=8,
+        unique=True,
+    )
+)
 def test_any_name_is_one_component_and_no_two_share_it(tmp_path, speakers):
     made = [file_name(speaker) for speaker in speakers]
     assert len(set(made)) == len(speakers)
@@ -167,10 +223,15 @@ def test_bad_files_are_listed_once_whatever_their_names_hold(tmp_path):
     for _ in range(2):
         log = BadClipLog(tmp_path)
         log.add([("a\tb\n\u2028.wav", "is\nbad"), (os.fsdecode(b"caf\xe9.wav"), "is empty")])
-    assert (tmp_path / "bad_files.txt").read_text().split("\n") == ["a\\tb\\n\\u2028.wav\tis\\nbad", "caf\\xe9.wav\tis empty", ""]
+    assert (tmp_path / "bad_files.txt").read_text().split("\n") == [
+        "a\\tb\\n\\u2028.wav\tis\\nbad",
+        "caf\\xe9.wav\tis empty",
+        "",
+    ]
 
 
 # ---------------------------------------------------------------- folders
+
 
 def found(folder, pattern="**/*"):
     remarks = Remarks()
@@ -186,9 +247,20 @@ def test_every_real_file_comes_once(tmp_path):
     (tmp_path / "blobs" / "abc").write_text("x")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "5.wav").write_text("x")
-    for link, target in (("a/up", ".."), ("a/b/root", "../.."), ("a/out", "../.."), ("loop", "loop"), ("c", "a"), ("a/1b.wav", "1.wav"),
-                         ("gone.wav", "nowhere"), ("4.wav", "../blobs/abc"), ("4b.wav", "../blobs/abc"), ("o1", "../other"), ("o2", "../other"),
-                         ("o5.wav", "../other/5.wav")):
+    for link, target in (
+        ("a/up", ".."),
+        ("a/b/root", "../.."),
+        ("a/out", "../.."),
+        ("loop", "loop"),
+        ("c", "a"),
+        ("a/1b.wav", "1.wav"),
+        ("gone.wav", "nowhere"),
+        ("4.wav", "../blobs/abc"),
+        ("4b.wav", "../blobs/abc"),
+        ("o1", "../other"),
+        ("o2", "../other"),
+        ("o5.wav", "../other/5.wav"),
+    ):
         (folder / link).symlink_to(target)
     os.mkfifo(folder / "pipe.wav")
     with socket.socket(socket.AF_UNIX) as server:
@@ -196,13 +268,29 @@ def test_every_real_file_comes_once(tmp_path):
     names, remarks = found(folder)
     assert names == ["4.wav", "a/1.wav", "a/b/2.wav", "o1/5.wav"]
     counts = {reason.split(" (")[0].split(",")[0]: count for reason, (count, _) in remarks.passed_over.items()}
-    assert counts == {"hidden": 2, "no regular file": 2, "a link to nothing": 2, "a link to a folder that is read anyway": 4,
-                      "a link to a folder that this one lies in": 1, "a link to a file that is read anyway": 3}
+    assert counts == {
+        "hidden": 2,
+        "no regular file": 2,
+        "a link to nothing": 2,
+        "a link to a folder that is read anyway": 4,
+        "a link to a folder that this one lies in": 1,
+        "a link to a file that is read anyway": 3,
+    }
 
 
-@pytest.mark.parametrize("pattern, wanted", [("**/*", ["1.wav", "a/2.wav", "a/b/3.flac"]), ("a/*", ["a/2.wav"]), ("*/*", ["a/2.wav"]),
-                                             ("**/*.flac", ["a/b/3.flac"]), ("a/**", ["a/2.wav", "a/b/3.flac"]), ("**/b/*", ["a/b/3.flac"]),
-                                             ("[1-9].wav", ["1.wav"]), ("../d/?.wav", ["../d/1.wav"])])
+@pytest.mark.parametrize(
+    "pattern, wanted",
+    [
+        ("**/*", ["1.wav", "a/2.wav", "a/b/3.flac"]),
+        ("a/*", ["a/2.wav"]),
+        ("*/*", ["a/2.wav"]),
+        ("**/*.flac", ["a/b/3.flac"]),
+        ("a/**", ["a/2.wav", "a/b/3.flac"]),
+        ("**/b/*", ["a/b/3.flac"]),
+        ("[1-9].wav", ["1.wav"]),
+        ("../d/?.wav", ["../d/1.wav"]),
+    ],
+)
 def test_patterns(tmp_path, pattern, wanted):
     for name in ("d/1.wav", "d/a/2.wav", "d/a/b/3.flac"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -217,8 +305,13 @@ def test_names_that_are_no_utf8_are_found_split_and_listed(tmp_path):
     for i in range(3):
         Path(os.fsdecode(folder + b"caf\xe9\n\x1b[31m%d.wav" % i)).write_text("no audio")
     (tmp_path / "c.yaml").write_text(f"data:\n  data_root: {tmp_path}\n  sources: [{{kind: folder}}]\n")
-    done = subprocess.run([sys.executable, "-m", "voxtral.data", "--check", tmp_path / "c.yaml"], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1], env={**os.environ, "LANG": "C", "LC_ALL": "C"})
+    done = subprocess.run(
+        [sys.executable, "-m", "voxtral.data", "--check", tmp_path / "c.yaml"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "LANG": "C", "LC_ALL": "C"},
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "caf\\xe9\\n\\x1b[31m0.wav: is text, not audio" in done.stdout and "Nothing here can be used" in done.stdout
 

@@ -1,4 +1,5 @@
 """Cutting long texts, and the sentences that come with the project."""
+
 from collections import Counter
 
 import pytest
@@ -9,27 +10,36 @@ from voxtral.text import read_sentences, read_text, split_text
 
 
 def test_whole_sentences_stay_together():
-    text = "One is short. Two is a little longer! Is three a question? \"Four,\" he said."
-    assert split_text(text, 40) == ["One is short. Two is a little longer!", "Is three a question? \"Four,\" he said."]
-    assert split_text(text, 25) == ["One is short.", "Two is a little longer!", "Is three a question?",
-                                    "\"Four,\" he said."]
+    text = 'One is short. Two is a little longer! Is three a question? "Four," he said.'
+    assert split_text(text, 40) == ["One is short. Two is a little longer!", 'Is three a question? "Four," he said.']
+    assert split_text(text, 25) == [
+        "One is short.",
+        "Two is a little longer!",
+        "Is three a question?",
+        '"Four," he said.',
+    ]
     assert split_text(text) == [text]
 
 
 def test_a_long_sentence_is_cut_at_commas_then_words_then_anywhere():
-    assert split_text("first the one half, then the other half of it", 30) == ["first the one half,",
-                                                                              "then the other half of it"]
+    assert split_text("first the one half, then the other half of it", 30) == [
+        "first the one half,",
+        "then the other half of it",
+    ]
     assert split_text("one two three four five", 9) == ["one two", "three", "four five"]
     assert split_text("abcdefghij klm", 4) == ["abcd", "efgh", "ij", "klm"]
 
 
-@pytest.mark.parametrize("text, max_chars, pieces", [
-    ("هل هذا سؤال؟ نعم يا صديقي.", 16, ["هل هذا سؤال؟", "نعم يا صديقي."]),
-    ("यह एक वाक्य है। और दूसरा।", 19, ["यह एक वाक्य है।", "और दूसरा।"]),
-    ("3.5 litres at 12.30 a.m", 16, ["3.5 litres at", "12.30 a.m"]),
-    ("a heading\nof its text", 16, ["a heading", "of its text"]),
-    (" \n ", 16, []),
-])
+@pytest.mark.parametrize(
+    "text, max_chars, pieces",
+    [
+        ("هل هذا سؤال؟ نعم يا صديقي.", 16, ["هل هذا سؤال؟", "نعم يا صديقي."]),
+        ("यह एक वाक्य है। और दूसरा।", 19, ["यह एक वाक्य है।", "और दूसरा।"]),
+        ("3.5 litres at 12.30 a.m", 16, ["3.5 litres at", "12.30 a.m"]),
+        ("a heading\nof its text", 16, ["a heading", "of its text"]),
+        (" \n ", 16, []),
+    ],
+)
 def test_sentences_end_in_every_script(text, max_chars, pieces):
     assert split_text(text, max_chars) == pieces
 

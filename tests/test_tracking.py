@@ -1,4 +1,5 @@
 """wandb, mlflow, trackio: what each is told, that a resumed run goes on in its own, that none can end a run."""
+
 import json
 import sys
 from dataclasses import replace
@@ -8,8 +9,13 @@ import pytest
 import torch
 
 from voxtral import tracking
-from voxtral.config import (ConfigError, EncoderConfig, FullPipelineConfig, check_encoder_config,
-                            check_full_pipeline_config)
+from voxtral.config import (
+    ConfigError,
+    EncoderConfig,
+    FullPipelineConfig,
+    check_encoder_config,
+    check_full_pipeline_config,
+)
 from voxtral.errors import UserError
 from voxtral.processes import Process
 from voxtral.run import Logger, RunFolder
@@ -18,10 +24,12 @@ from voxtral.run import Logger, RunFolder
 @pytest.fixture
 def logger(tmp_path):
     """logger(tracker) -> the log of a run that is tracked by it."""
+
     def make(tracker, start_step=0):
         config = replace(EncoderConfig(), tracker=tracker)
         run = RunFolder(tmp_path / "run", config, Process(0, 1, torch.device("cpu")), resume=True)
         return Logger(run, max_steps=10, start_step=start_step, max_total=1e6)
+
     return make
 
 
@@ -31,8 +39,9 @@ def two_rows(log, first):
     log.close()
 
 
-@pytest.mark.parametrize("schema, check", [(EncoderConfig, check_encoder_config),
-                                           (FullPipelineConfig, check_full_pipeline_config)])
+@pytest.mark.parametrize(
+    "schema, check", [(EncoderConfig, check_encoder_config), (FullPipelineConfig, check_full_pipeline_config)]
+)
 def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_anything(schema, check, monkeypatch):
     with pytest.raises(ConfigError, match="none or one of wandb, mlflow, trackio"):
         check(replace(schema(), tracker="comet"))
@@ -45,9 +54,11 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_anything(s
 def calls(monkeypatch):
     """What a module in the place of wandb and trackio is told."""
     calls = []
-    module = SimpleNamespace(init=lambda **given: calls.append(("init", given)),
-                             finish=lambda: calls.append(("finish",)),
-                             log=lambda metrics, step: calls.append(("log", step, metrics)))
+    module = SimpleNamespace(
+        init=lambda **given: calls.append(("init", given)),
+        finish=lambda: calls.append(("finish",)),
+        log=lambda metrics, step: calls.append(("log", step, metrics)),
+    )
     for name in ("wandb", "trackio"):
         monkeypatch.setitem(sys.modules, name, module)
     return calls
@@ -86,12 +97,13 @@ def test_no_tracker_is_the_default(logger, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- the packages themselves, offline
 
+
 def test_wandb_offline(logger, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is optional: pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     two_rows(logger("wandb"), 1)
-    run, = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     assert run.stat().st_size > 0
 
 
@@ -113,11 +125,18 @@ def test_trackio_in_a_local_folder(tmp_path, monkeypatch):
     pytest.importorskip("trackio", reason="trackio is optional: pip install trackio")
     import os
     import subprocess
-    script = ("import sys; sys.path.insert(0, 'tests'); import torch, test_tracking as t; from pathlib import Path\n"
-              "run = t.RunFolder(Path(sys.argv[1]), t.replace(t.EncoderConfig(), tracker='trackio'), "
-              "t.Process(0, 1, torch.device('cpu')), True)\n"
-              "t.two_rows(t.Logger(run, 10, 0, 1e6), 1)\n")
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], check=True, timeout=120,
-                   env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": "."})
-    database, = (tmp_path / "trackio").rglob(f"{tracking.PROJECT}*.db")
+
+    script = (
+        "import sys; sys.path.insert(0, 'tests'); import torch, test_tracking as t; from pathlib import Path\n"
+        "run = t.RunFolder(Path(sys.argv[1]), t.replace(t.EncoderConfig(), tracker='trackio'), "
+        "t.Process(0, 1, torch.device('cpu')), True)\n"
+        "t.two_rows(t.Logger(run, 10, 0, 1e6), 1)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "run")],
+        check=True,
+        timeout=120,
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": "."},
+    )
+    (database,) = (tmp_path / "trackio").rglob(f"{tracking.PROJECT}*.db")
     assert b"mel_distance" in database.read_bytes()

@@ -1,4 +1,5 @@
 """train_encoder.py end to end on a tiny random checkpoint and real speech: what is saved, resuming, mistakes."""
+
 import json
 import math
 import os
@@ -15,21 +16,21 @@ import pytest
 import soundfile
 import torch
 import yaml
+from conftest import stopped, stopped_by_torchrun
 from safetensors.torch import load_file, save_file
 
 import train_encoder
-from conftest import stopped, stopped_by_torchrun
 from voxtral import history
 from voxtral.codec import CodecOutput, VoxtralCodec
 from voxtral.codes import known_codes
 from voxtral.config import EncoderConfig, load_config
 from voxtral.data import validation_batches
+from voxtral.history import read_metrics
 from voxtral.layout import withheld_layout
 from voxtral.losses import LOSS_NAMES
 from voxtral.matching import CodeMatching
 from voxtral.params import load_params
 from voxtral.quantizer import QuantizationDraws
-from voxtral.history import read_metrics
 from voxtral.run import Logger
 from voxtral.sources import find_clips, split_validation
 from voxtral.standin import small_params, write_random_checkpoint
@@ -63,19 +64,46 @@ def settings(tmp_path_factory, whisper_checkpoint, speaker_checkpoint):
     for path in SPEECH:
         shutil.copy(path, folder / "speech")
     audio, rate = soundfile.read(SPEECH[0])
-    soundfile.write(folder / "speech" / "short.wav", audio[rate // 2:rate * 4 // 5], rate)  # 0.3 s: padded, masked
+    soundfile.write(folder / "speech" / "short.wav", audio[rate // 2 : rate * 4 // 5], rate)  # 0.3 s: padded, masked
     (folder / "coded").mkdir()
     codes = np.random.default_rng(0).integers(8, 13, (37, 40))
     np.save(folder / "coded" / "0.npy", codes.astype(np.int16))
     return {
-        "checkpoint": str(folder / "checkpoint"), "device": "cpu", "seed": 3,
-        "data": {"data_root": str(folder), "sources": [{"kind": "folder", "path": "speech"}],
-                 "validation": {"clips": 2}, "batch_size": 2, "max_sec": 0.5, "num_workers": 0},
-        "train": {"max_steps": 6, "precision": "fp32", "stft_fft_sizes": [256, 64], "ema_decay": 0.5, "n_samples": 1,
-                  "log_every_steps": 1, "validate_every_steps": 3, "save_every_steps": 3, "keep_last": 1, "milestones": 0},
+        "checkpoint": str(folder / "checkpoint"),
+        "device": "cpu",
+        "seed": 3,
+        "data": {
+            "data_root": str(folder),
+            "sources": [{"kind": "folder", "path": "speech"}],
+            "validation": {"clips": 2},
+            "batch_size": 2,
+            "max_sec": 0.5,
+            "num_workers": 0,
+        },
+        "train": {
+            "max_steps": 6,
+            "precision": "fp32",
+            "stft_fft_sizes": [256, 64],
+            "ema_decay": 0.5,
+            "n_samples": 1,
+            "log_every_steps": 1,
+            "validate_every_steps": 3,
+            "save_every_steps": 3,
+            "keep_last": 1,
+            "milestones": 0,
+        },
         "optimizer": {"warmup_steps": 2, "learning_rate": 4e-3},
-        "loss": {"l1": 1.0, "stft": 1.0, "mel": 1.0, "feature": 1.0, "asr": 1.0, "commit": 0.1, "diversity": 0.1,
-                 "speaker": 1.0, "match": 1e-3},
+        "loss": {
+            "l1": 1.0,
+            "stft": 1.0,
+            "mel": 1.0,
+            "feature": 1.0,
+            "asr": 1.0,
+            "commit": 0.1,
+            "diversity": 0.1,
+            "speaker": 1.0,
+            "match": 1e-3,
+        },
         "discriminator": {"fft_sizes": [78, 334], "channels": 2, "crop_sec": 0.3, "warmup_steps": 2},
         "asr": {"model": whisper_checkpoint, "language": "en", "context_sec": 1.26},
         "speaker": {"model": speaker_checkpoint},
@@ -84,8 +112,15 @@ def settings(tmp_path_factory, whisper_checkpoint, speaker_checkpoint):
     }
 
 
-ONLY_CHEAP = ["loss.feature=0", "loss.asr=0", "loss.speaker=0", "loss.mel=0", "loss.diversity=0", "loss.match=0",
-              "balancer.enabled=false"]
+ONLY_CHEAP = [
+    "loss.feature=0",
+    "loss.asr=0",
+    "loss.speaker=0",
+    "loss.mel=0",
+    "loss.diversity=0",
+    "loss.match=0",
+    "balancer.enabled=false",
+]
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +145,10 @@ def encoder_of(folder):
 
 def metrics(folder, prefixes=("loss/", "grad/", "code/", "optimizer/", "validation/", "data/")):
     """(step, name -> value) of every row, without times."""
-    rows = [(row["step"], {name: value for name, value in row.items() if name.startswith(prefixes)})
-            for row in read_metrics(folder / "metrics.jsonl")]
+    rows = [
+        (row["step"], {name: value for name, value in row.items() if name.startswith(prefixes)})
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
     return [(step, values) for step, values in rows if values]
 
 
@@ -126,6 +163,7 @@ def subprocess_environment():
 
 # ---------------------------------------------------------------- an uninterrupted run
 
+
 def test_saved_tensors_have_exactly_the_withheld_names(whole, settings):
     layout = withheld_layout(load_params(settings["checkpoint"]))
     for folder in (whole / "checkpoints" / "step_00000006", whole / "best"):
@@ -138,8 +176,17 @@ def test_saved_tensors_have_exactly_the_withheld_names(whole, settings):
 def test_run_folder_holds_all_that_a_run_leaves(whole):
     def names(folder):
         return {path.name for path in (whole / folder).iterdir()}
-    assert names(".") == {"best", "checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "plots", "samples",
-                          "tensorboard"}
+
+    assert names(".") == {
+        "best",
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "plots",
+        "samples",
+        "tensorboard",
+    }
     assert names("checkpoints") == {"step_00000006"}  # keep_last is 1
     assert names("checkpoints/step_00000006") == {"encoder.safetensors", "run_state.pt"}
     assert names("samples") == {"step_00000003", "step_00000006", "clip_0_source.wav"}
@@ -152,16 +199,26 @@ def test_every_loss_is_logged_at_every_step(whole):
     rows = [(step, row) for step, row in metrics(whole) if "loss/total" in row]
     assert [step for step, _ in rows] == [1, 2, 3, 4, 5, 6]
     for step, row in rows:
-        names = set(LOSS_NAMES) - {"codes"} - ({"feature"} if step <= 2 else set())  # no codes known; the discriminators' warm-up
+        names = (
+            set(LOSS_NAMES) - {"codes"} - ({"feature"} if step <= 2 else set())
+        )  # no codes known; the discriminators' warm-up
         names |= {"total", "discriminator"}
         assert {name.removeprefix("loss/") for name in row if name.startswith("loss/")} == names
-        assert {"grad/encoder", "grad/discriminator", "optimizer/learning_rate", "code/semantic_used",
-                "code/semantic_perplexity", "code/extremes_share", "code/level_histogram",
-                "code/embedding_norm"} <= set(row)
+        assert {
+            "grad/encoder",
+            "grad/discriminator",
+            "optimizer/learning_rate",
+            "code/semantic_used",
+            "code/semantic_perplexity",
+            "code/extremes_share",
+            "code/level_histogram",
+            "code/embedding_norm",
+        } <= set(row)
         assert all(math.isfinite(value) for name, value in row.items() if isinstance(value, float))
         assert row["grad/encoder"] > 0 and row["grad/discriminator"] > 0
     assert [row["optimizer/learning_rate"] for _, row in rows] == pytest.approx(
-        [4e-3 * f for f in (0.5, 1, 1, *(0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3)))])
+        [4e-3 * f for f in (0.5, 1, 1, *(0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3)))]
+    )
 
 
 def test_total_is_the_weighted_sum_with_decay(whole):
@@ -195,8 +252,9 @@ def test_best_is_the_lowest_mel_distance(whole):
     best = json.loads((whole / "best" / "metrics.json").read_text())
     assert best["mel_distance"] == min(distances.values()) == distances[best["step"]]
     if best["step"] == 6:
-        assert (whole / "best" / "encoder.safetensors").read_bytes() == \
-            (whole / "checkpoints" / "step_00000006" / "encoder.safetensors").read_bytes()
+        assert (whole / "best" / "encoder.safetensors").read_bytes() == (
+            whole / "checkpoints" / "step_00000006" / "encoder.safetensors"
+        ).read_bytes()
 
 
 def test_training_changes_the_encoder_and_nothing_else(whole, settings):
@@ -204,7 +262,10 @@ def test_training_changes_the_encoder_and_nothing_else(whole, settings):
     torch.manual_seed(settings["seed"])
     start = VoxtralCodec.from_checkpoint(settings["checkpoint"]).state_dict()
     own = {f"codec.{name}" for name in start if name.startswith(("input_proj.", "encoder_blocks."))}
-    assert state["model"].keys() == own | {"asr_projection.weight", "asr_projection.bias"}  # the rest is in the checkpoint's folder
+    assert state["model"].keys() == own | {
+        "asr_projection.weight",
+        "asr_projection.bias",
+    }  # the rest is in the checkpoint's folder
     assert not any(torch.equal(state["model"][name], start[name.removeprefix("codec.")]) for name in own)
     assert sum(tensor.numel() for tensor in state["averaged"].values()) == 1  # the averages are in encoder.safetensors
 
@@ -220,8 +281,11 @@ def test_plots_of_a_long_run_cost_what_those_of_a_short_one_cost(command, tmp_pa
     shown = []
     monkeypatch.setattr(history, "MAX_ROWS", 4)
     monkeypatch.setattr(history, "metric_rows", None)
-    monkeypatch.setattr(train_encoder, "plot_run", lambda rows, folder: shown.append(
-        [row["step"] for row in rows if "loss/total" in row]))
+    monkeypatch.setattr(
+        train_encoder,
+        "plot_run",
+        lambda rows, folder: shown.append([row["step"] for row in rows if "loss/total" in row]),
+    )
     train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, "train.max_steps=40", "train.validate_every_steps=20"))
     assert [len(steps) for steps in shown] == [4, 4] and shown[-1][0] == 1 and shown[-1][-1] == 40
 
@@ -252,8 +316,13 @@ def assert_same_run(folder, whole):
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(whole, command, tmp_path):
     """Killed with data workers at step 5, of which the metrics hold 4; goes on from the checkpoint after step 3."""
     folder = tmp_path / "run"
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command(folder, "data.num_workers=2")], cwd=ROOT,
-                            env=subprocess_environment(), capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *command(folder, "data.num_workers=2")],
+        cwd=ROOT,
+        env=subprocess_environment(),
+        capture_output=True,
+        text=True,
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
     assert [step for step, _ in metrics(folder)] == [1, 2, 3, 3, 4]
@@ -268,6 +337,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, command, tm
         if step == 3:
             raise KeyboardInterrupt
         add(self, step, scalars)
+
     monkeypatch.setattr(Logger, "add", add_or_fail)
     with pytest.raises(KeyboardInterrupt):
         train_encoder.main(command(folder))
@@ -291,14 +361,28 @@ def test_ctrl_c_saves_and_resuming_loses_nothing(whole, command, tmp_path, monke
 
 def test_a_stop_request_to_torchrun_saves(command, tmp_path):
     folder = tmp_path / "run"
-    out = stopped_by_torchrun(tmp_path, "train_encoder.py", "SIGTERM", command(
-        folder, *ONLY_CHEAP, "data.num_workers=1", "data.batch_size=1", "train.accumulation=2", "train.max_steps=100000",
-        "train.validate_every_steps=100000", "train.save_every_steps=100000", "train.log_every_steps=100000"))
+    out = stopped_by_torchrun(
+        tmp_path,
+        "train_encoder.py",
+        "SIGTERM",
+        command(
+            folder,
+            *ONLY_CHEAP,
+            "data.num_workers=1",
+            "data.batch_size=1",
+            "train.accumulation=2",
+            "train.max_steps=100000",
+            "train.validate_every_steps=100000",
+            "train.save_every_steps=100000",
+            "train.log_every_steps=100000",
+        ),
+    )
     step = int(re.search(r"stopped after step (\d+)", out)[1])
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{step:08d}"]
 
 
 # ---------------------------------------------------------------- processes
+
 
 def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, settings, tmp_path):
     """The whole set of losses, balanced, two micro-batches a step: sums over processes differ by rounding only. So do the
@@ -306,12 +390,23 @@ def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, 
     shutil.copytree(Path(settings["data"]["data_root"]) / "speech", tmp_path / "speech")
     for i in range(6):
         (tmp_path / "speech" / f"broken_{i}.wav").write_bytes(b"RIFF but no sound")
-    few = ["train.max_steps=3", "train.validate_every_steps=9", "train.accumulation=2", "discriminator.warmup_steps=1",
-           "discriminator.learning_rate=5e-3", f"data.data_root={tmp_path}"]
+    few = [
+        "train.max_steps=3",
+        "train.validate_every_steps=9",
+        "train.accumulation=2",
+        "discriminator.warmup_steps=1",
+        "discriminator.learning_rate=5e-3",
+        f"data.data_root={tmp_path}",
+    ]
     arguments = command(tmp_path / "two", *few, "data.batch_size=1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = subprocess.run([*torchrun, "train_encoder.py", *arguments], cwd=ROOT, capture_output=True, text=True,
-                         env=subprocess_environment() | {"OMP_NUM_THREADS": "1"})
+    two = subprocess.run(
+        [*torchrun, "train_encoder.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=subprocess_environment() | {"OMP_NUM_THREADS": "1"},
+    )
     assert two.returncode == 0, two.stderr
     train_encoder.main(command(tmp_path / "one", *few))
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -321,7 +416,10 @@ def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, 
         for name, value in one[step].items():
             tolerance = 2e-2 if name == "grad/discriminator" else 1e-4  # it is a small difference of large numbers
             assert two[step][name] == pytest.approx(value, rel=tolerance, abs=1e-6), (step, name)
-    bad = [[row["data/bad_clips"] for _, row in metrics(tmp_path / name) if "data/bad_clips" in row] for name in ("one", "two")]
+    bad = [
+        [row["data/bad_clips"] for _, row in metrics(tmp_path / name) if "data/bad_clips" in row]
+        for name in ("one", "two")
+    ]
     assert bad[0] == bad[1] and bad[0][-1] > 3
     listed = [sorted((tmp_path / name / "bad_files.txt").read_text().splitlines()) for name in ("one", "two")]
     assert listed[0] == listed[1] and len(listed[0]) > 1
@@ -331,16 +429,45 @@ def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, 
 
 def test_two_machines_need_not_share_the_run_folder(command, tmp_path):
     """One torchrun on each, started in a folder of its own: the first keeps the run, and tells the other where to go on."""
-    few = [*ONLY_CHEAP, "data.batch_size=1", "train.n_samples=0", "train.validate_every_steps=9", "train.save_every_steps=9"]
+    few = [
+        *ONLY_CHEAP,
+        "data.batch_size=1",
+        "train.n_samples=0",
+        "train.validate_every_steps=9",
+        "train.save_every_steps=9",
+    ]
 
     def start(port, *overrides):
         arguments = command("run", *few, *overrides)
-        machines = [subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1",
-             "--master-addr", "127.0.0.1", "--master-port", str(port), str(ROOT / "train_encoder.py"), *arguments],
-            cwd=folder, env=subprocess_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for rank, folder in enumerate(folders)]
+        machines = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nnodes",
+                    "2",
+                    "--node-rank",
+                    str(rank),
+                    "--nproc-per-node",
+                    "1",
+                    "--master-addr",
+                    "127.0.0.1",
+                    "--master-port",
+                    str(port),
+                    str(ROOT / "train_encoder.py"),
+                    *arguments,
+                ],
+                cwd=folder,
+                env=subprocess_environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, folder in enumerate(folders)
+        ]
         return [(*machine.communicate(timeout=300), machine.returncode) for machine in machines]
+
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
@@ -360,20 +487,31 @@ def test_two_machines_need_not_share_the_run_folder(command, tmp_path):
 
 def test_accumulated_micro_batches_give_the_gradient_of_their_union(command, tmp_path, monkeypatch):
     """Without the random choices, which each micro-batch has of its own."""
+
     def pass_through(seed, batch_size, acoustic_dim, n_frames, *others):
         never = torch.full((batch_size,), 0.9)
         return QuantizationDraws(never, never, torch.zeros(batch_size, acoustic_dim, n_frames))
+
     monkeypatch.setattr(QuantizationDraws, "sample", pass_through)
     rows = []
     for batch_size, accumulation in ((4, 1), (2, 2)):
         folder = tmp_path / f"{accumulation}"
-        train_encoder.main(command(folder, *ONLY_CHEAP, f"train.accumulation={accumulation}", "train.max_steps=1",
-                                   f"data.batch_size={batch_size}", "train.n_samples=0"))
+        train_encoder.main(
+            command(
+                folder,
+                *ONLY_CHEAP,
+                f"train.accumulation={accumulation}",
+                "train.max_steps=1",
+                f"data.batch_size={batch_size}",
+                "train.n_samples=0",
+            )
+        )
         rows.append({name: losses(folder)[1][name] for name in ("grad/encoder", "loss/total", "loss/l1", "loss/stft")})
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 
 
 # ---------------------------------------------------------------- other ways to train
+
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_a_whole_codec_trains_by_the_same_script(command, settings, tmp_path):
@@ -381,9 +519,20 @@ def test_a_whole_codec_trains_by_the_same_script(command, settings, tmp_path):
     shutil.copytree(Path(settings["data"]["data_root"]) / "speech", tmp_path / "speech")
     for i in range(3):
         (tmp_path / "speech" / f"broken_{i}.wav").write_bytes(b"RIFF but no sound")
-    train_encoder.main(command(folder, *ONLY_CHEAP, "train.trainable=[encoder,codebook,decoder]", "train.max_steps=3",
-                               "train.ema_decay=0", "data.batch_size=6", f"data.data_root={tmp_path}", "loss.mel=1",
-                               "train.n_samples=0", "train.precision=bf16"))
+    train_encoder.main(
+        command(
+            folder,
+            *ONLY_CHEAP,
+            "train.trainable=[encoder,codebook,decoder]",
+            "train.max_steps=3",
+            "train.ema_decay=0",
+            "data.batch_size=6",
+            f"data.data_root={tmp_path}",
+            "loss.mel=1",
+            "train.n_samples=0",
+            "train.precision=bf16",
+        )
+    )
     saved = folder / "checkpoints" / "step_00000003"
     state = torch.load(saved / "run_state.pt", weights_only=True)["model"]
     tensors = encoder_of(saved) | load_file(saved / "decoder.safetensors")
@@ -398,6 +547,7 @@ def test_a_whole_codec_trains_by_the_same_script(command, settings, tmp_path):
 
 
 # ---------------------------------------------------------------- divergence, and other runs that go on
+
 
 @pytest.fixture(scope="module")
 def halfway_original(command, tmp_path_factory):
@@ -498,29 +648,50 @@ def test_mistakes_end_in_one_sentence_and_leave_nothing(command, settings, tmp_p
 
 def test_match_needs_nothing_but_the_release(command, tmp_path, capsys):
     write_random_checkpoint(tmp_path / "bare", small_params(backbone={"dim": 320}), {"alpha": 9})
-    train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, f"checkpoint={tmp_path / 'bare'}", "match.codes=presets", "loss.match=1e-3",
-                               "train.max_steps=1"))
+    train_encoder.main(
+        command(
+            tmp_path / "run",
+            *ONLY_CHEAP,
+            f"checkpoint={tmp_path / 'bare'}",
+            "match.codes=presets",
+            "loss.match=1e-3",
+            "train.max_steps=1",
+        )
+    )
     assert "loss.match holds codes to the statistics of 8 frames (presets)" in capsys.readouterr().out
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss/match"] > 0
 
 
 def test_codes_are_learnt_from_clips_that_have_them(command, tmp_path, capsys):
-    assert "loss.codes needs clips whose codes are known" in refused(command(tmp_path / "run", *ONLY_CHEAP, "loss.codes=1"), capsys)
+    assert "loss.codes needs clips whose codes are known" in refused(
+        command(tmp_path / "run", *ONLY_CHEAP, "loss.codes=1"), capsys
+    )
     folder = tmp_path / "generated" / "alpha"
     folder.mkdir(parents=True)
     soundfile.write(folder / "0.flac", 0.1 * np.random.default_rng(0).standard_normal(10 * 1920), 24000)
     np.save(folder / "0.npy", np.full((37, 10), 3, np.int16))
     (tmp_path / "generated" / "manifest.jsonl").write_text(
-        '{"path": "alpha/0.flac", "codes": "alpha/0.npy", "voice": "alpha", "language": "", "text": "one", "seconds": 0.8}\n')
-    train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, "loss.codes=1", "train.max_steps=1", "data.validation.speakers=[speech]",
-                               f"data.sources=[{{kind: generated, path: {tmp_path / 'generated'}, weight: 50}}, {{kind: folder, path: speech}}]"))
+        '{"path": "alpha/0.flac", "codes": "alpha/0.npy", "voice": "alpha", "language": "", "text": "one", "seconds": 0.8}\n'
+    )
+    train_encoder.main(
+        command(
+            tmp_path / "run",
+            *ONLY_CHEAP,
+            "loss.codes=1",
+            "train.max_steps=1",
+            "data.validation.speakers=[speech]",
+            f"data.sources=[{{kind: generated, path: {tmp_path / 'generated'}, weight: 50}}, {{kind: folder, path: speech}}]",
+        )
+    )
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss/codes"] > 0.1
 
 
 def test_damaged_codes_are_skipped_and_listed(command, settings, tmp_path):
     coded = shutil.copytree(settings["match"]["codes"], tmp_path / "coded")
     (coded / "1.npy").write_bytes(b"no codes")
-    train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, "loss.match=1e-3", f"match.codes={coded}", "train.max_steps=1"))
+    train_encoder.main(
+        command(tmp_path / "run", *ONLY_CHEAP, "loss.match=1e-3", f"match.codes={coded}", "train.max_steps=1")
+    )
     assert "1.npy\tunreadable codes" in (tmp_path / "run" / "bad_files.txt").read_text()
 
 
@@ -539,7 +710,9 @@ def test_an_output_folder_that_cannot_be_one(command, tmp_path, capsys):
 def test_a_folder_that_holds_a_run_is_left_alone(halfway, command, settings, capsys, tmp_path):
     before = {path: path.read_bytes() for path in halfway.rglob("*") if path.is_file()}
     assert "already holds a run" in refused(command(halfway, *ONLY_CHEAP), capsys)
-    assert refused(command(halfway, "resume=true", "loss.feature=1"), capsys).startswith("error: loss.feature: the run in")
+    assert refused(command(halfway, "resume=true", "loss.feature=1"), capsys).startswith(
+        "error: loss.feature: the run in"
+    )
     assert "processes: the run in" in refused(command(halfway, "resume=true", "data.batch_size=3"), capsys)
     other = tampered(settings["checkpoint"], tmp_path / "other", lambda tensors: tensors[DECODER].add_(1))
     message = refused(command(halfway, "resume=true", f"checkpoint={other}"), capsys)
@@ -553,16 +726,25 @@ def test_a_folder_that_holds_a_run_is_left_alone(halfway, command, settings, cap
 
 def test_with_a_teacher_cache_whisper_is_asked_once(command, tmp_path, monkeypatch, capsys):
     """The first run fills the cache; the second one, which never asks, has the same losses."""
+
     def losses(name):
-        train_encoder.main(command(tmp_path / name, f"asr.teacher_cache={tmp_path}/kept", "loss.speaker=0", "data.batch_size=8"))
-        return [{key: value for key, value in row.items() if key.startswith("loss/")} for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+        train_encoder.main(
+            command(tmp_path / name, f"asr.teacher_cache={tmp_path}/kept", "loss.speaker=0", "data.batch_size=8")
+        )
+        return [
+            {key: value for key, value in row.items() if key.startswith("loss/")}
+            for row in read_metrics(tmp_path / name / "metrics.jsonl")
+        ]
+
     first = losses("first")
     forward, asked = train_encoder.WhisperTeacher.forward, []
     monkeypatch.setattr(train_encoder.WhisperTeacher, "forward", lambda *args: asked.append(1) or forward(*args))
     for a, b in zip(first, losses("second"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     assert not asked and any(row.get("loss/asr", 0) > 0 for row in first)
-    assert "asr.teacher_cache: what" in refused(command(tmp_path / "third", f"asr.teacher_cache={tmp_path}/kept", "data.speed=[0.9,1.1]"), capsys)
+    assert "asr.teacher_cache: what" in refused(
+        command(tmp_path / "third", f"asr.teacher_cache={tmp_path}/kept", "data.speed=[0.9,1.1]"), capsys
+    )
 
 
 def test_a_mistake_in_a_real_process_has_no_traceback(command, tmp_path):
@@ -575,16 +757,23 @@ def test_a_mistake_in_a_real_process_has_no_traceback(command, tmp_path):
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and compiled kernels need a GPU")
 
 
-@pytest.mark.parametrize("device, change", [("cpu", "train.compile=true"),  # nothing is compiled there
-                                            pytest.param("cuda", "train.cuda_graphs=false", marks=needs_gpu),
-                                            pytest.param("cuda", "train.compile=true", marks=needs_gpu)])
+@pytest.mark.parametrize(
+    "device, change",
+    [
+        ("cpu", "train.compile=true"),  # nothing is compiled there
+        pytest.param("cuda", "train.cuda_graphs=false", marks=needs_gpu),
+        pytest.param("cuda", "train.compile=true", marks=needs_gpu),
+    ],
+)
 def test_recorded_and_compiled_kernels_give_the_same_losses(command, settings, tmp_path, monkeypatch, device, change):
     """Everything but the kernels and their launch is equal: data, draws, weights. One of these fourteen frames whose semantic
     code rounds the other way moves `match` by 5 to 15 %, so that is held to what the run's own codes make it on the CPU."""
+
     class Listening(CodeMatching):
         def __call__(self, output, n_frames):
             heard.append((output.codes.cpu(), n_frames.cpu()))
             return super().__call__(output, n_frames)
+
     monkeypatch.setattr(train_encoder, "CodeMatching", Listening)
     codec = VoxtralCodec.from_checkpoint(settings["checkpoint"])
     known = known_codes(settings["match"]["codes"], codec.params)[0]
@@ -592,15 +781,20 @@ def test_recorded_and_compiled_kernels_give_the_same_losses(command, settings, t
     for name, changes in (("plain", []), ("changed", [change])):
         heard = []
         path = tmp_path / name
-        train_encoder.main(command(path, f"device={device}", "balancer.enabled=false", "train.accumulation=2", *changes))
+        train_encoder.main(
+            command(path, f"device={device}", "balancer.enabled=false", "train.accumulation=2", *changes)
+        )
         rows.append([row for row in read_metrics(path / "metrics.jsonl") if "loss/total" in row])
         codes.append(torch.stack([seen for seen, _ in heard]))
         matching = CodeMatching(known, codec, "cpu")
         nothing = torch.zeros(2, codec.params.latent_dim, codes[-1].shape[-1])
         expected = [matching(CodecOutput(None, nothing, seen, None), n_frames).item() for seen, n_frames in heard]
         assert [row["loss/match"] for row in rows[-1]] == pytest.approx(
-            [sum(pair) / 2 for pair in zip(expected[::2], expected[1::2])], rel=1e-2)
+            [sum(pair) / 2 for pair in zip(expected[::2], expected[1::2])], rel=1e-2
+        )
     assert (codes[0] == codes[1]).float().mean() > 0.99
     for a, b in zip(*rows, strict=True):
         names = [name for name in a if name.startswith("loss/") and name != "loss/match"]
-        assert {name: a[name] for name in names} == pytest.approx({name: b[name] for name in names}, rel=1e-2, abs=1e-4)  # commit is so small
+        assert {name: a[name] for name in names} == pytest.approx(
+            {name: b[name] for name in names}, rel=1e-2, abs=1e-4
+        )  # commit is so small

@@ -1,4 +1,5 @@
 """The generating half on a small random checkpoint: cached steps, batches, stopping, prompts, chunked decoding."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -62,6 +63,7 @@ def spoken_without_cache(tts, request, max_frames):
 
 # ---------------------------------------------------------------- one token at a time
 
+
 @torch.no_grad()
 def test_cached_steps_equal_one_full_pass(folder):
     backbone = Backbone.from_checkpoint(folder, dtype=torch.float32)
@@ -71,7 +73,7 @@ def test_cached_steps_equal_one_full_pass(folder):
     cache = cached.new_cache(2, 40)
     no_padding = torch.zeros(2, dtype=torch.long)
     outputs = [cached(x[:, :25], cache, torch.arange(25), no_padding, 25)]
-    outputs += [cached(x[:, i:i + 1], cache, torch.tensor([i]), no_padding, cache.n_slots) for i in range(25, 40)]
+    outputs += [cached(x[:, i : i + 1], cache, torch.tensor([i]), no_padding, cache.n_slots) for i in range(25, 40)]
     assert relative_error(torch.cat(outputs, dim=1), expected) < 1e-5
     assert relative_error(backbone(x), expected) < 1e-6  # its modules are views of the joined weights
 
@@ -85,7 +87,7 @@ def test_left_padding_changes_nothing(folder):
     cache = cached.new_cache(1, 64)
     cache.keys.fill_(5), cache.values.fill_(5)  # of an earlier batch
     outputs = [cached(padded[:, :27], cache, torch.arange(27), n_padding, 27)]
-    outputs += [cached(padded[:, i:i + 1], cache, torch.tensor([i]), n_padding, cache.n_slots) for i in range(27, 37)]
+    outputs += [cached(padded[:, i : i + 1], cache, torch.tensor([i]), n_padding, cache.n_slots) for i in range(27, 37)]
     assert relative_error(torch.cat(outputs, dim=1)[:, 7:], backbone(x)) < 1e-5
 
 
@@ -106,6 +108,7 @@ def test_joined_weights_are_stored_once(folder):
 
 
 # ---------------------------------------------------------------- batches
+
 
 def test_a_batch_gives_each_request_what_a_loop_without_cache_gives(tts, requests):
     takes = tts.generate(requests, 30)
@@ -152,8 +155,9 @@ def test_stops_once_all_have_ended(tts, requests):
     ending = [requests[1], requests[3]]
     blocks = [[take.ended for take in takes] for takes in tts.takes(ending, 500)]
     assert blocks[-1] == [True, True] and not all(blocks[-2]) and len(blocks) < 6
-    assert [take.codes.shape[1] for take in tts.generate(ending, 500)] == \
-           [spoken_without_cache(tts, request, 500)[0].shape[1] for request in ending]
+    assert [take.codes.shape[1] for take in tts.generate(ending, 500)] == [
+        spoken_without_cache(tts, request, 500)[0].shape[1] for request in ending
+    ]
 
 
 def test_one_loop_serves_batches_that_fit_it(tts, requests):
@@ -175,6 +179,7 @@ def test_bf16_runs(folder, requests):
 
 
 # ---------------------------------------------------------------- prompts and voices
+
 
 def test_voice_rows_stand_in_the_place_of_audio_tokens(tts):
     voice = torch.randn(9, 64)  # a length that no voice of tekken.json has
@@ -206,8 +211,13 @@ def test_a_broken_tokenizer_file_is_named(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     tekken = json.loads((copy / "tekken.json").read_text())
     del tekken["audio"]
-    for text, match in ((json.dumps(tekken), "knows no voices"), ("{", "cannot be read"), ("[]", "cannot be read"),
-                        ("[" * 100_000, "cannot be read"), (json.dumps({**tekken, "vocab": [[]]}), "cannot be read")):
+    for text, match in (
+        (json.dumps(tekken), "knows no voices"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        (json.dumps({**tekken, "vocab": [[]]}), "cannot be read"),
+    ):
         (copy / "tekken.json").write_text(text)
         with pytest.raises(CheckpointError, match=f"tekken.json {match}"):
             TTS.from_checkpoint(copy)
@@ -218,10 +228,12 @@ def test_a_broken_tokenizer_file_is_named(folder, tmp_path):
 
 # ---------------------------------------------------------------- chunked decoding
 
+
 def random_codes(n_frames, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randint(64, (1, n_frames), generator=generator),
-                      torch.randint(21, (36, n_frames), generator=generator)])
+    return torch.cat(
+        [torch.randint(64, (1, n_frames), generator=generator), torch.randint(21, (36, n_frames), generator=generator)]
+    )
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 7, 50])
@@ -263,7 +275,7 @@ def test_left_context_is_all_that_a_frame_depends_on_and_no_more(folder):
         """Whether the samples from frame 30 on hang on `frame`."""
         other = codes.clone()
         other[0, :, frame] = random_codes(1, seed=1)[:, 0]
-        return (codec.decode(other)[0, 0, 30 * 1920:] - samples[30 * 1920:]).abs().max() > 0
+        return (codec.decode(other)[0, 0, 30 * 1920 :] - samples[30 * 1920 :]).abs().max() > 0
 
     assert changed(30 - context) and not changed(30 - context - 1)
 
@@ -279,6 +291,7 @@ def test_a_batch_is_decoded_as_if_each_were_alone(tts):
 
 
 # ---------------------------------------------------------------- CUDA graphs
+
 
 class OnOneDevice(TorchDispatchMode):
     """Collects every operation that touches a tensor elsewhere than on the GPU."""
@@ -322,10 +335,12 @@ def test_the_graph_equals_eager_steps(folder, requests, monkeypatch):
 
 # ---------------------------------------------------------------- the benchmark
 
+
 def test_benchmark_reports_a_row_per_batch_size(import_benchmark, folder, capsys, monkeypatch):
     generation = import_benchmark("generation")
-    generation.main(["--checkpoint", str(folder), "--batch-sizes", "1", "2", "--frames", "5", "--prompt", "12",
-                     "--device", "cpu"])
+    generation.main(
+        ["--checkpoint", str(folder), "--batch-sizes", "1", "2", "--frames", "5", "--prompt", "12", "--device", "cpu"]
+    )
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and {len(line.split("|")) for line in table} == {14}
     assert [line.split("|")[1].strip() for line in table[2:]] == ["1", "2"]

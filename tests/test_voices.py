@@ -1,4 +1,5 @@
 """Registering voices: the three places, mistral_common's view of them, refusals, kills, and the script."""
+
 import base64
 import io
 import json
@@ -30,8 +31,16 @@ from voxtral.reference import prepare_reference
 from voxtral.remarks import Remarks
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 from voxtral.tts import named_voice
-from voxtral.voices import (VoiceError, encode_reference, end_audio_row, list_voices, load_embedding, register, remove,
-                            voice_files)
+from voxtral.voices import (
+    VoiceError,
+    encode_reference,
+    end_audio_row,
+    list_voices,
+    load_embedding,
+    register,
+    remove,
+    voice_files,
+)
 
 SPEECH = Path(__file__).parents[1] / "assets" / "speech" / "k_af_heart_0.opus"
 PRESETS = {"alpha": 20, "beta": 30}
@@ -44,7 +53,9 @@ def pristine(tmp_path_factory):
     base = tmp_path_factory.mktemp("pristine")
     write_random_checkpoint(base / "released", small_params(), PRESETS)
     layout = withheld_layout(load_params(base / "released"))
-    save_tensors(base / "encoder.safetensors", {name: random_tensor(name, shape).float() for name, shape in layout.items()})
+    save_tensors(
+        base / "encoder.safetensors", {name: random_tensor(name, shape).float() for name, shape in layout.items()}
+    )
     return inject(base / "released", base / "encoder.safetensors", output=base / "checkpoint")
 
 
@@ -74,6 +85,7 @@ def tokens_of(folder, **request):
 
 
 # ---------------------------------------------------------------- the three places
+
 
 def test_a_new_voice_stands_in_all_three_places_and_nothing_else_changes(folder, end_row):
     before = contents(folder)
@@ -160,7 +172,10 @@ class Killed(BaseException):
 def test_after_a_kill_list_shows_it_and_the_same_again_completes_it(folder, end_row, monkeypatch, action, n_renames):
     """Dies before rename (or unlink) number n; the states between are the only ones a kill can leave."""
     before = contents(folder)
-    work = {"register": lambda: register(folder, "anna", embedding(end_row), "anna.pt"), "remove": lambda: remove(folder, "anna")}
+    work = {
+        "register": lambda: register(folder, "anna", embedding(end_row), "anna.pt"),
+        "remove": lambda: remove(folder, "anna"),
+    }
     work["register"]()
     registered = contents(folder)
     if action == "register":
@@ -175,6 +190,7 @@ def test_after_a_kill_list_shows_it_and_the_same_again_completes_it(folder, end_
                 if left[0] < 0:
                     raise Killed
             return function(*arguments, **options)
+
         return call
 
     with monkeypatch.context() as patch:
@@ -183,8 +199,12 @@ def test_after_a_kill_list_shows_it_and_the_same_again_completes_it(folder, end_
         with pytest.raises(Killed):
             work[action]()
     anna = [voice for voice in list_voices(folder) if voice.name == "anna"]
-    assert all(voice.problem and not voice.is_preset for voice in anna) or contents(folder) == registered or not anna \
+    assert (
+        all(voice.problem and not voice.is_preset for voice in anna)
+        or contents(folder) == registered
+        or not anna
         or n_renames == 3
+    )
     tokens_of(folder, voice="alpha")
     work[action]()
     assert contents(folder) == (registered if action == "register" else before)
@@ -218,6 +238,7 @@ def test_a_checkpoint_without_the_places_is_refused(folder, end_row):
 
 # ---------------------------------------------------------------- mistral_common
 
+
 def test_mistral_common_builds_the_prompt_of_a_new_voice(folder, end_row):
     presets = {name: tokens_of(folder, voice=name)[0] for name in PRESETS}
     register(folder, "anna", embedding(end_row, 77), "anna.pt")
@@ -248,7 +269,9 @@ def test_reference_audio_has_as_many_positions_as_our_embedding_has_rows(folder)
     for length in lengths:
         request = SpeechRequest(input="the cat", ref_audio=data_url(noise[0, 0, :length].numpy(), 24000))
         n_audio = tokenizer.encode_speech_request(request).tokens.count(24)
-        assert n_audio == math.ceil(length / 24000 * 12.5) + 1 == len(codec.voice_embedding(noise[..., :length])), length
+        assert n_audio == math.ceil(length / 24000 * 12.5) + 1 == len(codec.voice_embedding(noise[..., :length])), (
+            length
+        )
 
 
 @torch.no_grad()
@@ -268,6 +291,7 @@ def test_prepared_references_agree_where_mistral_common_counts_one_too_many(fold
 
 
 # ---------------------------------------------------------------- embeddings and audio
+
 
 def test_embeddings_from_both_kinds_of_file(folder, end_row, tmp_path):
     params, voice = load_params(folder), embedding(end_row)
@@ -289,6 +313,7 @@ def test_the_presets_of_a_checkpoint_end_on_our_end_row(folder, end_row):
 
 
 # ---------------------------------------------------------------- presets as the release has them
+
 
 def save_as_on_a_gpu(tensor, path):
     """The file that torch.save() writes of this tensor on cuda:0, made without one."""
@@ -346,12 +371,20 @@ def test_a_released_preset_is_registered_under_another_name_as_it_is(as_released
     assert torch.equal(stored, presets["ar_male"]) and stored.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("tensor,message", [
-    (torch.zeros(40, 63), r"\[40, 63\]"), (torch.zeros(64), r"\[64\]"), (torch.zeros(1, 40, 64), r"\[1, 40, 64\]"),
-    (torch.zeros(40, 64, dtype=torch.long), "int64"), (torch.full((40, 64), float("nan")), "finite"),
-    (torch.zeros(12, 64), "13 rows"), (torch.zeros(314, 64), "315 rows"), (torch.zeros(0, 64), "1 rows"),
-    ({"voice": torch.zeros(40, 64)}, "dict"),
-])
+@pytest.mark.parametrize(
+    "tensor,message",
+    [
+        (torch.zeros(40, 63), r"\[40, 63\]"),
+        (torch.zeros(64), r"\[64\]"),
+        (torch.zeros(1, 40, 64), r"\[1, 40, 64\]"),
+        (torch.zeros(40, 64, dtype=torch.long), "int64"),
+        (torch.full((40, 64), float("nan")), "finite"),
+        (torch.zeros(12, 64), "13 rows"),
+        (torch.zeros(314, 64), "315 rows"),
+        (torch.zeros(0, 64), "1 rows"),
+        ({"voice": torch.zeros(40, 64)}, "dict"),
+    ],
+)
 def test_embeddings_that_cannot_be_are_refused(folder, end_row, tmp_path, tensor, message):
     torch.save(tensor, tmp_path / "voice.pt")
     with pytest.raises(VoiceError, match=message):
@@ -382,8 +415,12 @@ def test_missing_and_damaged_files_are_refused(folder, end_row, tmp_path):
     (tmp_path / "half.pt").write_bytes((tmp_path / "voice.pt").read_bytes()[:500])
     save_tensors(tmp_path / "two.safetensors", {"a": embedding(end_row), "b": embedding(end_row)})
     (tmp_path / "empty.pt").touch()
-    for name, message in (("none.pt", "does not exist"), ("half.pt", "half.pt"), ("empty.pt", "empty.pt"),
-                          ("two.safetensors", "2 tensors")):
+    for name, message in (
+        ("none.pt", "does not exist"),
+        ("half.pt", "half.pt"),
+        ("empty.pt", "empty.pt"),
+        ("two.safetensors", "2 tensors"),
+    ):
         with pytest.raises(VoiceError, match=message):
             load_embedding(tmp_path / name, load_params(folder), end_row)
 
@@ -399,6 +436,7 @@ def test_audio_is_prepared_and_encoded_with_the_checkpoints_encoder(folder, end_
 
 
 # ---------------------------------------------------------------- the script
+
 
 def run_script(capsys, *arguments):
     """-> (exit code, stdout, stderr) of patch_tokenizer.py in this process."""
@@ -442,8 +480,13 @@ def test_script_writes_nothing_when_one_voice_is_bad(folder, end_row, tmp_path, 
     before = contents(folder)
     torch.save(embedding(end_row), tmp_path / "good.pt")
     good, here = f"anna={tmp_path / 'good.pt'}", ("--checkpoint", folder)
-    for voice, message in ((f"ben={tmp_path / 'none.wav'}", "does not exist"), (f"Ben={tmp_path / 'good.pt'}", "no voice name"),
-                           (f"alpha={tmp_path / 'good.pt'}", "preset"), ("ben", "NAME=FILE"), (good, "given twice")):
+    for voice, message in (
+        (f"ben={tmp_path / 'none.wav'}", "does not exist"),
+        (f"Ben={tmp_path / 'good.pt'}", "no voice name"),
+        (f"alpha={tmp_path / 'good.pt'}", "preset"),
+        ("ben", "NAME=FILE"),
+        (good, "given twice"),
+    ):
         code, _, error = run_script(capsys, *here, "--voice", good, "--voice", voice)
         assert code == 2 and message in error and error.count("\n") == 1
         assert contents(folder) == before
@@ -468,7 +511,10 @@ def test_presets_stay_what_they_were_after_everything(folder, pristine, end_row)
     for name in PRESETS:
         path = f"voice_embedding/{name}.pt"
         assert (folder / path).read_bytes() == (pristine / path).read_bytes()
-    assert SafetensorsFile(folder / "consolidated.safetensors").path.read_bytes() == Checkpoint(pristine).files[0].path.read_bytes()
+    assert (
+        SafetensorsFile(folder / "consolidated.safetensors").path.read_bytes()
+        == Checkpoint(pristine).files[0].path.read_bytes()
+    )
 
 
 def test_what_is_no_voice_in_a_folder_is_named(tmp_path):
@@ -480,7 +526,9 @@ def test_what_is_no_voice_in_a_folder_is_named(tmp_path):
     remarks = Remarks()
     assert set(voice_files(tmp_path, remarks)) == {"anna", "ben"}
     said = "\n".join(remarks.lines())
-    assert len(remarks) == 6 and all(name in said for name in ("._anna.wav", ".DS_Store", "eve.m4a", "ffmpeg", "notes.txt", "carl.wav", "pipe.wav"))
+    assert len(remarks) == 6 and all(
+        name in said for name in ("._anna.wav", ".DS_Store", "eve.m4a", "ffmpeg", "notes.txt", "carl.wav", "pipe.wav")
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 6])
@@ -488,7 +536,7 @@ def test_a_voice_is_the_same_at_any_gain_and_from_any_channel(pristine, tmp_path
     audio, rate = soundfile.read(SPEECH, dtype="float32")
     codec = VoxtralCodec.from_checkpoint(pristine)
     wanted = encode_reference(codec, SPEECH)[0]
-    for gain in (0.25, 8, 2.0 ** 100):
+    for gain in (0.25, 8, 2.0**100):
         sound = np.zeros((len(audio), channels), np.float32)
         sound[:, channels // 2] = audio * np.float32(gain)
         soundfile.write(tmp_path / "loud.wav", sound, rate, "FLOAT")
@@ -502,8 +550,20 @@ def test_no_name_leads_out_of_the_checkpoint(folder):
     assert (folder.parent / "mine.pt").read_bytes() == b"not yours"
 
 
-@pytest.mark.parametrize("header", [b"[]", b"3", b'"a"', b'{"a": []}', b'{"a": {"dtype": "F32", "shape": [1]}}', b"[" * 10_000, b"\xff",
-                                    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', b'{"__metadata__": []}'])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"3",
+        b'"a"',
+        b'{"a": []}',
+        b'{"a": {"dtype": "F32", "shape": [1]}}',
+        b"[" * 10_000,
+        b"\xff",
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+        b'{"__metadata__": []}',
+    ],
+)
 def test_safetensors_whose_header_is_something_else_are_refused(tmp_path, header):
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match="a.safetensors"):
@@ -517,6 +577,6 @@ def test_a_pipe_in_the_place_of_weights_is_refused_at_once(tmp_path):
 
 
 def test_a_tensor_that_claims_more_than_it_holds_is_refused_before_it_is_made(tmp_path, folder, end_row):
-    torch.save(torch.zeros(1).expand(10 ** 9, 64), tmp_path / "a.pt")
+    torch.save(torch.zeros(1).expand(10**9, 64), tmp_path / "a.pt")
     with pytest.raises(VoiceError, match="1000000000 rows"):
         load_embedding(tmp_path / "a.pt", load_params(folder), end_row)

@@ -1,4 +1,5 @@
 """The withheld-encoder benchmark on a tiny random stand-in: rows, equal audio, kills, time limits, the table."""
+
 import json
 import math
 import shutil
@@ -19,10 +20,10 @@ from voxtral.checkpoint import save_tensors
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, StandinConfig, load_config
 from voxtral.data import load_segment
+from voxtral.history import read_metrics
 from voxtral.layout import withheld_layout
 from voxtral.params import load_params, parse_params
 from voxtral.quantizer import QuantizationDraws, Quantizer
-from voxtral.history import read_metrics
 from voxtral.sources import DataConfig, SourceConfig, ValidationConfig, find_clips, split_validation
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 
@@ -65,13 +66,21 @@ def base(tmp_path_factory):
         (base / "speech" / speaker).mkdir(parents=True)
         for i in range(2):
             shutil.copy(ROOT / "assets" / "speech" / f"{speaker}_{i}.opus", base / "speech" / speaker)
-    config = {"device": "cpu",
-              "data": {"data_root": str(base), "sources": [{"kind": "folder", "path": "speech", "weight": 2.0}],
-                       "validation": {"clips": 2, "speakers": ["m_f12"]}, "batch_size": 2, "max_sec": 0.5,
-                       "num_workers": 0},
-              "train": {"precision": "fp32", "stft_fft_sizes": [256]}, "optimizer": {"learning_rate": 0.02},
-              "discriminator": {"fft_sizes": [78], "channels": 2, "crop_sec": 0.3},
-              "standin": {"n_text_tokens": 300}}  # a stand-in's config will do
+    config = {
+        "device": "cpu",
+        "data": {
+            "data_root": str(base),
+            "sources": [{"kind": "folder", "path": "speech", "weight": 2.0}],
+            "validation": {"clips": 2, "speakers": ["m_f12"]},
+            "batch_size": 2,
+            "max_sec": 0.5,
+            "num_workers": 0,
+        },
+        "train": {"precision": "fp32", "stft_fft_sizes": [256]},
+        "optimizer": {"learning_rate": 0.02},
+        "discriminator": {"fft_sizes": [78], "channels": 2, "crop_sec": 0.3},
+        "standin": {"n_text_tokens": 300},
+    }  # a stand-in's config will do
     (base / "config.yaml").write_text(yaml.safe_dump(config))
     return base
 
@@ -80,10 +89,26 @@ def base(tmp_path_factory):
 def command(base, whisper_checkpoint):
     """command(output, options...) -> arguments"""
     return lambda output, *options: [
-        "--standin", str(base / "released"), "--withheld", str(base / "withheld.safetensors"), "--data",
-        str(base / "config.yaml"), "--output", str(output), "--steps", str(STEPS), "--metrics", "mel,stft",
-        "--max-sec", "0.5", "train.log_every_steps=1", f"asr.model={whisper_checkpoint}",
-        "asr.context_sec=1.26", "asr.language=en", *options]
+        "--standin",
+        str(base / "released"),
+        "--withheld",
+        str(base / "withheld.safetensors"),
+        "--data",
+        str(base / "config.yaml"),
+        "--output",
+        str(output),
+        "--steps",
+        str(STEPS),
+        "--metrics",
+        "mel,stft",
+        "--max-sec",
+        "0.5",
+        "train.log_every_steps=1",
+        f"asr.model={whisper_checkpoint}",
+        "asr.context_sec=1.26",
+        "asr.language=en",
+        *options,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +130,7 @@ def report_of(output):
 
 # ---------------------------------------------------------------- rows
 
+
 def test_each_row_changes_one_thing_of_another(modules, base):
     benchmark = modules[0]
     for name, row in benchmark.ROWS.items():
@@ -113,8 +139,13 @@ def test_each_row_changes_one_thing_of_another(modules, base):
             changed = {key for key in now if now[key] != before.get(key)}
             assert len(changed) == {"best": 3, "cheap": 2}.get(name, 1), name
     losses = {key: float(value) for key, value in benchmark.changes_of("d").items() if key.startswith("loss.")}
-    assert {key for key, weight in losses.items() if weight} == {"loss.l1", "loss.stft", "loss.commit", "loss.feature",
-                                                               "loss.asr"}
+    assert {key for key, weight in losses.items() if weight} == {
+        "loss.l1",
+        "loss.stft",
+        "loss.commit",
+        "loss.feature",
+        "loss.asr",
+    }
     assert benchmark.changes_of("b")["quantization"] == "always" != benchmark.changes_of("i")["quantization"]
 
 
@@ -123,6 +154,7 @@ def test_schedule_is_a_share_of_the_run(modules, base):
 
     def settings(steps, *overrides):
         return load_config(StandinConfig, base / "config.yaml", [*schedule(steps), *overrides])
+
     long, short = settings(4000), settings(4)
     assert (long.discriminator.warmup_steps, long.optimizer.warmup_steps, long.train.log_every_steps) == (500, 200, 10)
     assert long.train.ema_decay == pytest.approx(0.9975) and short.train.ema_decay == 0
@@ -164,10 +196,15 @@ def test_a_tenth_of_the_speech_is_of_all_training_speakers(modules, tmp_path):
     for name, speakers, n_clips in (("one", "abh", 30), ("two", "ch", 20)):
         rows = [f"{name}/{i:02d}{speaker}.wav,{speaker},{i} words\n" for speaker in speakers for i in range(n_clips)]
         (tmp_path / f"{name}.csv").write_text("path,speaker,text\n" + "".join(rows))
-    data = DataConfig(str(tmp_path), [SourceConfig(kind="manifest", path="one.csv", weight=2.0),
-                                      SourceConfig(kind="manifest", path="two.csv")], ValidationConfig(50, ["h"]))
+    data = DataConfig(
+        str(tmp_path),
+        [SourceConfig(kind="manifest", path="one.csv", weight=2.0), SourceConfig(kind="manifest", path="two.csv")],
+        ValidationConfig(50, ["h"]),
+    )
     fewer = modules[1].thinned(data, tmp_path / "thinned", 10)
-    (all_clips, validation), (kept, same) = (split_validation(find_clips(each)[0], each.validation) for each in (data, fewer))
+    (all_clips, validation), (kept, same) = (
+        split_validation(find_clips(each)[0], each.validation) for each in (data, fewer)
+    )
     assert same == validation and len(same) == 50
     assert ["".join(sorted(clip.speaker for clip in clips)) for clips in kept] == ["aaabbb", "cc"]
     assert all(set(few) < set(clips) for few, clips in zip(kept, all_clips))  # texts and sources too
@@ -192,14 +229,23 @@ def encoder_names(codec):
 
 # ---------------------------------------------------------------- a whole benchmark
 
+
 def test_every_run_is_trained_and_measured(whole, base):
     output, printed = whole
     report = report_of(output)
     assert list(report["rows"]) == ["a", "c", "i"] and not report["not_finished"]
     assert report["audio_hours"] == pytest.approx(STEPS * 2 * 0.5 / 3600)
     assert (report["clips"], report["speakers"]) == (2, 1)
-    columns = ["mel", "stft", "semantic_equal", "levels_equal", "levels_within_1", "semantic_used", "extremes_share",
-               "embedding_cosine"]
+    columns = [
+        "mel",
+        "stft",
+        "semantic_equal",
+        "levels_equal",
+        "levels_within_1",
+        "semantic_used",
+        "extremes_share",
+        "embedding_cosine",
+    ]
     assert list(report["true"]) == columns and report["true"]["levels_equal"] == 1
     for name, row in report["rows"].items():
         assert list(row["seeds"]) == ["0"] and list(row["values"]) == [*columns, "ms per step"]
@@ -221,11 +267,26 @@ def test_numbers_are_what_evaluate_says_of_each_encoder(whole, base, tmp_path):
     report = report_of(whole[0])
     for name in ("a", "c"):
         row = report["rows"][name]
-        files = {"--checkpoint": base / "released", "--reference-encoder": base / "withheld.safetensors",
-                 "--encoder": whole[0] / f"{name}_seed0" / "encoder.safetensors", "--data": base / "config.yaml",
-                 "--output": tmp_path / name}
-        evaluate.main([*(str(word) for pair in files.items() for word in pair), "--metrics", "mel,stft", "--max-sec",
-                       "0.5", "--samples", "0", "--device", "cpu"])
+        files = {
+            "--checkpoint": base / "released",
+            "--reference-encoder": base / "withheld.safetensors",
+            "--encoder": whole[0] / f"{name}_seed0" / "encoder.safetensors",
+            "--data": base / "config.yaml",
+            "--output": tmp_path / name,
+        }
+        evaluate.main(
+            [
+                *(str(word) for pair in files.items() for word in pair),
+                "--metrics",
+                "mel,stft",
+                "--max-sec",
+                "0.5",
+                "--samples",
+                "0",
+                "--device",
+                "cpu",
+            ]
+        )
         expected = json.loads((tmp_path / name / "metrics.json").read_text())
         for key, summary in row["seeds"]["0"]["metrics"].items():
             assert summary["value"] == pytest.approx(expected["systems"]["encoder"]["metrics"][key]["value"]), key
@@ -237,8 +298,10 @@ def test_numbers_are_what_evaluate_says_of_each_encoder(whole, base, tmp_path):
 
 def test_rows_hear_the_same_and_differ_in_what_they_say(whole):
     output, _ = whole
-    first = {name: [row for row in read_metrics(output / f"{name}_seed0" / "metrics.jsonl") if "loss/l1" in row]
-             for name in ("a", "c")}
+    first = {
+        name: [row for row in read_metrics(output / f"{name}_seed0" / "metrics.jsonl") if "loss/l1" in row]
+        for name in ("a", "c")
+    }
     assert "loss/feature" not in first["a"][0] and "loss/feature" in first["c"][0]
     losses = {key for row in read_metrics(output / "i_seed0" / "metrics.jsonl") for key in row if "loss/" in key}
     assert {"loss/asr", "loss/feature"} <= losses and "loss/speaker" not in losses
@@ -279,17 +342,31 @@ def test_less_speech_and_other_layers(modules, command, base, tmp_path):
     report = report_of(tmp_path)
     assert list(report["rows"]) == ["cheap", "o", "half", "double"] and not report["not_finished"]
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in lines if "→" in line] == ["cheap → o", "cheap → half", "cheap → double"]
-    heard = {name: next(line for line in (tmp_path / f"{name}_seed0" / "log.txt").read_text().splitlines() if "training clips" in line)
-             for name in report["rows"]}
-    assert "1 training clips" in heard["o"] and all("4 training clips" in heard[name] for name in ("cheap", "half", "double"))
+    assert [line.split("|")[1].strip() for line in lines if "→" in line] == [
+        "cheap → o",
+        "cheap → half",
+        "cheap → double",
+    ]
+    heard = {
+        name: next(
+            line
+            for line in (tmp_path / f"{name}_seed0" / "log.txt").read_text().splitlines()
+            if "training clips" in line
+        )
+        for name in report["rows"]
+    }
+    assert "1 training clips" in heard["o"] and all(
+        "4 training clips" in heard[name] for name in ("cheap", "half", "double")
+    )
     size = {name: len(load_file(tmp_path / f"{name}_seed0" / "encoder.safetensors")) for name in report["rows"]}
     assert size["double"] - size["cheap"] == 2 * (size["cheap"] - size["half"]) > 0 and size["o"] == size["cheap"]
     # Its levels, by its own codec, are compared with the true encoder's.
     codecs = [VoxtralCodec.from_checkpoint(folder) for folder in (tmp_path / "layers_1_1_1_1", base / "released")]
     codecs[0].load_encoder(load_file(tmp_path / "half_seed0" / "encoder.safetensors"))
     codecs[1].load_encoder(load_file(base / "withheld.safetensors"))
-    clips = [torch.from_numpy(load_segment(str(path), 0.0, 0.5)[0]) for path in sorted((base / "speech" / "m_f12").iterdir())]
+    clips = [
+        torch.from_numpy(load_segment(str(path), 0.0, 0.5)[0]) for path in sorted((base / "speech" / "m_f12").iterdir())
+    ]
     ours, true = (torch.cat([codec.encode(clip[None, None])[:, 1:] for clip in clips]) for codec in codecs)
     expected = (ours == true).float().mean().item()
     assert report["rows"]["half"]["values"]["levels_equal"]["mean"] == pytest.approx(expected, abs=1e-6)
@@ -298,18 +375,24 @@ def test_less_speech_and_other_layers(modules, command, base, tmp_path):
 
 def test_known_codes_are_written_on_the_device_of_the_run(modules, base, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(modules[0], "resynthesize", lambda codec, clips, *_: asked.append(codec.audio_embedding.device.type))
+    monkeypatch.setattr(
+        modules[0], "resynthesize", lambda codec, clips, *_: asked.append(codec.audio_embedding.device.type)
+    )
 
     class Options:
         output, data, overrides, max_sec = tmp_path, str(base / "config.yaml"), [], 0.5
         standin, withheld = str(base / "released"), str(base / "withheld.safetensors")
-    modules[0].write_known_codes(Options, load_config(StandinConfig, base / "config.yaml", []).data, torch.device("meta"))
+
+    modules[0].write_known_codes(
+        Options, load_config(StandinConfig, base / "config.yaml", []).data, torch.device("meta")
+    )
     assert asked == ["meta"]
 
 
 def test_changes_are_differences_seed_by_seed(modules):
     def row(**mel):
         return {"seeds": {int(seed[1:]): {"values": {"mel": value}} for seed, value in mel.items()}}
+
     change = modules[2].change_of(row(s0=1.5, s1=2.5, s2=9.0), row(s0=1.0, s1=1.5))
     assert change == {"mel": {"mean": pytest.approx(0.75), "deviation": pytest.approx(0.5 / math.sqrt(2))}}
     assert modules[2].change_of(row(s2=9.0), row(s0=1.0)) == {}
@@ -317,6 +400,7 @@ def test_changes_are_differences_seed_by_seed(modules):
 
 
 # ---------------------------------------------------------------- kills and limits
+
 
 class StopAt:
     """A StopSignal that comes when a file has its first line: the training then listens to signals."""
@@ -331,10 +415,12 @@ class StopAt:
 
 def kill_at(path, children):
     """Kills the last of the child processes when `path` appears."""
+
     def wait_and_kill():
         while not path.exists():
             time.sleep(0.01)
         children[-1].kill()
+
     threading.Thread(target=wait_and_kill, daemon=True).start()
 
 
@@ -348,11 +434,14 @@ def children(modules, monkeypatch):
             super().__init__(command, env=env, **settings)
             self.environment = env
             started.append(self)
+
     monkeypatch.setattr(modules[1], "Popen", Recorded)
     return started
 
 
-def test_a_stopped_and_killed_run_goes_on_to_the_same_encoder(modules, command, whole, children, tmp_path, monkeypatch, capsys):
+def test_a_stopped_and_killed_run_goes_on_to_the_same_encoder(
+    modules, command, whole, children, tmp_path, monkeypatch, capsys
+):
     benchmark, runs, _ = modules
     output, train_until = tmp_path / "out", runs.train_until
     monkeypatch.setattr(benchmark, "probe", lambda *_: 1.0)
@@ -389,8 +478,11 @@ def test_resuming_skips_what_is_finished_and_measures_only_what_is_new(modules, 
     benchmark, _, report = modules
     measured, measure = [], report.Judge.measure
     monkeypatch.setattr(benchmark, "train_until", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(report.Judge, "measure", lambda self, codec, tensors, where: measured.append(str(where))
-                        or measure(self, codec, tensors, where))
+    monkeypatch.setattr(
+        report.Judge,
+        "measure",
+        lambda self, codec, tensors, where: measured.append(str(where)) or measure(self, codec, tensors, where),
+    )
     benchmark.main(command(whole[0], "--rows", "a,c", "--seeds", "0", "--resume"))
     assert len(measured) == 2 and "2 are finished" in capsys.readouterr().out
     benchmark.main(command(whole[0], "--rows", "a", "--seeds", "0", "--resume", "--metrics", "mel,stft,sisdr"))
@@ -415,10 +507,13 @@ def test_two_runs_at_once_train_the_same_encoders(modules, command, whole, tmp_p
             if len(asked) <= 2:
                 both.wait()  # the second run begins before the first one ends
         return train_until(run, deadline, stop, gpu)
+
     monkeypatch.setattr(benchmark, "train_until", together)
     benchmark.main(command(tmp_path, "--rows", "a,c,i", "--seeds", "0", "--at-once", "2", "data.num_workers=1"))
     assert sorted(asked) == [("a", 0), ("c", 0), ("i", 0)]  # there is one device
-    assert (tmp_path / "a_seed0" / "encoder.safetensors").read_bytes() == (whole[0] / "a_seed0" / "encoder.safetensors").read_bytes()
+    assert (tmp_path / "a_seed0" / "encoder.safetensors").read_bytes() == (
+        whole[0] / "a_seed0" / "encoder.safetensors"
+    ).read_bytes()
     one, other = (report_of(folder)["rows"] for folder in (whole[0], tmp_path))
     for row in one:
         assert one[row]["values"]["mel"] == other[row]["values"]["mel"]
@@ -439,10 +534,12 @@ def test_each_run_sees_its_gpu_only(modules, children, monkeypatch, tmp_path):
 
 def test_a_run_whose_benchmark_is_gone_saves_and_stops(modules, command, children, tmp_path, monkeypatch):
     """What a killed benchmark leaves is a pipe that is closed."""
+
     def abandon():
         while not StopAt(tmp_path / "a_seed0" / "metrics.jsonl").received:
             time.sleep(0.01)
         children[-1].stdin.close()
+
     monkeypatch.setattr(modules[0], "probe", lambda *_: 1.0)
     threading.Thread(target=abandon, daemon=True).start()
     modules[0].main(command(tmp_path, "--rows", "a", "--seeds", "0", "--steps", "500", "train.log_every_steps=1"))
@@ -451,7 +548,9 @@ def test_a_run_whose_benchmark_is_gone_saves_and_stops(modules, command, childre
 
 
 def test_a_run_can_start_at_the_true_encoder(modules, command, tmp_path):
-    modules[0].main(command(tmp_path, "--rows", "t", "--seeds", "0", "--metrics", "mel", "optimizer.learning_rate=1e-9"))
+    modules[0].main(
+        command(tmp_path, "--rows", "t", "--seeds", "0", "--metrics", "mel", "optimizer.learning_rate=1e-9")
+    )
     values = report_of(tmp_path)["rows"]["t"]["values"]
     assert values["levels_equal"]["mean"] > 0.97 and values["semantic_equal"]["mean"] > 0.9  # the checkpoint holds bf16
 
@@ -460,7 +559,9 @@ def test_known_codes_are_the_true_ones_of_the_preset_voices(modules, command, ba
     presets = "standin.voices={one: k_am_adam}"
     modules[0].main(command(tmp_path, "--rows", "m", "--seeds", "0", "--metrics", "mel", presets))
     row = json.loads((tmp_path / "known_codes" / "manifest.jsonl").read_text().splitlines()[0])
-    assert row["voice"] == "k_am_adam" and {path.name for path in (tmp_path / "known_codes").iterdir() if path.is_dir()} == {"k_am_adam"}
+    assert row["voice"] == "k_am_adam" and {
+        path.name for path in (tmp_path / "known_codes").iterdir() if path.is_dir()
+    } == {"k_am_adam"}
     codec = VoxtralCodec.from_checkpoint(base / "released")
     codec.load_encoder(load_file(base / "withheld.safetensors"))
     clip = base / "speech" / "k_am_adam" / "k_am_adam_0.opus"
@@ -471,8 +572,14 @@ def test_known_codes_are_the_true_ones_of_the_preset_voices(modules, command, ba
 
 def test_rows_j_and_n_are_trained_with_their_losses(modules, command, tmp_path):
     modules[0].main(command(tmp_path, "--rows", "cheap,j,n", "--seeds", "0", "--metrics", "mel"))
-    first = {row: next(line["loss/match"] for line in read_metrics(tmp_path / f"{row}_seed0" / "metrics.jsonl") if "loss/match" in line)
-             for row in ("cheap", "j", "n")}
+    first = {
+        row: next(
+            line["loss/match"]
+            for line in read_metrics(tmp_path / f"{row}_seed0" / "metrics.jsonl")
+            if "loss/match" in line
+        )
+        for row in ("cheap", "j", "n")
+    }
     # The same encoder hears the same clips: what is more is what withheld_losses.py adds.
     assert first["j"] - first["cheap"] > 1 and 1e-4 < abs(first["n"] - first["cheap"]) < 1
     assert set(report_of(tmp_path)["rows"]) == {"cheap", "j", "n"}
@@ -506,6 +613,7 @@ def test_clips_are_spread_over_speakers(modules, base, tmp_path):
 
     class Options:
         eval, clips = str(tmp_path / "eval.csv"), 3
+
     assert [Path(clip.path).stem for clip in modules[0].unseen_clips(Options, data)] == ["x1", "y1", "x2"]
     Options.eval, Options.clips = None, 9
     assert {clip.speaker for clip in modules[0].unseen_clips(Options, data)} == {"m_f12"}

@@ -1,10 +1,11 @@
 """What the benchmark's rows j and n add to the statistics of known codes."""
+
 from copy import deepcopy
 
 import pytest
 import torch
-
 from test_matching import PARAMS, output_of, random_codes
+
 from voxtral.codec import CodecOutput, VoxtralCodec
 from voxtral.matching import CodeMatching
 
@@ -39,7 +40,10 @@ def test_windows_are_stretches_of_the_known_codes_and_hang_on_the_step(losses, c
 
 def test_known_clips_cost_what_is_said(losses, codec, monkeypatch):
     known, output = [random_codes(37, 40)], output_of(codec, random_codes(2, 37, 12, seed=2))
-    taught, statistics = losses.KnownClips(known, codec, "cpu"), CodeMatching(known, codec, "cpu")(output, N_FRAMES).item()
+    taught, statistics = (
+        losses.KnownClips(known, codec, "cpu"),
+        CodeMatching(known, codec, "cpu")(output, N_FRAMES).item(),
+    )
     wanted = taught.windows(2, 12)
     latent = torch.randn(2, PARAMS.latent_dim, 12)
     heard = []
@@ -47,12 +51,14 @@ def test_known_clips_cost_what_is_said(losses, codec, monkeypatch):
     loss = taught(output, N_FRAMES).item()
     assert torch.equal(heard[0], codec.decode(wanted))
     book = codec.quantizer.semantic_codebook.embedding.double()
-    nearest = torch.stack([(book - entry).square().sum(1).topk(2, largest=False).values[1] for entry in book]).sort().values
+    nearest = (
+        torch.stack([(book - entry).square().sum(1).topk(2, largest=False).values[1] for entry in book]).sort().values
+    )
     scale = nearest[(len(nearest) - 1) // 2]
-    semantic = latent[:, :PARAMS.semantic_dim].transpose(1, 2).reshape(-1, 1, PARAMS.semantic_dim).double()
+    semantic = latent[:, : PARAMS.semantic_dim].transpose(1, 2).reshape(-1, 1, PARAMS.semantic_dim).double()
     chance = (-(semantic - book).square().sum(2) / scale).log_softmax(1)
     entropy = -chance[torch.arange(24), wanted[:, 0].flatten()].mean()
-    levels = (latent[:, PARAMS.semantic_dim:].tanh() - (wanted[:, 1:] / 10 - 1)).abs().mean()
+    levels = (latent[:, PARAMS.semantic_dim :].tanh() - (wanted[:, 1:] / 10 - 1)).abs().mean()
     expected = losses.SEMANTIC_WEIGHT * entropy + losses.LEVELS_WEIGHT * levels
     assert loss - statistics == pytest.approx(expected.item(), rel=1e-3)
 
@@ -61,7 +67,11 @@ def test_known_clips_teach_the_encoder_their_codes(losses, codec):
     known, nothing = [random_codes(37, 12)], output_of(codec, random_codes(2, 37, 12, seed=2))
     for parameter in codec.encoder_parameters():
         parameter.requires_grad_(True)
-    taught, optimizer, values = losses.KnownClips(known, codec, "cpu"), torch.optim.Adam(codec.encoder_parameters(), 3e-3), []
+    taught, optimizer, values = (
+        losses.KnownClips(known, codec, "cpu"),
+        torch.optim.Adam(codec.encoder_parameters(), 3e-3),
+        [],
+    )
     for _ in range(60):
         optimizer.zero_grad()
         values.append(taught(nothing, N_FRAMES))
@@ -96,15 +106,21 @@ def test_the_adversary_does_not_see_padding_and_is_resumed(losses, codec):
     def adversary():
         torch.manual_seed(0)
         return losses.Adversary([random_codes(37, 50, seed=3)], codec, "cpu")
+
     one, other = adversary(), adversary()
     padded = random_codes(2, 37, 12)
     padded[1, :, 7:] = 0
     for codes in (random_codes(2, 37, 12), padded):
-        outputs = [each(output_of(codec, codes), N_FRAMES).item() for each in (one, adversary())]  # the second is not at its first step
+        outputs = [
+            each(output_of(codec, codes), N_FRAMES).item() for each in (one, adversary())
+        ]  # the second is not at its first step
     fresh = [adversary()(output_of(codec, codes), N_FRAMES).item() for codes in (random_codes(2, 37, 12), padded)]
     assert fresh[0] == fresh[1] and outputs[0] != outputs[1]
     other.load_state_dict(deepcopy(one.state_dict()))
-    losses_after = [[each(output_of(codec, random_codes(2, 37, 12, seed=i)), N_FRAMES).item() for i in range(3)] for each in (one, other)]
+    losses_after = [
+        [each(output_of(codec, random_codes(2, 37, 12, seed=i)), N_FRAMES).item() for i in range(3)]
+        for each in (one, other)
+    ]
     assert losses_after[0] == losses_after[1]
 
 

@@ -2,6 +2,7 @@
 
 `AcousticTransformer.state_dict()` keys are the checkpoint's tensor names without `acoustic_transformer.`.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

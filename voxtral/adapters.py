@@ -1,4 +1,5 @@
 """Which encoder a LoRA adapter was trained with: noted beside it, since with another one it does harm."""
+
 import json
 from pathlib import Path
 
@@ -32,5 +33,7 @@ def check_adapter(folder, encoder) -> None:
     """Raises CheckpointError for an adapter that was trained with another encoder than that of the file `encoder`."""
     record = adapter_record(folder)
     if record and record.get("sha256") != encoder_digest(SafetensorsFile(encoder).read()):
-        raise CheckpointError(f"{folder} was trained with another encoder than {encoder}: pass that one "
-                              f"({record.get('encoder')}), or train an adapter with this one.")
+        raise CheckpointError(
+            f"{folder} was trained with another encoder than {encoder}: pass that one "
+            f"({record.get('encoder')}), or train an adapter with this one."
+        )

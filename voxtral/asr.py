@@ -4,13 +4,13 @@ L_ASR = 1 - mean_l cos(sum_f A[l, f] z_f, h_l). A frozen Whisper transcribes the
 decoder layer's hidden state where it predicts text token l, A its cross-attention as a soft alignment of
 tokens to codec frames, z_f the projected semantic embedding of frame f.
 """
+
 import math
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -21,32 +21,34 @@ from whisper.model import disable_sdpa
 from whisper.tokenizer import LANGUAGES, get_tokenizer
 
 from voxtral.codec import ceil_div, mask_samples, valid_mask
-from voxtral.loader import TensorBatch
 from voxtral.errors import UserError
+from voxtral.loader import TensorBatch
 
 POSITIONS_PER_SEC = whisper.audio.TOKENS_PER_SECOND  # 50: the encoder makes one position of two mel frames
 SAMPLES_PER_POSITION = 480  # at 24 kHz
-POSITIONS_PER_FRAME = 4     # codec frames have 12.5 Hz
-MEDIAN_WIDTH = 7            # positions, as in openai-whisper's word timing
+POSITIONS_PER_FRAME = 4  # codec frames have 12.5 Hz
+MEDIAN_WIDTH = 7  # positions, as in openai-whisper's word timing
 warnings.filterwarnings("ignore", message=".*batching rule for aten::stft.*")  # its loop is no slower than ours
 
 
 @dataclass
 class AsrConfig:
     """Which Whisper teaches, and how much it sees and writes."""
-    model: str = "base"             # openai-whisper model name, or the path of a local .pt
-    language: Optional[str] = None  # en, ar, ...; None: detected per clip
-    context_sec: float = 10.0       # Whisper sees so many seconds instead of 30
-    tokens_per_sec: float = 7.5     # cap on decoded tokens
-    teacher_cache: Optional[str] = None  # folder that keeps what Whisper said; clips are then cut at fixed places
+
+    model: str = "base"  # openai-whisper model name, or the path of a local .pt
+    language: str | None = None  # en, ar, ...; None: detected per clip
+    context_sec: float = 10.0  # Whisper sees so many seconds instead of 30
+    tokens_per_sec: float = 7.5  # cap on decoded tokens
+    teacher_cache: str | None = None  # folder that keeps what Whisper said; clips are then cut at fixed places
 
 
 @dataclass
 class AsrTargets(TensorBatch):
     """What the loss needs of a batch: N text tokens (padded), Whisper's width W, codec frames."""
-    hidden: Tensor     # [B, N, W] float32
+
+    hidden: Tensor  # [B, N, W] float32
     alignment: Tensor  # [B, N, n_frames] float32, >= 0, zero beyond a clip's end
-    mask: Tensor       # [B, N] bool, False for padding; a clip in which nothing was heard has no True
+    mask: Tensor  # [B, N] bool, False for padding; a clip in which nothing was heard has no True
 
 
 class WhisperTeacher(nn.Module):
@@ -65,10 +67,12 @@ class WhisperTeacher(nn.Module):
         native_sec = dims.n_audio_ctx / POSITIONS_PER_SEC
         needed_sec = min(2.5 * max_sec, native_sec)  # with 2 x, 1-2 % of clips still loop
         if not max_sec <= needed_sec <= config.context_sec <= native_sec:
-            raise UserError(f"asr.context_sec is {config.context_sec}: with data.max_sec {max_sec} it must "
-                            f"be {needed_sec:g} to {native_sec:g} s, and data.max_sec no more than that.")
+            raise UserError(
+                f"asr.context_sec is {config.context_sec}: with data.max_sec {max_sec} it must "
+                f"be {needed_sec:g} to {native_sec:g} s, and data.max_sec no more than that."
+            )
         dims.n_audio_ctx = round(config.context_sec * POSITIONS_PER_SEC)
-        self.model.encoder.positional_embedding = self.model.encoder.positional_embedding[:dims.n_audio_ctx]
+        self.model.encoder.positional_embedding = self.model.encoder.positional_embedding[: dims.n_audio_ctx]
         self.max_samples = round(max_sec * 24_000)
         self.max_tokens = min(max(1, math.ceil(max_sec * config.tokens_per_sec)), dims.n_text_ctx // 2)
 
@@ -81,12 +85,19 @@ class WhisperTeacher(nn.Module):
                     module.half()
         self.heads = self.model.alignment_heads.indices().T.tolist()  # (layer, head) pairs
         self.resample = torchaudio.transforms.Resample(24_000, 16_000).to(device)
-        self.tokenizer = get_tokenizer(self.model.is_multilingual, num_languages=self.model.num_languages,
-                                       language=self.language, task="transcribe")
+        self.tokenizer = get_tokenizer(
+            self.model.is_multilingual,
+            num_languages=self.model.num_languages,
+            language=self.language,
+            task="transcribe",
+        )
         prefix = self.tokenizer.sot_sequence_including_notimestamps
         self.n_prefix = len(prefix)
-        for name, values in (("prefix", torch.tensor(prefix)), ("suppressed", self.suppressed_logits()),
-                             ("languages", torch.tensor(self.tokenizer.all_language_tokens))):
+        for name, values in (
+            ("prefix", torch.tensor(prefix)),
+            ("suppressed", self.suppressed_logits()),
+            ("languages", torch.tensor(self.tokenizer.all_language_tokens)),
+        ):
             self.register_buffer(name, values.to(self.model.device), persistent=False)
         self.recorded = None  # `listen` as a CUDA graph
 
@@ -103,7 +114,7 @@ class WhisperTeacher(nn.Module):
         for row, n_tokens in enumerate((self.n_prefix, self.n_prefix + 1)):
             for rule in whisper.decoding.DecodingTask(self.model, options).logit_filters:
                 rule.apply(logits[row], torch.zeros(1, n_tokens))
-        logits[:, :, self.tokenizer.eot + 1:] = -torch.inf
+        logits[:, :, self.tokenizer.eot + 1 :] = -torch.inf
         return logits[:, 0]
 
     @torch.no_grad()
@@ -153,7 +164,7 @@ class WhisperTeacher(nn.Module):
             for hook in hooks:
                 stack.callback(hook.remove)
             for i in range(self.n_prefix - 1 + self.max_tokens):
-                logits = self.model.decoder(tokens[:, i:i + 1], features, kv_cache=cache)[:, 0]
+                logits = self.model.decoder(tokens[:, i : i + 1], features, kv_cache=cache)[:, 0]
                 n_written = i + 1 - self.n_prefix  # text tokens before the one that is predicted now
                 if i == 0:
                     no_speech = logits.softmax(dim=-1)[:, self.tokenizer.no_speech]
@@ -166,9 +177,9 @@ class WhisperTeacher(nn.Module):
                 tokens[:, i + 1] = torch.where(ended, eot, token)
                 ended = ended | (token == eot)
                 if not features.is_cuda and ended.all():
-                    tokens = tokens[:, :i + 1]
+                    tokens = tokens[:, : i + 1]
                     break
-        n_text = (tokens[:, self.n_prefix:] != eot).sum(dim=1)
+        n_text = (tokens[:, self.n_prefix :] != eot).sum(dim=1)
         # Where nobody speaks, Whisper makes words up; this is how whisper.transcribe tells silence.
         silent = (no_speech > 0.6) & (total / (n_text + 1) < -1.0)
         return tokens, torch.where(silent, 0, n_text)
@@ -182,11 +193,15 @@ class WhisperTeacher(nn.Module):
         """
         states, scores = [], {}
         with ExitStack() as hooks, disable_sdpa():  # the fused attention does not return its scores
-            hooks.enter_context(self.model.decoder.ln.register_forward_hook(
-                lambda module, inputs, output: states.append(output)))
+            hooks.enter_context(
+                self.model.decoder.ln.register_forward_hook(lambda module, inputs, output: states.append(output))
+            )
             for layer in {layer for layer, _ in self.heads}:
-                hooks.enter_context(self.model.decoder.blocks[layer].cross_attn.register_forward_hook(
-                    lambda module, inputs, output, layer=layer: scores.update({layer: output[1]})))
+                hooks.enter_context(
+                    self.model.decoder.blocks[layer].cross_attn.register_forward_hook(
+                        lambda module, inputs, output, layer=layer: scores.update({layer: output[1]})
+                    )
+                )
             self.model.decoder(tokens, features)
         first = self.n_prefix - 1
         picked = torch.stack([scores[layer][:, head, first:] for layer, head in self.heads], dim=1)
@@ -232,11 +247,14 @@ def load_whisper(model: str, device) -> whisper.Whisper:
             loaded = whisper.load_model(model, device=device)
             heads = torch.load(model, map_location="cpu", weights_only=True).get("alignment_heads_dump")
         except (LookupError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
-            raise UserError(f"asr.model: {model} is not an openai-whisper checkpoint; "
-                            "give another .pt file or the name of a model.") from error
+            raise UserError(
+                f"asr.model: {model} is not an openai-whisper checkpoint; give another .pt file or the name of a model."
+            ) from error
         if heads is None:
-            warnings.warn(f"asr.model: {model} does not say which attention heads align words, so all of its "
-                          "upper layers are used; for models given by name the library knows them.")
+            warnings.warn(
+                f"asr.model: {model} does not say which attention heads align words, so all of its "
+                "upper layers are used; for models given by name the library knows them."
+            )
         else:
             loaded.set_alignment_heads(heads)
         return loaded
@@ -246,8 +264,9 @@ def load_whisper(model: str, device) -> whisper.Whisper:
     try:
         return whisper.load_model(model, device=device)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"asr.model: Whisper '{model}' cannot be downloaded ({error}); "
-                        "a local .pt path can be given instead.") from error
+        raise UserError(
+            f"asr.model: Whisper '{model}' cannot be downloaded ({error}); a local .pt path can be given instead."
+        ) from error
 
 
 def check_language(config: AsrConfig, multilingual: bool) -> str | None:

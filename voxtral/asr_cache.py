@@ -3,6 +3,7 @@
 Clips are then cut at fixed places instead of random ones: segment k of a clip begins at k * max_sec, the last one ends
 with the clip. One small file a segment; with Whisper base and 4 s about 18 KB, so 16 GB per 1,000 h.
 """
+
 import hashlib
 import json
 import math
@@ -28,8 +29,9 @@ from voxtral.sources import Clip
 @dataclass
 class SegmentBatch(Batch):
     """B segments, and what Whisper said of them, if that is known of all."""
+
     targets: AsrTargets | None
-    files: list[Path]   # where the targets are kept
+    files: list[Path]  # where the targets are kept
 
 
 class AsrCache:
@@ -41,19 +43,31 @@ class AsrCache:
     def __init__(self, folder: str, teacher: WhisperTeacher, config: AsrConfig, max_sec: float):
         self.folder, self.max_sec = Path(folder), max_sec
         self.max_tokens, self.width, self.dtype = teacher.max_tokens, teacher.width, teacher.dtype
-        model = hashlib.sha256(teacher.model.decoder.ln.weight.float().cpu().numpy().tobytes()
-                               + teacher.model.encoder.conv1.weight.float().cpu().numpy().tobytes())
-        made_with = {"whisper": model.hexdigest(), "language": config.language, "context_sec": config.context_sec,
-                     "tokens_per_sec": config.tokens_per_sec, "max_sec": max_sec, "precision": str(self.dtype)}
+        model = hashlib.sha256(
+            teacher.model.decoder.ln.weight.float().cpu().numpy().tobytes()
+            + teacher.model.encoder.conv1.weight.float().cpu().numpy().tobytes()
+        )
+        made_with = {
+            "whisper": model.hexdigest(),
+            "language": config.language,
+            "context_sec": config.context_sec,
+            "tokens_per_sec": config.tokens_per_sec,
+            "max_sec": max_sec,
+            "precision": str(self.dtype),
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "made_with.json"
         with FileLock(self.folder / ".lock"):
             if not path.exists():
                 write_text(path, json.dumps(made_with, indent=2) + "\n")
         before = json.loads(path.read_text())
-        changed = [f"{key} {before.get(key)} against {value}" for key, value in made_with.items() if before.get(key) != value]
+        changed = [
+            f"{key} {before.get(key)} against {value}" for key, value in made_with.items() if before.get(key) != value
+        ]
         if changed:
-            raise UserError(f"asr.teacher_cache: {folder} was made with other settings ({'; '.join(changed)}); choose another folder.")
+            raise UserError(
+                f"asr.teacher_cache: {folder} was made with other settings ({'; '.join(changed)}); choose another folder."
+            )
 
     def segment(self, path: str, draw: float) -> tuple[float, Path]:
         """The segment of a clip that `draw` in [0, 1) falls on: its position for load_segment(), the file of its targets.
@@ -87,17 +101,23 @@ class AsrCache:
 
     def collate(self, items: list[dict]) -> SegmentBatch:
         """Items of SegmentDataset -> SegmentBatch."""
-        return SegmentBatch(**vars(collate(items)), targets=self.targets([item["kept"] for item in items]),
-                            files=[item["file"] for item in items])
+        return SegmentBatch(
+            **vars(collate(items)),
+            targets=self.targets([item["kept"] for item in items]),
+            files=[item["file"] for item in items],
+        )
 
     def targets(self, kept: list[tuple[Tensor, Tensor] | None]) -> AsrTargets | None:
         """What read() gave for a batch -> its targets, if all are there."""
         if any(one is None for one in kept):
             return None
         n_frames = kept[0][1].shape[1]
-        hidden, alignment = torch.zeros(len(kept), self.max_tokens, self.width), torch.zeros(len(kept), self.max_tokens, n_frames)
+        hidden, alignment = (
+            torch.zeros(len(kept), self.max_tokens, self.width),
+            torch.zeros(len(kept), self.max_tokens, n_frames),
+        )
         for i, (states, weights) in enumerate(kept):
-            hidden[i, :len(states)], alignment[i, :len(weights)] = states, weights
+            hidden[i, : len(states)], alignment[i, : len(weights)] = states, weights
         n_text = torch.tensor([len(states) for states, _ in kept])
         return AsrTargets(hidden, alignment, valid_mask(n_text, self.max_tokens))
 

@@ -2,15 +2,17 @@
 
 Headers are not believed: what counts is what can be decoded, for training and for references alike.
 """
+
 import io
 import math
 import os
 import re
 import tempfile
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -21,34 +23,111 @@ from voxtral.paths import no_file
 
 SAMPLE_RATE = 24000
 MIN_SEC = 0.1
-EDGE_SEC = 0.03        # this far from the ends of its input, soxr HQ no longer notices them (< 1e-6)
+EDGE_SEC = 0.03  # this far from the ends of its input, soxr HQ no longer notices them (< 1e-6)
 MIN_RATE, MAX_RATE = 4000, 768_000  # Hz; others are damage, not speech
 MAX_CHANNELS = 64
 DECODER_LINE = re.compile(rb"\[src/libmpg123/|Note: |Warning: |.*libmpg123")
 BLOCK_FRAMES = 4096
-MAX_VALUES = 2 ** 27   # decoded at once, of a file whose length is not known beforehand
+MAX_VALUES = 2**27  # decoded at once, of a file whose length is not known beforehand
 SPEECH_HZ, BLOCK, MAX_BLOCKS = (100, 4000), 1024, 1000  # where a channel is weighed, in so many blocks of frames
 AUDIO_SUFFIXES = {
-    ".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp3", ".mp2", ".mpga", ".ogg", ".oga", ".opus", ".aif",
-    ".aiff", ".aifc", ".au", ".snd", ".caf", ".sph", ".nist", ".voc", ".ircam", ".sf", ".avr", ".paf", ".pvf",
-    ".iff", ".8svx", ".svx", ".sds", ".xi"}  # libsndfile's, but for those without a header
+    ".wav",
+    ".wave",
+    ".bwf",
+    ".rf64",
+    ".w64",
+    ".flac",
+    ".mp3",
+    ".mp2",
+    ".mpga",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".aif",
+    ".aiff",
+    ".aifc",
+    ".au",
+    ".snd",
+    ".caf",
+    ".sph",
+    ".nist",
+    ".voc",
+    ".ircam",
+    ".sf",
+    ".avr",
+    ".paf",
+    ".pvf",
+    ".iff",
+    ".8svx",
+    ".svx",
+    ".sds",
+    ".xi",
+}  # libsndfile's, but for those without a header
 OTHER_MEDIA = {
-    ".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".3ga", ".aac", ".ac3", ".eac3", ".dts", ".wma", ".wmv",
-    ".asf", ".amr", ".awb", ".webm", ".weba", ".mkv", ".mka", ".avi", ".flv", ".f4a", ".ts", ".mpg", ".mpeg",
-    ".ape", ".wv", ".tta", ".mpc", ".tak", ".dsf", ".dff", ".ra", ".rm", ".spx", ".ogv", ".ogx", ".qcp", ".alac"}
+    ".m4a",
+    ".m4b",
+    ".m4r",
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".3gp",
+    ".3ga",
+    ".aac",
+    ".ac3",
+    ".eac3",
+    ".dts",
+    ".wma",
+    ".wmv",
+    ".asf",
+    ".amr",
+    ".awb",
+    ".webm",
+    ".weba",
+    ".mkv",
+    ".mka",
+    ".avi",
+    ".flv",
+    ".f4a",
+    ".ts",
+    ".mpg",
+    ".mpeg",
+    ".ape",
+    ".wv",
+    ".tta",
+    ".mpc",
+    ".tak",
+    ".dsf",
+    ".dff",
+    ".ra",
+    ".rm",
+    ".spx",
+    ".ogv",
+    ".ogx",
+    ".qcp",
+    ".alac",
+}
 CONVERT = "libsndfile does not read it; convert it: ffmpeg -i IN -ac 1 OUT.flac"
 # What files are that are named as audio: first bytes -> name.
 SIGNATURES = [
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: git lfs pull"),
-    (b"\0\5\x16\7", "is a ._ file of macOS, not audio"), (b"\x1aE\xdf\xa3", f"is WebM or Matroska; {CONVERT}"),
-    (b"0&\xb2u\x8ef\xcf\x11", f"is Windows Media; {CONVERT}"), (b"#!AMR", f"is AMR; {CONVERT}"),
-    (b"wvpk", f"is WavPack; {CONVERT}"), (b"MAC ", f"is Monkey's Audio; {CONVERT}"),
-    (b"FLV", f"is Flash video; {CONVERT}"), (b"PK\3\4", "is an archive: unpack it"),
-    (b"\x1f\x8b", "is an archive: unpack it"), (b"Rar!", "is an archive: unpack it"),
-    (b"7z\xbc\xaf", "is an archive: unpack it"), (b"BZh", "is an archive: unpack it"),
-    (b"\xfd7zXZ", "is an archive: unpack it"), (b"%PDF", "is PDF, not audio"),
-    (b"\x89PNG", "is a picture, not audio"), (b"\xff\xd8\xff", "is a picture, not audio"),
-    (b"GIF8", "is a picture, not audio")]
+    (b"\0\5\x16\7", "is a ._ file of macOS, not audio"),
+    (b"\x1aE\xdf\xa3", f"is WebM or Matroska; {CONVERT}"),
+    (b"0&\xb2u\x8ef\xcf\x11", f"is Windows Media; {CONVERT}"),
+    (b"#!AMR", f"is AMR; {CONVERT}"),
+    (b"wvpk", f"is WavPack; {CONVERT}"),
+    (b"MAC ", f"is Monkey's Audio; {CONVERT}"),
+    (b"FLV", f"is Flash video; {CONVERT}"),
+    (b"PK\3\4", "is an archive: unpack it"),
+    (b"\x1f\x8b", "is an archive: unpack it"),
+    (b"Rar!", "is an archive: unpack it"),
+    (b"7z\xbc\xaf", "is an archive: unpack it"),
+    (b"BZh", "is an archive: unpack it"),
+    (b"\xfd7zXZ", "is an archive: unpack it"),
+    (b"%PDF", "is PDF, not audio"),
+    (b"\x89PNG", "is a picture, not audio"),
+    (b"\xff\xd8\xff", "is a picture, not audio"),
+    (b"GIF8", "is a picture, not audio"),
+]
 
 
 class BadClip(ValueError):
@@ -62,8 +141,9 @@ class BadClip(ValueError):
 
 class Header(NamedTuple):
     """Of an audio file; `frames` are those that can be decoded."""
+
     frames: int
-    rate: int       # Hz
+    rate: int  # Hz
     channels: int
 
     @property
@@ -72,6 +152,7 @@ class Header(NamedTuple):
 
 
 # ---------------------------------------------------------------- files
+
 
 class _SoundFile(soundfile.SoundFile):
     """soundfile seeks after each read of what it calls seekable. MP3 decoders do so inexactly, and FLAC of unknown
@@ -111,7 +192,7 @@ def _opened(path) -> _SoundFile:
         if 4 <= size_at < len(content) - 4:
             file.close()
             rest = len(content) - size_at - 4
-            file = _SoundFile(io.BytesIO(content[:size_at] + rest.to_bytes(4, "little") + content[size_at + 4:]))
+            file = _SoundFile(io.BytesIO(content[:size_at] + rest.to_bytes(4, "little") + content[size_at + 4 :]))
     return file
 
 
@@ -137,7 +218,7 @@ def read_audio(path, max_sec: float) -> tuple[np.ndarray, int, list[str]]:
     notes = []
     if n_channels > 1:
         notes.append(f"{n_channels} channels: number {channel + 1} is taken, the one with most speech")
-    return audio[:math.ceil(max_sec * crop.rate)], crop.rate, notes
+    return audio[: math.ceil(max_sec * crop.rate)], crop.rate, notes
 
 
 def load_segment(path: str, position: float, max_sec: float, speed: float = 1.0) -> tuple[np.ndarray, int]:
@@ -152,7 +233,7 @@ def load_segment(path: str, position: float, max_sec: float, speed: float = 1.0)
     peak = _peak_of_floats(path, *crop.floats) if crop.floats else 0.0
     audio = limited(loudest_channel(crop.audio, crop.rate)[0], peak)
     audio = soxr.resample(audio, crop.played_rate, SAMPLE_RATE, quality="HQ")
-    audio = audio[crop.skip:crop.skip + round(max_sec * SAMPLE_RATE)]
+    audio = audio[crop.skip : crop.skip + round(max_sec * SAMPLE_RATE)]
     if len(audio) < round(min(MIN_SEC, max_sec) * SAMPLE_RATE):
         raise BadClip(path, _too_short(path, len(audio)))
     return limited(audio), crop.rate
@@ -174,10 +255,10 @@ def loudest_channel(audio: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
     scaled = audio / max(np.abs(audio).max(), np.finfo(audio.dtype).tiny)  # huge values have no squares
     if len(scaled) < BLOCK:
         scaled = np.pad(scaled, ((0, BLOCK - len(scaled)), (0, 0)))
-    blocks = scaled[:len(scaled) // BLOCK * BLOCK].reshape(-1, BLOCK, audio.shape[1])
+    blocks = scaled[: len(scaled) // BLOCK * BLOCK].reshape(-1, BLOCK, audio.shape[1])
     low, high = (round(hz * BLOCK / rate) for hz in SPEECH_HZ)
-    blocks = blocks[::-(-len(blocks) // MAX_BLOCKS)] * np.hanning(BLOCK)[:, None]  # or rumble leaks into the speech
-    spectra = np.fft.rfft(blocks, axis=1)[:, max(low, 1):high + 1]
+    blocks = blocks[:: -(-len(blocks) // MAX_BLOCKS)] * np.hanning(BLOCK)[:, None]  # or rumble leaks into the speech
+    spectra = np.fft.rfft(blocks, axis=1)[:, max(low, 1) : high + 1]
     channel = int((np.abs(spectra) ** 2).sum(axis=(0, 1)).argmax())
     return audio[:, channel], channel
 
@@ -203,7 +284,7 @@ def what_it_is(path) -> str:
             return name
     if start[4:8] == b"ftyp":
         return f"is MP4 (m4a, mp4, mov); {CONVERT}"
-    if len(start) > 1 and start[0] == 0xff and start[1] & 0xf6 == 0xf0:
+    if len(start) > 1 and start[0] == 0xFF and start[1] & 0xF6 == 0xF0:
         return f"is AAC; {CONVERT}"
     if not start.strip(b"\0"):
         return "holds zeros only: copy or download it again"
@@ -217,12 +298,13 @@ def what_it_is(path) -> str:
 
 # ---------------------------------------------------------------- frames
 
+
 class _Crop(NamedTuple):
-    audio: np.ndarray   # native frames [n, channels], finite, with margins for the resampler
-    rate: int           # Hz
-    played_rate: int    # at which to play them
-    skip: int           # 24 kHz samples before the crop
-    floats: tuple       # size and time of a file of floats, which alone holds much more than 1; empty for others
+    audio: np.ndarray  # native frames [n, channels], finite, with margins for the resampler
+    rate: int  # Hz
+    played_rate: int  # at which to play them
+    skip: int  # 24 kHz samples before the crop
+    floats: tuple  # size and time of a file of floats, which alone holds much more than 1; empty for others
 
 
 def _read_crop(path: str, position: float, max_sec: float, speed: float) -> _Crop:
@@ -276,13 +358,14 @@ def _window(frames: int, rate: int, position: float, max_sec: float) -> tuple[in
     return start, min(first + wanted + margin, frames), (first - start) * SAMPLE_RATE // rate
 
 
-@lru_cache(maxsize=2 ** 14)
+@lru_cache(maxsize=2**14)
 def _peak_of_floats(path: str, *_) -> float:
     """Of the whole file, so that all of its crops have one level."""
     return float(max((np.abs(block[np.isfinite(block)]).max(initial=0.0) for block in _blocks(path)), default=0.0))
 
 
 # ---------------------------------------------------------------- what decoders print
+
 
 class _Chatter:
     """libmpg123 prints what it dislikes to file descriptor 2, whatever it is told. Inside quiet_decoders() that is a

@@ -3,6 +3,7 @@
 Two conventions differ: module names, and RoPE. The checkpoint rotates adjacent pairs of a head's rows, transformers
 rotates its two halves, so the rows of wq and wk are reordered once at load, and back before anything is written.
 """
+
 import re
 
 import torch
@@ -17,22 +18,28 @@ from voxtral.params import CheckpointError, ModelParams, TransformerParams
 # Native module name -> transformers' name; inside a layer, both follow `layers.N.`.
 MODULE_NAMES = {TEXT_EMBEDDING_NAME.removesuffix(".weight"): "embed_tokens", "norm": "norm"}
 LAYER_MODULE_NAMES = {
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
 }
 
 
 def to_transformers_name(name: str) -> str:
-    """"layers.3.attention.wq[.weight]" -> "layers.3.self_attn.q_proj[.weight]". ValueError for any other module."""
+    """ "layers.3.attention.wq[.weight]" -> "layers.3.self_attn.q_proj[.weight]". ValueError for any other module."""
     return _rename(name, MODULE_NAMES, LAYER_MODULE_NAMES)
 
 
 def to_native_name(name: str) -> str:
-    """"layers.3.self_attn.q_proj[.weight]" -> "layers.3.attention.wq[.weight]". ValueError for any other module."""
-    return _rename(name, {new: old for old, new in MODULE_NAMES.items()},
-                   {new: old for old, new in LAYER_MODULE_NAMES.items()})
+    """ "layers.3.self_attn.q_proj[.weight]" -> "layers.3.attention.wq[.weight]". ValueError for any other module."""
+    return _rename(
+        name, {new: old for old, new in MODULE_NAMES.items()}, {new: old for old, new in LAYER_MODULE_NAMES.items()}
+    )
 
 
 def _rename(name: str, outside: dict[str, str], inside: dict[str, str]) -> str:
@@ -65,8 +72,10 @@ def check_rope(rotary: nn.Module, sizes: TransformerParams) -> None:
     frequencies = sizes.rope_theta ** -(torch.arange(0, sizes.head_dim, 2, dtype=torch.float64) / sizes.head_dim)
     found = rotary.inv_freq.double().cpu()
     if found.shape != frequencies.shape or not torch.allclose(found, frequencies, rtol=1e-4, atol=0):
-        raise CheckpointError(f"transformers {transformers.__version__} does not turn RoPE by rope_theta "
-                              f"{sizes.rope_theta:g} of params.json: pip install -r requirements.txt.")
+        raise CheckpointError(
+            f"transformers {transformers.__version__} does not turn RoPE by rope_theta "
+            f"{sizes.rope_theta:g} of params.json: pip install -r requirements.txt."
+        )
 
 
 class Backbone(nn.Module):
@@ -77,11 +86,22 @@ class Backbone(nn.Module):
         super().__init__()
         self.params = params
         sizes = params.backbone
-        self.model = MistralModel(MistralConfig(
-            vocab_size=params.vocab_size, hidden_size=sizes.dim, intermediate_size=sizes.hidden_dim,
-            num_hidden_layers=sizes.n_layers, num_attention_heads=sizes.n_heads, num_key_value_heads=sizes.n_kv_heads,
-            head_dim=sizes.head_dim, rms_norm_eps=sizes.norm_eps, sliding_window=None, use_cache=False,
-            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta}, attn_implementation="sdpa"))
+        self.model = MistralModel(
+            MistralConfig(
+                vocab_size=params.vocab_size,
+                hidden_size=sizes.dim,
+                intermediate_size=sizes.hidden_dim,
+                num_hidden_layers=sizes.n_layers,
+                num_attention_heads=sizes.n_heads,
+                num_key_value_heads=sizes.n_kv_heads,
+                head_dim=sizes.head_dim,
+                rms_norm_eps=sizes.norm_eps,
+                sliding_window=None,
+                use_cache=False,
+                rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+                attn_implementation="sdpa",
+            )
+        )
         for layer in self.model.layers:  # PyTorch's norm is one launch, transformers' own is six
             layer.input_layernorm = nn.RMSNorm(sizes.dim, sizes.norm_eps)
             layer.post_attention_layernorm = nn.RMSNorm(sizes.dim, sizes.norm_eps)
@@ -98,8 +118,11 @@ class Backbone(nn.Module):
         with torch.device("meta"):
             backbone = cls(checkpoint.params)
         expected = {to_native_name(name): tuple(t.shape) for name, t in backbone.model.state_dict().items()}
-        found = {name: shape for name, shape in checkpoint.shapes.items()
-                 if name.startswith(("layers.", "norm.")) or name == TEXT_EMBEDDING_NAME}
+        found = {
+            name: shape
+            for name, shape in checkpoint.shapes.items()
+            if name.startswith(("layers.", "norm.")) or name == TEXT_EMBEDDING_NAME
+        }
         check_shapes(found, expected, checkpoint.folder)
         heads = rotated_heads(checkpoint.params.backbone)
         weights = {}
@@ -142,8 +165,10 @@ class Backbone(nn.Module):
         """The output of every layer, n_layers tensors [B, S, dim]; the last one too is taken before the final norm
         (transformers' own `output_hidden_states` would return it normed)."""
         outputs = []
-        hooks = [layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-                 for layer in self.model.layers]
+        hooks = [
+            layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+            for layer in self.model.layers
+        ]
         try:
             self(inputs_embeds, attention_mask)
         finally:

@@ -3,6 +3,7 @@
 transformers' own step launches many more, and its caches and masks change from release to release. The weights are
 those of a `Backbone`, whose forward pass is the reference that this one is tested against.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ CACHE_MULTIPLE = 64  # slots; attention kernels want aligned masks
 @dataclass
 class Cache:
     """Keys and values [n_layers, B, n_kv_heads, slots, head_dim] of everything decoded so far."""
+
     keys: Tensor
     values: Tensor
 
@@ -35,8 +37,10 @@ class CachedBackbone:
 
     def __init__(self, backbone: Backbone):
         self.sizes, self.model = backbone.params.backbone, backbone.model
-        self.qkv = [join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
-                    for layer in self.model.layers]
+        self.qkv = [
+            join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
+            for layer in self.model.layers
+        ]
         self.gate_up = [join([layer.mlp.gate_proj, layer.mlp.up_proj]) for layer in self.model.layers]
 
     @property
@@ -74,12 +78,13 @@ class CachedBackbone:
             qkv = F.linear(normed, self.qkv[i]).unflatten(-1, (-1, sizes.head_dim))  # [B, S, heads, head_dim]
             turned = qkv[:, :, :n_rotated]
             turned = torch.addcmul(turned * cos, turned.roll(half, dims=-1), sin)
-            cache.keys[i].index_copy_(2, slots, turned[:, :, sizes.n_heads:].transpose(1, 2))
+            cache.keys[i].index_copy_(2, slots, turned[:, :, sizes.n_heads :].transpose(1, 2))
             cache.values[i].index_copy_(2, slots, qkv[:, :, n_rotated:].transpose(1, 2))
             # Query heads that share a key head stand in line as further queries: keys are not repeated in memory.
-            query = turned[:, :, :sizes.n_heads].unflatten(2, (sizes.n_kv_heads, group)).permute(0, 2, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(query.flatten(2, 3), cache.keys[i, :, :, :n_keys],
-                                                   cache.values[i, :, :, :n_keys], attn_mask=mask)
+            query = turned[:, :, : sizes.n_heads].unflatten(2, (sizes.n_kv_heads, group)).permute(0, 2, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(
+                query.flatten(2, 3), cache.keys[i, :, :, :n_keys], cache.values[i, :, :, :n_keys], attn_mask=mask
+            )
             mixed = mixed.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2)
             x = x + layer.self_attn.o_proj(mixed)
             gate, up = F.linear(self.norm(x, layer.post_attention_layernorm), self.gate_up[i]).chunk(2, dim=-1)

@@ -2,6 +2,7 @@
 
 A tensor is read only when asked for, and a file is written tensor by tensor, so an 8 GB checkpoint never sits in memory.
 """
+
 import errno
 import fcntl
 import hashlib
@@ -11,12 +12,13 @@ import mmap
 import os
 import struct
 from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,10 +32,20 @@ CODEC_PREFIX = "audio_tokenizer."
 ENCODER_PREFIXES = (CODEC_PREFIX + "input_proj.", CODEC_PREFIX + "encoder_blocks.")
 EMBEDDING_NAME = "mm_audio_embeddings.audio_codebook_embeddings.embeddings.weight"
 TEXT_EMBEDDING_NAME = "mm_audio_embeddings.tok_embeddings.weight"
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64",
-               torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+DTYPE_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-BLOCK_BYTES, N_WRITERS = 2 ** 23, 4
+BLOCK_BYTES, N_WRITERS = 2**23, 4
 
 
 class SafetensorsFile:
@@ -46,7 +58,9 @@ class SafetensorsFile:
         self.path = Path(path)
         problem = no_file(path)
         if problem:
-            raise CheckpointError(f"{self.path} is missing." if problem == "does not exist" else f"{self.path} {problem}.")
+            raise CheckpointError(
+                f"{self.path} is missing." if problem == "does not exist" else f"{self.path} {problem}."
+            )
         try:
             with self.path.open("rb") as file:
                 (header_size,) = struct.unpack("<Q", file.read(8))
@@ -57,12 +71,15 @@ class SafetensorsFile:
         except (struct.error, ValueError, OSError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{self.path} is no readable safetensors file ({reason_of(error)}): download or copy it "
-                                  "again.") from error
+            raise CheckpointError(
+                f"{self.path} is no readable safetensors file ({reason_of(error)}): download or copy it again."
+            ) from error
         end = max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
         if self.data_start + end != self.path.stat().st_size:
-            raise CheckpointError(f"{self.path} is truncated or damaged: its header asks for {self.data_start + end:,} bytes, "
-                                  f"the file has {self.path.stat().st_size:,}; download or copy it again.")
+            raise CheckpointError(
+                f"{self.path} is truncated or damaged: its header asks for {self.data_start + end:,} bytes, "
+                f"the file has {self.path.stat().st_size:,}; download or copy it again."
+            )
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """name -> CPU tensor in the stored dtype; all of them, unless `names` are given."""
@@ -70,7 +87,9 @@ class SafetensorsFile:
             with safe_open(str(self.path), framework="pt") as file:
                 return {name: file.get_tensor(name) for name in (self.entries if names is None else names)}
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:  # an unknown dtype, for one
-            raise CheckpointError(f"{self.path} cannot be read ({reason_of(error)}): download or copy it again.") from error
+            raise CheckpointError(
+                f"{self.path} cannot be read ({reason_of(error)}): download or copy it again."
+            ) from error
 
 
 def parse_header(text: bytes) -> tuple[dict | None, dict[str, dict]]:
@@ -84,8 +103,10 @@ def parse_header(text: bytes) -> tuple[dict | None, dict[str, dict]]:
         raise ValueError("its header is no JSON object of tensors")
     for name, entry in header.items():
         values = [entry.get(key) for key in ("shape", "data_offsets")] if isinstance(entry, dict) else [None, None]
-        whole = [isinstance(value, list) and all(type(n) is int and 0 <= n < 2 ** 63 for n in value) for value in values]
-        if not (all(whole) and len(values[1]) == 2 and values[1][0] <= values[1][1] and isinstance(entry.get("dtype"), str)):
+        whole = [isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value) for value in values]
+        if not (
+            all(whole) and len(values[1]) == 2 and values[1][0] <= values[1][1] and isinstance(entry.get("dtype"), str)
+        ):
             raise ValueError(f"its header says no dtype, shape and data_offsets of {name}")
     return metadata, dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]))
 
@@ -96,7 +117,9 @@ class Checkpoint:
     def __init__(self, folder):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CheckpointError(f"checkpoint folder {self.folder} does not exist: set `checkpoint` (or VOXTRAL_CKPT).")
+            raise CheckpointError(
+                f"checkpoint folder {self.folder} does not exist: set `checkpoint` (or VOXTRAL_CKPT)."
+            )
         self.params = load_params(self.folder)
         self.files = [SafetensorsFile(path) for path in weight_files(self.folder)]
         self.file_of = {name: file for file in self.files for name in file.entries}
@@ -127,8 +150,10 @@ def weight_files(folder) -> list[Path]:
         return [single]
     shards = sorted(folder.glob("consolidated-*-of-*.safetensors"))
     if not shards:
-        raise CheckpointError(f"{folder} has no consolidated.safetensors (nor consolidated-0000X-of-0000Y.safetensors): "
-                              "point `checkpoint` (or VOXTRAL_CKPT) at the folder of a Voxtral TTS checkpoint.")
+        raise CheckpointError(
+            f"{folder} has no consolidated.safetensors (nor consolidated-0000X-of-0000Y.safetensors): "
+            "point `checkpoint` (or VOXTRAL_CKPT) at the folder of a Voxtral TTS checkpoint."
+        )
     total = int(shards[0].stem.rsplit("-of-", 1)[1])
     expected = [folder / f"consolidated-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
     for path in expected:
@@ -143,13 +168,16 @@ def check_shapes(found: dict[str, tuple], expected: dict[str, tuple], where) -> 
         if name not in found:
             raise CheckpointError(f"{where} lacks the tensor {name}.")
         if tuple(found[name]) != tuple(shape):
-            raise CheckpointError(f"{where}: {name} has shape {list(found[name])}, but params.json implies {list(shape)}.")
+            raise CheckpointError(
+                f"{where}: {name} has shape {list(found[name])}, but params.json implies {list(shape)}."
+            )
     extra = sorted(set(found) - set(expected))
     if extra:
         raise CheckpointError(f"{where} has an unexpected tensor {extra[0]} ({len(extra)} in all).")
 
 
 # ---------------------------------------------------------------- writing
+
 
 @contextmanager
 def atomic_path(path):
@@ -180,17 +208,26 @@ def write_text(path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
 
 
-def write_safetensors(path, shapes: dict[str, tuple], dtype_of: Callable[[str], torch.dtype],
-                      tensor_of: Callable[[str], Tensor], metadata: dict | None = None) -> None:
+def write_safetensors(
+    path,
+    shapes: dict[str, tuple],
+    dtype_of: Callable[[str], torch.dtype],
+    tensor_of: Callable[[str], Tensor],
+    metadata: dict | None = None,
+) -> None:
     """Writes tensors one at a time, in the order of `shapes`; at most one is in memory. Atomic."""
+
     def made(name: str) -> Tensor:
         tensor = tensor_of(name).to(dtype_of(name))
         if tuple(tensor.shape) != tuple(shapes[name]):
             raise CheckpointError(f"{name}: shape {list(tensor.shape)} instead of {list(shapes[name])}")
         return tensor
 
-    write_items(path, {name: Item(DTYPE_NAMES[dtype_of(name)], list(shape), partial(made, name))
-                       for name, shape in shapes.items()}, metadata)
+    write_items(
+        path,
+        {name: Item(DTYPE_NAMES[dtype_of(name)], list(shape), partial(made, name)) for name, shape in shapes.items()},
+        metadata,
+    )
 
 
 def header_bytes(header: dict) -> bytes:
@@ -206,6 +243,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 class Span(NamedTuple):
     """Bytes of a file."""
+
     path: Path
     start: int
     size: int
@@ -214,6 +252,7 @@ class Span(NamedTuple):
 @dataclass
 class Item:
     """A tensor to be written: dtype (as in a safetensors header), shape, and where its bytes lie or what makes it."""
+
     dtype: str
     shape: list[int]
     data: Span | Callable[[], Tensor]
@@ -277,7 +316,7 @@ class BlockWriter:
         """The next `size` bytes of a binary stream; returns how many there were."""
         left = size
         while left:
-            count = source.readinto(memoryview(self._free[0])[self._filled:self._filled + left])
+            count = source.readinto(memoryview(self._free[0])[self._filled : self._filled + left])
             if not count:
                 break
             left, self._filled = left - count, self._filled + count
@@ -287,7 +326,7 @@ class BlockWriter:
 
     def _submit_block(self) -> None:
         block = self._free.popleft()
-        self._writes.append((block, self._threads.submit(self._write, memoryview(block)[:self._filled], self._start)))
+        self._writes.append((block, self._threads.submit(self._write, memoryview(block)[: self._filled], self._start)))
         self._start, self._filled = self._start + self._filled, 0
         if not self._free:
             block, write = self._writes.popleft()
@@ -322,8 +361,12 @@ class BlockWriter:
 def save_tensors(path, tensors: dict[str, Tensor]) -> None:
     """A small dict of tensors -> one .safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    write_safetensors(path, {name: tuple(t.shape) for name, t in tensors.items()}, lambda name: tensors[name].dtype,
-                      lambda name: tensors[name])
+    write_safetensors(
+        path,
+        {name: tuple(t.shape) for name, t in tensors.items()},
+        lambda name: tensors[name].dtype,
+        lambda name: tensors[name],
+    )
 
 
 def digest(named: Iterable[tuple[str, Tensor]]) -> str:

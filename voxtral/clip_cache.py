@@ -2,6 +2,7 @@
 
 It holds as long as the folders and tables that were looked at have the times they had then (Remarks.looked_at).
 """
+
 import hashlib
 import json
 import shutil
@@ -13,8 +14,8 @@ from voxtral.checkpoint import write_text
 from voxtral.clip_list import Columns
 from voxtral.remarks import Remarks, stamp
 
-MIN_CLIPS = 20_000   # fewer are found as fast
-SETTLED_SEC = 2      # a folder that changed so lately may change again without another time
+MIN_CLIPS = 20_000  # fewer are found as fast
+SETTLED_SEC = 2  # a folder that changed so lately may change again without another time
 FINDERS = ("sources.py", "paths.py", "tables.py", "huggingface.py", "audio.py", "clip_list.py", "clip_cache.py")
 
 
@@ -51,11 +52,23 @@ class ClipCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             name = f"{self.name}-{uuid.uuid4().hex[:8]}"
             columns.write(self.folder / name)
-            write_text(self.record, json.dumps({"columns": name, "absent": absent, "passed_over": remarks.passed_over,
-                                                "notes": remarks.notes, "looked_at": remarks.looked_at}))
+            write_text(
+                self.record,
+                json.dumps(
+                    {
+                        "columns": name,
+                        "absent": absent,
+                        "passed_over": remarks.passed_over,
+                        "notes": remarks.notes,
+                        "looked_at": remarks.looked_at,
+                    }
+                ),
+            )
             for former in self.folder.glob(f"{self.name}-*"):
                 if former.name != name:
                     shutil.rmtree(former, ignore_errors=True)
         except OSError as error:
-            remarks.note(f"data.cache: nothing can be kept in {self.folder} ({error.strerror}), so every start looks for "
-                         "all clips again: name another folder, or null")
+            remarks.note(
+                f"data.cache: nothing can be kept in {self.folder} ({error.strerror}), so every start looks for "
+                "all clips again: name another folder, or null"
+            )

@@ -1,4 +1,5 @@
 """Lists of a million clips: columns in place of objects, in memory or on disk; a `Clip` is made when asked for."""
+
 import hashlib
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ STRINGS = ("path", "text", "codes")  # of a Clip that differ from one to the oth
 @dataclass(frozen=True, slots=True)
 class Clip:
     """One audio file; `source`: index in `data.sources`, `codes`: path of its codes, of generated clips."""
+
     path: str
     speaker: str
     source: int
@@ -36,7 +38,7 @@ class Strings(Sequence):
 
     def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
-        return self.data[start:self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+        return self.data[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
 class Columns:
@@ -49,9 +51,12 @@ class Columns:
     @classmethod
     def of(cls, clips: list[Clip]) -> "Columns":
         names = {name: number for number, name in enumerate(dict.fromkeys(clip.speaker for clip in clips))}
-        return cls({name: Strings.of(getattr(clip, name) for clip in clips) for name in STRINGS}, list(names),
-                   np.array([names[clip.speaker] for clip in clips], np.int32),
-                   np.array([path_key(clip.path) for clip in clips], np.int64))
+        return cls(
+            {name: Strings.of(getattr(clip, name) for clip in clips) for name in STRINGS},
+            list(names),
+            np.array([names[clip.speaker] for clip in clips], np.int32),
+            np.array([path_key(clip.path) for clip in clips], np.int64),
+        )
 
     def write(self, folder: Path) -> None:
         """For read()."""
@@ -65,8 +70,10 @@ class Columns:
     @classmethod
     def read(cls, folder: Path) -> "Columns":
         """Memory-mapped: processes share what they look at, and need no memory for what they do not."""
+
         def array(name: str) -> np.ndarray:
             return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
         strings = {name: Strings(array(f"{name}_data"), array(f"{name}_ends")) for name in (*STRINGS, "speakers")}
         return cls(strings, list(strings.pop("speakers")), array("speaker"), array("key"))
 
@@ -82,8 +89,12 @@ class Clips(Sequence):
     def of(cls, columns: Columns, source) -> "Clips":
         """All clips of `columns`; source: of all of them, or int [n]."""
         n_clips = len(columns.speaker)
-        return cls([columns], np.zeros(n_clips, np.int16), np.arange(n_clips, dtype=np.int32),
-                   np.broadcast_to(np.asarray(source, np.int16), n_clips))
+        return cls(
+            [columns],
+            np.zeros(n_clips, np.int16),
+            np.arange(n_clips, dtype=np.int32),
+            np.broadcast_to(np.asarray(source, np.int16), n_clips),
+        )
 
     @classmethod
     def of_list(cls, clips: list[Clip]) -> "Clips":
@@ -93,9 +104,12 @@ class Clips(Sequence):
     def join(cls, lists: Sequence["Clips"]) -> "Clips":
         """One list after the other."""
         first = np.cumsum([0, *(len(one.parts) for one in lists)])
-        return cls([part for one in lists for part in one.parts],
-                   np.concatenate([one.part + np.int16(start) for one, start in zip(lists, first)]),
-                   np.concatenate([one.rows for one in lists]), np.concatenate([one.source for one in lists]))
+        return cls(
+            [part for one in lists for part in one.parts],
+            np.concatenate([one.part + np.int16(start) for one, start in zip(lists, first)]),
+            np.concatenate([one.rows for one in lists]),
+            np.concatenate([one.source for one in lists]),
+        )
 
     def where(self, chosen: np.ndarray) -> "Clips":
         """Those for which `chosen` bool [n] is true, or whose indices it holds."""
@@ -120,12 +134,19 @@ class Clips(Sequence):
 
     def is_by(self, speakers: set[str]) -> np.ndarray:
         """bool [n]: whose speaker is one of these."""
-        return self._of_each(bool, lambda columns, rows: np.array(
-            [name in speakers for name in columns.speakers], bool)[columns.speaker[rows]])
+        return self._of_each(
+            bool,
+            lambda columns, rows: np.array([name in speakers for name in columns.speakers], bool)[
+                columns.speaker[rows]
+            ],
+        )
 
     def speakers(self) -> set[str]:
-        return {columns.speakers[number] for place, columns in enumerate(self.parts)
-                for number in np.unique(columns.speaker[self.rows[self.part == place]])}
+        return {
+            columns.speakers[number]
+            for place, columns in enumerate(self.parts)
+            for number in np.unique(columns.speaker[self.rows[self.part == place]])
+        }
 
     @property
     def any_codes(self) -> bool:

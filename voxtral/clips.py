@@ -4,6 +4,7 @@
 A clip is FOLDER/VOICE/00012.flac with its codes in 00012.npy (int16 [37, L]). It counts once its line stands in
 records-RANK.jsonl, which comes last. manifest.jsonl lists the clips that were kept.
 """
+
 import argparse
 import os
 import random
@@ -15,8 +16,9 @@ from pathlib import Path
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m voxtral.clips", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m voxtral.clips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a checkpoint with its encoder")
     parser.add_argument("--data", required=True, metavar="CONFIG.yaml", help="its data: block is read")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of clips and manifest.jsonl")
@@ -47,15 +49,16 @@ from voxtral.sources import Clip, find_clips
 from voxtral.tables import json_line, read_json_lines
 from voxtral.tts import Take
 
-MIN_SEC = 0.4             # less is no sentence
-SILENT_DBFS = -50.0       # level of the whole clip; speech is around -25
+MIN_SEC = 0.4  # less is no sentence
+SILENT_DBFS = -50.0  # level of the whole clip; speech is around -25
 RECORDED = {"name", "voice", "language", "text", "seed", "seconds", "dropped"}
-MAX_SAME_FRAMES = 25      # 2 s of one semantic code: the model is stuck; pauses between words are shorter
+MAX_SAME_FRAMES = 25  # 2 s of one semantic code: the model is stuck; pauses between words are shorter
 
 
 @dataclass(frozen=True)
 class PlannedClip:
     """`name`: VOICE/NUMBER, path without suffix, of the folder that file_name() makes of the voice; `seed`: what the noise hangs on."""
+
     name: str
     voice: str
     language: str
@@ -130,8 +133,10 @@ class ClipFolder:
         for clip in clips:
             record = self.records.get(clip.name)
             if record and (record["text"], record["seed"]) != (clip.text, list(clip.seed)):
-                raise UserError(f"{self.path} was begun with other sentences or another seed ({clip.name} differs): go "
-                                "on with the same ones, or choose another --output.")
+                raise UserError(
+                    f"{self.path} was begun with other sentences or another seed ({clip.name} differs): go "
+                    "on with the same ones, or choose another --output."
+                )
         return [clip for clip in clips if clip.name not in self.records]
 
     def save_audio(self, clip: PlannedClip, codes: Tensor, samples: Tensor, sample_rate_hz: int) -> None:
@@ -143,9 +148,18 @@ class ClipFolder:
 
     def record(self, clips: list[PlannedClip], defects: list[str], seconds: list[float]) -> None:
         """Once their files are whole. A clip with a defect is recorded too, and not made again."""
-        rows = [{"name": clip.name, "voice": clip.voice, "language": clip.language, "text": clip.text,
-                 "seed": list(clip.seed), "seconds": round(length, 2), "dropped": reason}
-                for clip, reason, length in zip(clips, defects, seconds)]
+        rows = [
+            {
+                "name": clip.name,
+                "voice": clip.voice,
+                "language": clip.language,
+                "text": clip.text,
+                "seed": list(clip.seed),
+                "seconds": round(length, 2),
+                "dropped": reason,
+            }
+            for clip, reason, length in zip(clips, defects, seconds)
+        ]
         with self.own.open("a", encoding="utf-8") as file:
             file.write("".join(map(json_line, rows)))
             file.flush()
@@ -157,13 +171,27 @@ class ClipFolder:
         with FileLock(self.path / ".lock"):  # who comes last has seen every record
             self.records = self._read()
             kept = [row for _, row in sorted(self.records.items()) if not row["dropped"]]
-            write_text(self.path / "manifest.jsonl", "".join(
-                json_line({"path": f"{row['name']}.flac", "codes": f"{row['name']}.npy", "voice": row["voice"],
-                           "language": row["language"], "text": row["text"], "seconds": row["seconds"]}) for row in kept))
+            write_text(
+                self.path / "manifest.jsonl",
+                "".join(
+                    json_line(
+                        {
+                            "path": f"{row['name']}.flac",
+                            "codes": f"{row['name']}.npy",
+                            "voice": row["voice"],
+                            "language": row["language"],
+                            "text": row["text"],
+                            "seconds": row["seconds"],
+                        }
+                    )
+                    for row in kept
+                ),
+            )
         return Counter(row["dropped"] for row in self.records.values() if row["dropped"])
 
 
 # ---------------------------------------------------------------- without a model that speaks
+
 
 @torch.no_grad()
 def resynthesize(codec: VoxtralCodec, clips: list[Clip], path, max_sec: float) -> None:
@@ -185,8 +213,15 @@ def resynthesize(codec: VoxtralCodec, clips: list[Clip], path, max_sec: float) -
 
 
 @torch.no_grad()
-def encode_speech(codec: VoxtralCodec, clips: list[Clip], held_out: set[str], path, max_sec: float, speeds: list[float],
-                  offsets_ms: list[float]) -> None:
+def encode_speech(
+    codec: VoxtralCodec,
+    clips: list[Clip],
+    held_out: set[str],
+    path,
+    max_sec: float,
+    speeds: list[float],
+    offsets_ms: list[float],
+) -> None:
     """Recordings -> FOLDER/SPEAKER/NUMBER_SPEED_OFFSET.npy, the codes that the codec's own encoder gives, and
     manifest.jsonl, once all are there. For training a language model.
 
@@ -199,8 +234,12 @@ def encode_speech(codec: VoxtralCodec, clips: list[Clip], held_out: set[str], pa
         try:
             if clip.path in held_out:
                 return [(1.0, 0.0, load_segment(clip.path, 0.0, max_sec)[0])]
-            return [(speed, offset, waveform[round(offset * rate / 1000):]) for speed in speeds
-                    for waveform in [load_segment(clip.path, 0.0, max_sec, speed)[0]] for offset in offsets_ms]
+            return [
+                (speed, offset, waveform[round(offset * rate / 1000) :])
+                for speed in speeds
+                for waveform in [load_segment(clip.path, 0.0, max_sec, speed)[0]]
+                for offset in offsets_ms
+            ]
         except BadClip as error:
             return error
 
@@ -216,11 +255,19 @@ def encode_speech(codec: VoxtralCodec, clips: list[Clip], held_out: set[str], pa
             codes = codec.encode(waveforms[:, None].to(device), lengths).to("cpu", torch.int16).numpy()
             speaker = file_name(clip.speaker)
             (folder / speaker).mkdir(parents=True, exist_ok=True)
-            for (speed, offset, _), one, n_frames in zip(played, codes, ceil_div(lengths, codec.params.frame_size).tolist()):
+            for (speed, offset, _), one, n_frames in zip(
+                played, codes, ceil_div(lengths, codec.params.frame_size).tolist()
+            ):
                 name = f"{speaker}/{number:05d}_{speed:g}_{offset:g}.npy"
                 np.save(folder / name, one[:, :n_frames])
-                rows.append({"path": str(Path(clip.path).absolute()), "codes": name, "text": clip.text,
-                             "voice": clip.speaker if speed == 1 else f"{clip.speaker}@{speed:g}"})
+                rows.append(
+                    {
+                        "path": str(Path(clip.path).absolute()),
+                        "codes": name,
+                        "text": clip.text,
+                        "voice": clip.speaker if speed == 1 else f"{clip.speaker}@{speed:g}",
+                    }
+                )
     write_text(folder / "manifest.jsonl", "".join(map(json_line, rows)))
 
 

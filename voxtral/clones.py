@@ -2,6 +2,7 @@
 
 A clone is as good as its words (Whisper) and its voice: nearer to its own reference than to those of other speakers.
 """
+
 import re
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -37,8 +38,12 @@ from voxtral.tts import TTS, Request
 
 BATCH_SIZE = 32
 METRICS = {
-    "wer": Metric("word error rate of Whisper's transcript against the text, greedy, normalised as Whisper does and "
-                  "numbers digit by digit; of all words together", False, weight="words"),
+    "wer": Metric(
+        "word error rate of Whisper's transcript against the text, greedy, normalised as Whisper does and "
+        "numbers digit by digit; of all words together",
+        False,
+        weight="words",
+    ),
     "own": Metric("cosine of Resemblyzer embeddings of the clone and of its own reference recording", True),
     "own_codec": Metric("the same with the reference after this system's encoder and the decoder", True),
     "others": Metric("mean cosine of the clone with the references of all other speakers"),
@@ -51,9 +56,11 @@ METRICS = {
 
 # ---------------------------------------------------------------- who says what
 
+
 @dataclass(frozen=True)
 class Item:
     """`text` is to be said in the voice of the recording `reference` (a path), which is `speaker`'s."""
+
     name: str
     speaker: str
     reference: str
@@ -76,8 +83,10 @@ def read_list(path, root=None) -> list[Item]:
         elif len(bars) in (4, 5):
             items.append(Item(bars[0], bars[2], str(folder / bars[2]), bars[3].strip()))
         elif line.strip():
-            raise UserError(f"{path}: line {number} has neither the 4 or 5 fields between | of Seed-TTS-eval nor the 6 "
-                            "between tabs of F5-TTS's LibriSpeech list.")
+            raise UserError(
+                f"{path}: line {number} has neither the 4 or 5 fields between | of Seed-TTS-eval nor the 6 "
+                "between tabs of F5-TTS's LibriSpeech list."
+            )
         if items and not items[-1].text:
             raise UserError(f"{path}: line {number} gives {items[-1].name} nothing to say.")
     if not items:
@@ -85,13 +94,21 @@ def read_list(path, root=None) -> list[Item]:
     prompts = list(dict.fromkeys(item.reference for item in items))
     missing = [prompt for prompt in prompts if not Path(prompt).is_file()]
     if missing:
-        raise UserError(f"{path}: {len(missing)} of {len(prompts)} prompt files are missing, first {missing[0]}: "
-                        "get the audio, or say with --root where it lies.")
+        raise UserError(
+            f"{path}: {len(missing)} of {len(prompts)} prompt files are missing, first {missing[0]}: "
+            "get the audio, or say with --root where it lies."
+        )
     return items
 
 
-def items_of_manifest(path, sentences: list[str] | None = None, speakers: list[str] | None = None, prompts: int = 1,
-                      per_voice: int = 2, seed: int = 0) -> tuple[list[Item], list[str]]:
+def items_of_manifest(
+    path,
+    sentences: list[str] | None = None,
+    speakers: list[str] | None = None,
+    prompts: int = 1,
+    per_voice: int = 2,
+    seed: int = 0,
+) -> tuple[list[Item], list[str]]:
     """items_of_clips() of a CSV, TSV or JSON-lines manifest (columns path, speaker, text) in its order."""
     remarks = Remarks()
     try:
@@ -102,8 +119,14 @@ def items_of_manifest(path, sentences: list[str] | None = None, speakers: list[s
     return items, remarks.lines() + bad
 
 
-def items_of_clips(clips: list[Clip], sentences: list[str] | None = None, speakers: list[str] | None = None,
-                   prompts: int = 1, per_voice: int = 2, seed: int = 0) -> tuple[list[Item], list[str]]:
+def items_of_clips(
+    clips: list[Clip],
+    sentences: list[str] | None = None,
+    speakers: list[str] | None = None,
+    prompts: int = 1,
+    per_voice: int = 2,
+    seed: int = 0,
+) -> tuple[list[Item], list[str]]:
     """-> items, and why clips were passed over. The first `prompts` clips of each speaker with enough speech are the
     references; each says `per_voice` of the sentences, or else of what other speakers say in `clips`, drawn by `seed`.
 
@@ -112,8 +135,9 @@ def items_of_clips(clips: list[Clip], sentences: list[str] | None = None, speake
     known = list(dict.fromkeys(clip.speaker for clip in clips))
     unknown = [speaker for speaker in speakers or [] if speaker not in known]
     if unknown:
-        raise UserError(f"nobody is called {', '.join(unknown)}; among the {len(known)} speakers are "
-                        f"{', '.join(known[:8])}.")
+        raise UserError(
+            f"nobody is called {', '.join(unknown)}; among the {len(known)} speakers are {', '.join(known[:8])}."
+        )
     pool = clips if sentences is None else [Clip("", "", 0, text) for text in sentences]
     references, items, bad = [], [], []
     for speaker in known:
@@ -124,8 +148,10 @@ def items_of_clips(clips: list[Clip], sentences: list[str] | None = None, speake
         texts = dict.fromkeys(pool[i].text.strip() for i in order if pool[i].speaker != reference.speaker)
         texts = [text for text in texts if text and text != reference.text.strip()][:per_voice]
         if len(texts) < per_voice:
-            raise UserError(f"{reference.path} has only {len(texts)} of {per_voice} sentences to say: give more with "
-                            "--sentences, or ask for fewer with --per-voice.")
+            raise UserError(
+                f"{reference.path} has only {len(texts)} of {per_voice} sentences to say: give more with "
+                "--sentences, or ask for fewer with --per-voice."
+            )
         stem = Path(reference.path).stem
         items += [Item(f"{stem}-{i}", reference.speaker, reference.path, text) for i, text in enumerate(texts, 1)]
     if not items:
@@ -145,6 +171,7 @@ def usable(clips: Iterable[Clip], bad: list[str]) -> Iterator[Clip]:
 
 # ---------------------------------------------------------------- the judge
 
+
 def digit_words(text: str, language: str) -> str:
     """Normalised as Whisper does, every digit a word of its own: "one seven", "17" and "1-7" become "1 7".
 
@@ -161,8 +188,9 @@ class Judge:
     spoken, such as en. Raises UserError for models that cannot be had and a language that Whisper does not know.
     """
 
-    def __init__(self, speaker_model: str = "resemblyzer", whisper_model: str | None = None, device="cpu",
-                 language: str = "en"):
+    def __init__(
+        self, speaker_model: str = "resemblyzer", whisper_model: str | None = None, device="cpu", language: str = "en"
+    ):
         if language not in LANGUAGES:
             raise UserError(f"the language is '{language}': it must be one of Whisper's codes, such as en or ar.")
         self.device, self.language = torch.device(device), language
@@ -186,9 +214,14 @@ class Judge:
         transcript = ""
         if len(waveform):
             audio = soxr.resample(waveform.clamp(-1, 1).numpy(), SAMPLE_RATE, SCORE_RATE, quality="HQ")
-            transcript = self.whisper.transcribe(audio, language=self.language, temperature=0.0, verbose=None,
-                                                 condition_on_previous_text=False,
-                                                 fp16=self.device.type == "cuda")["text"].strip()
+            transcript = self.whisper.transcribe(
+                audio,
+                language=self.language,
+                temperature=0.0,
+                verbose=None,
+                condition_on_previous_text=False,
+                fp16=self.device.type == "cuda",
+            )["text"].strip()
         # The texts are normalised: no language of their own.
         wer, words = word_error_rate(*(digit_words(each, self.language) for each in (text, transcript)), language="")
         return {"wer": wer, "words": words, "transcript": transcript}
@@ -196,11 +229,13 @@ class Judge:
 
 # ---------------------------------------------------------------- systems
 
+
 @dataclass(frozen=True)
 class System:
     """What is compared: the checkpoint with these encoder tensors (full checkpoint names), and with the peft adapter in
     the folder `adapter` merged into its language model. `refine_sec`: for refined_codes(), 0: not refined. `change`:
     what becomes of a reference's codes [1, 37, L], for experiments on what cloning needs."""
+
     name: str
     encoder: dict[str, Tensor]
     adapter: str = ""
@@ -216,13 +251,16 @@ def read_system(description: str, tts: TTS, seed: int = 0) -> System:
     name, _, parts = description.partition("=")
     encoder, _, adapter = parts.partition(",")
     if not re.fullmatch(r"[\w-]+", name) or not encoder:
-        raise UserError(f"--system {description}: it must be NAME=ENCODER or NAME=ENCODER,ADAPTER, with a name of "
-                        "letters, digits, _ and -.")
+        raise UserError(
+            f"--system {description}: it must be NAME=ENCODER or NAME=ENCODER,ADAPTER, with a name of "
+            "letters, digits, _ and -."
+        )
     own = {name: tensor.clone() for name, tensor in tts.codec.encoder_tensors().items()}
     if encoder == "own":
         if not tts.codec.has_encoder:
-            raise UserError(f"{tts.folder} has no encoder of its own: name one with --system, or put one in "
-                            "(inject_encoder.py).")
+            raise UserError(
+                f"{tts.folder} has no encoder of its own: name one with --system, or put one in (inject_encoder.py)."
+            )
         tensors = own
     elif encoder == "untrained":
         tensors = fresh_encoder(tts.codec, seed)
@@ -247,6 +285,7 @@ def adapted(tts: TTS, adapter: str) -> TTS:
 
 # ---------------------------------------------------------------- speaking and scoring
 
+
 class References:
     """The recordings that items name, each once and prepared: their speakers, and what the judge hears in them.
 
@@ -269,9 +308,16 @@ class References:
         return {"own": own, "others": mean, "margin": own - mean, "nearest": float(own > max(others))}
 
 
-def speak_and_score(tts: TTS, systems: list[System], items: list[Item], judge: Judge, max_sec: float = 20.0,
-                    seed: int = 0, n_samples: int = 0,
-                    cfg_alpha: float = CFG_ALPHA) -> tuple[list[dict], dict[str, list[Tensor]]]:
+def speak_and_score(
+    tts: TTS,
+    systems: list[System],
+    items: list[Item],
+    judge: Judge,
+    max_sec: float = 20.0,
+    seed: int = 0,
+    n_samples: int = 0,
+    cfg_alpha: float = CFG_ALPHA,
+) -> tuple[list[dict], dict[str, list[Tensor]]]:
     """Every item by every system -> rows (system after system, each in the order of the items), and the audio [T] of
     the first n_samples items by system. Item n has the same noise in all systems; a clone lasts at most max_sec.
 
@@ -285,17 +331,28 @@ def speak_and_score(tts: TTS, systems: list[System], items: list[Item], judge: J
         for system in systems:
             tts.codec.load_encoder(system.encoder, system.name)
             voices = {path: _voice(tts.codec, path, judge, system) for path in references.speaker_of}
-            spoken = _speak(adapted(tts, system.adapter) if system.adapter else tts, items, voices, max_frames, seed,
-                            cfg_alpha)
+            spoken = _speak(
+                adapted(tts, system.adapter) if system.adapter else tts, items, voices, max_frames, seed, cfg_alpha
+            )
             audio[system.name] = []
             progress = tqdm(spoken, system.name, len(items), unit="clip", disable=None)
             for (clone, ended, heard), item in zip(progress, items, strict=True):
                 embedding = judge.embed(clone)
                 similar = references.compare(item, embedding)
-                rows.append({"system": system.name, "item": item.name, "speaker": item.speaker,
-                             "reference": item.reference, "text": item.text, **judge.words(item.text, clone), **similar,
-                             "own_codec": (heard @ embedding).item(), "ended": float(ended),
-                             "seconds": len(clone) / SAMPLE_RATE})
+                rows.append(
+                    {
+                        "system": system.name,
+                        "item": item.name,
+                        "speaker": item.speaker,
+                        "reference": item.reference,
+                        "text": item.text,
+                        **judge.words(item.text, clone),
+                        **similar,
+                        "own_codec": (heard @ embedding).item(),
+                        "ended": float(ended),
+                        "seconds": len(clone) / SAMPLE_RATE,
+                    }
+                )
                 if len(audio[system.name]) < n_samples:
                     audio[system.name].append(clone)
     finally:
@@ -304,13 +361,15 @@ def speak_and_score(tts: TTS, systems: list[System], items: list[Item], judge: J
     return rows, audio
 
 
-def _speak(tts: TTS, items: list[Item], voices: dict, max_frames: int, seed: int,
-           cfg_alpha: float) -> Iterator[tuple[Tensor, bool, Tensor]]:
+def _speak(
+    tts: TTS, items: list[Item], voices: dict, max_frames: int, seed: int, cfg_alpha: float
+) -> Iterator[tuple[Tensor, bool, Tensor]]:
     """Yields of every item its audio [T], whether it ended by itself, and what _voice() heard of its reference."""
     for start in range(0, len(items), BATCH_SIZE):
-        batch = items[start:start + BATCH_SIZE]
-        requests = [Request(item.text, voices[item.reference][0], (seed, start + i), cfg_alpha)
-                    for i, item in enumerate(batch)]
+        batch = items[start : start + BATCH_SIZE]
+        requests = [
+            Request(item.text, voices[item.reference][0], (seed, start + i), cfg_alpha) for i, item in enumerate(batch)
+        ]
         takes = tts.generate(requests, max_frames)
         for item, take, clone in zip(batch, takes, decode_batch(tts.codec, [take.codes for take in takes])):
             yield clone, take.ended, voices[item.reference][1]
@@ -324,10 +383,11 @@ def _voice(codec: VoxtralCodec, path: str, judge: Judge, system: System) -> tupl
     codes = refined_codes(codec, waveform, system.refine_sec)[0] if system.refine_sec else codec.encode(waveform)
     codes = system.change(codes) if system.change else codes
     embedding = codec.voice_rows(codes, torch.tensor([codes.shape[-1]], device=codes.device))[0]
-    return embedding.bfloat16(), judge.embed(codec.decode(codes)[0, 0, :waveform.shape[-1]].float().cpu())
+    return embedding.bfloat16(), judge.embed(codec.decode(codes)[0, 0, : waveform.shape[-1]].float().cpu())
 
 
 # ---------------------------------------------------------------- averages
+
 
 def summarize(rows: list[dict], seed: int = 0) -> dict:
     """Rows of speak_and_score -> {"systems": name -> metric -> {"value", "interval"}}, and of all systems but the first
@@ -348,7 +408,10 @@ def summarize(rows: list[dict], seed: int = 0) -> dict:
 
     with np.errstate(invalid="ignore", divide="ignore"):
         kept = {system: averages.summary(means[system]["margin"] / means[first]["margin"]) for system in others}
-    return {"systems": {system: summaries(values) for system, values in means.items()},
-            "differences": {system: summaries({name: means[system][name] - means[first][name] for name in names})
-                            for system in others},
-            "margin_kept": kept}
+    return {
+        "systems": {system: summaries(values) for system, values in means.items()},
+        "differences": {
+            system: summaries({name: means[system][name] - means[first][name] for name in names}) for system in others
+        },
+        "margin_kept": kept,
+    }

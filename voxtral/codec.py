@@ -2,6 +2,7 @@
 
 `VoxtralCodec.state_dict()` keys are the checkpoint's tensor names without `audio_tokenizer.`.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +11,17 @@ from torch import Tensor, nn
 
 from voxtral.checkpoint import CODEC_PREFIX, EMBEDDING_NAME, ENCODER_PREFIXES, Checkpoint, SafetensorsFile, check_shapes
 from voxtral.layers import CausalConv1d, CausalConvTranspose1d, Transformer
-from voxtral.params import END_AUDIO, EMPTY_AUDIO, N_SPECIAL_IDS, CheckpointError, CodecParams, integers
+from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, CodecParams, integers
 from voxtral.quantizer import QuantizationDraws, Quantizer
 
 
 @dataclass
 class CodecOutput:
     """What a training step needs of one pass through the codec (L frames, T = L * 1920 samples)."""
-    reconstruction: Tensor      # [B, 1, T]
-    latent: Tensor              # [B, latent_dim, L] before quantization
-    codes: Tensor               # [B, 1 + acoustic_dim, L] int64
+
+    reconstruction: Tensor  # [B, 1, T]
+    latent: Tensor  # [B, latent_dim, L] before quantization
+    codes: Tensor  # [B, 1 + acoustic_dim, L] int64
     semantic_quantized: Tensor  # [B, semantic_dim, L] with straight-through gradient
 
 
@@ -30,12 +32,18 @@ class VoxtralCodec(nn.Module):
         super().__init__()
         self.params = params
         self.has_encoder = False
-        self.input_proj = CausalConv1d(params.pretransform_patch_size, params.dim, params.patch_proj_kernel_size,
-                                       pad_mode="reflect")
+        self.input_proj = CausalConv1d(
+            params.pretransform_patch_size, params.dim, params.patch_proj_kernel_size, pad_mode="reflect"
+        )
         self.encoder_blocks = nn.ModuleList()
         window = params.attn_sliding_window_size
-        stages = list(zip(integers(params.encoder_transformer_lengths_str), integers(params.encoder_convs_kernels_str),
-                          integers(params.encoder_convs_strides_str)))
+        stages = list(
+            zip(
+                integers(params.encoder_transformer_lengths_str),
+                integers(params.encoder_convs_kernels_str),
+                integers(params.encoder_convs_strides_str),
+            )
+        )
         for i, (n_layers, kernel, stride) in enumerate(stages):
             last = i == len(stages) - 1
             self.encoder_blocks.append(Transformer(params, n_layers, window))
@@ -46,21 +54,29 @@ class VoxtralCodec(nn.Module):
         self.quantizer = Quantizer(params)
 
         self.decoder_blocks = nn.ModuleList()
-        stages = zip(integers(params.decoder_transformer_lengths_str), integers(params.decoder_convs_kernels_str),
-                     integers(params.decoder_convs_strides_str))
+        stages = zip(
+            integers(params.decoder_transformer_lengths_str),
+            integers(params.decoder_convs_kernels_str),
+            integers(params.decoder_convs_strides_str),
+        )
         for i, (n_layers, kernel, stride) in enumerate(stages):
             window = window * 2 if stride > 1 else window
-            self.decoder_blocks.append(CausalConv1d(params.latent_dim, params.dim, kernel, stride) if i == 0
-                                       else CausalConvTranspose1d(params.dim, params.dim, kernel, stride))
+            self.decoder_blocks.append(
+                CausalConv1d(params.latent_dim, params.dim, kernel, stride)
+                if i == 0
+                else CausalConvTranspose1d(params.dim, params.dim, kernel, stride)
+            )
             self.decoder_blocks.append(Transformer(params, n_layers, window))
-        self.output_proj = CausalConv1d(params.dim, params.pretransform_patch_size, params.patch_proj_kernel_size,
-                                        pad_mode="reflect")
+        self.output_proj = CausalConv1d(
+            params.dim, params.pretransform_patch_size, params.patch_proj_kernel_size, pad_mode="reflect"
+        )
         # Part of the checkpoint, not of `audio_tokenizer.`: set by from_checkpoint, outside the state dict.
         self.register_buffer("audio_embedding", None, persistent=False)
 
     @classmethod
-    def from_checkpoint(cls, folder, device="cpu", dtype: torch.dtype = torch.float32,
-                        with_encoder: bool = True) -> "VoxtralCodec":
+    def from_checkpoint(
+        cls, folder, device="cpu", dtype: torch.dtype = torch.float32, with_encoder: bool = True
+    ) -> "VoxtralCodec":
         """Reads the codec and the audio embedding table, and no other tensor, from a checkpoint folder.
 
         Without encoder tensors there, or with_encoder=False, the encoder is freshly initialised and `has_encoder` is
@@ -71,11 +87,15 @@ class VoxtralCodec(nn.Module):
         codec = cls(checkpoint.params.codec)
         own = {CODEC_PREFIX + name: tuple(t.shape) for name, t in codec.state_dict().items()}
         codec.has_encoder = with_encoder and bool(checkpoint.encoder_names)
-        expected = {name: shape for name, shape in own.items()
-                    if codec.has_encoder or not name.startswith(ENCODER_PREFIXES)}
-        found = {name: shape for name, shape in checkpoint.shapes.items()
-                 if name.startswith((CODEC_PREFIX, EMBEDDING_NAME))
-                 and (with_encoder or not name.startswith(ENCODER_PREFIXES))}
+        expected = {
+            name: shape for name, shape in own.items() if codec.has_encoder or not name.startswith(ENCODER_PREFIXES)
+        }
+        found = {
+            name: shape
+            for name, shape in checkpoint.shapes.items()
+            if name.startswith((CODEC_PREFIX, EMBEDDING_NAME))
+            and (with_encoder or not name.startswith(ENCODER_PREFIXES))
+        }
         embedding_shape = (checkpoint.params.audio_embedding_size, checkpoint.params.dim)
         check_shapes(found, {**expected, EMBEDDING_NAME: embedding_shape}, checkpoint.folder)
         tensors = checkpoint.read([*expected, EMBEDDING_NAME])
@@ -95,8 +115,9 @@ class VoxtralCodec(nn.Module):
             codec.load_encoder(SafetensorsFile(encoder).read(), encoder)
             return codec, encoder
         if not codec.has_encoder:
-            raise CheckpointError(f"encoder is checkpoint, but {folder} holds none: leave encoder at null, or name a "
-                                  "file.")
+            raise CheckpointError(
+                f"encoder is checkpoint, but {folder} holds none: leave encoder at null, or name a file."
+            )
         return codec, f"the one in {folder}"
 
     def load_encoder(self, tensors: dict[str, Tensor], where="the encoder file") -> None:
@@ -110,8 +131,11 @@ class VoxtralCodec(nn.Module):
     def load_decoder(self, tensors: dict[str, Tensor], where="the decoder file") -> None:
         """Takes all other tensors of the codec under their full checkpoint names. Raises CheckpointError likewise."""
         own = {CODEC_PREFIX + name: t.shape for name, t in self.state_dict().items()}
-        check_shapes({name: t.shape for name, t in tensors.items()},
-                     {name: shape for name, shape in own.items() if not name.startswith(ENCODER_PREFIXES)}, where)
+        check_shapes(
+            {name: t.shape for name, t in tensors.items()},
+            {name: shape for name, shape in own.items() if not name.startswith(ENCODER_PREFIXES)},
+            where,
+        )
         self.load_state_dict({name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}, strict=False)
 
     def encoder_tensors(self) -> dict[str, Tensor]:
@@ -200,7 +224,9 @@ class VoxtralCodec(nn.Module):
         """One training pass with stochastic quantization (paper section 2.1)."""
         latent = self.encode_latent(waveform, lengths)
         mixed, codes, semantic = self.quantizer(latent, draws)
-        return CodecOutput(self.decode_latent(mixed).float()[..., :waveform.shape[-1]], latent.float(), codes, semantic)
+        return CodecOutput(
+            self.decode_latent(mixed).float()[..., : waveform.shape[-1]], latent.float(), codes, semantic
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,4 +1,5 @@
 """Known codes: of clips that the model has spoken, from the files beside them (generate_clips.py, python -m voxtral.clips)."""
+
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +62,13 @@ def known_codes(folder: str, params: CodecParams) -> tuple[list[Tensor], list[tu
     Raises DataError when none can."""
     paths = sorted(Path(folder).rglob("*.npy"))
     if not paths:
-        raise DataError(f"match.codes: {folder} holds no codes (.npy); let the model make some: python "
-                        f"generate_clips.py --output {folder} --per-voice 100 (a few minutes for 20 voices on a GPU), or "
-                        "set match.codes=presets.")
+        raise DataError(
+            f"match.codes: {folder} holds no codes (.npy); let the model make some: python "
+            f"generate_clips.py --output {folder} --per-voice 100 (a few minutes for 20 voices on a GPU), or "
+            "set match.codes=presets."
+        )
     codes, bad = [], []
-    for path in paths[::-(-len(paths) // MAX_CLIPS)]:
+    for path in paths[:: -(-len(paths) // MAX_CLIPS)]:
         try:
             found = read_codes(str(path), params)
         except BadClip as error:

@@ -2,14 +2,16 @@
 
 An unknown key at any depth, or a value of a wrong type, is an error that names the key and the nearest valid one.
 """
+
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -30,9 +32,22 @@ PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under tru
 DISTILLATION = ("hidden", "semantic_kl", "velocity", *PRESET)  # losses that compare with the teacher
 FULL_PIPELINE_PARTS = ("lora", "encoder", "embedding", "backbone", "acoustic")
 # What the state of a run hangs on: a run goes on with the same values of these,
-KEPT_ON_RESUMING = ("seed", "reference_sec", "data.sources", "data.validation.clips", "data.validation.speakers", "train.trainable",
-                    "optimizer.betas", "discriminator.fft_sizes", "discriminator.channels", "asr.model", "balancer.enabled",
-                    "lora.rank", "lora.alpha", "lora.target_modules")
+KEPT_ON_RESUMING = (
+    "seed",
+    "reference_sec",
+    "data.sources",
+    "data.validation.clips",
+    "data.validation.speakers",
+    "train.trainable",
+    "optimizer.betas",
+    "discriminator.fft_sizes",
+    "discriminator.channels",
+    "asr.model",
+    "balancer.enabled",
+    "lora.rank",
+    "lora.alpha",
+    "lora.target_modules",
+)
 SWITCHES = ("loss.feature", "loss.asr", "loss.match")  # and with these neither switched on nor off.
 
 
@@ -42,51 +57,54 @@ class ConfigError(UserError):
 
 @dataclass
 class TrainConfig:
-    trainable: List[str] = field(default_factory=lambda: ["encoder"])  # of encoder, codebook, decoder; all: a whole codec
-    epochs: int = 15                      # passes over the data, unless max_steps says otherwise
-    max_steps: Optional[int] = None       # optimizer steps; null: from epochs
-    accumulation: int = 1                 # micro-batches per optimizer step
-    precision: str = "bf16"               # bf16 (autocast) or fp32; spectral losses are always fp32
-    cuda_graphs: bool = True              # replay recorded launches on a GPU; false: launch kernel by kernel
-    compile: bool = True                  # torch.compile on a GPU: a minute or two at the start, faster steps after it
+    trainable: list[str] = field(
+        default_factory=lambda: ["encoder"]
+    )  # of encoder, codebook, decoder; all: a whole codec
+    epochs: int = 15  # passes over the data, unless max_steps says otherwise
+    max_steps: int | None = None  # optimizer steps; null: from epochs
+    accumulation: int = 1  # micro-batches per optimizer step
+    precision: str = "bf16"  # bf16 (autocast) or fp32; spectral losses are always fp32
+    cuda_graphs: bool = True  # replay recorded launches on a GPU; false: launch kernel by kernel
+    compile: bool = True  # torch.compile on a GPU: a minute or two at the start, faster steps after it
     reconstruction_decay: float = 0.9999  # gamma: l1 and stft weigh gamma^step
-    stft_fft_sizes: List[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
-    ema_decay: float = 0.999              # of the weights that are validated and saved; 0 turns averaging off
-    gradient_clip: float = 1.0            # norm of the gradient, encoder and discriminators each
-    max_total_loss: float = 1e6           # above it the run stops as exploded; runs came back from thousands (RESULTS.md)
+    stft_fft_sizes: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
+    ema_decay: float = 0.999  # of the weights that are validated and saved; 0 turns averaging off
+    gradient_clip: float = 1.0  # norm of the gradient, encoder and discriminators each
+    max_total_loss: float = 1e6  # above it the run stops as exploded; runs came back from thousands (RESULTS.md)
     log_every_steps: int = 10
     validate_every_steps: int = 1000
-    save_every_minutes: Optional[float] = 30  # minutes between checkpoints
-    save_every_steps: Optional[int] = None  # optimizer steps between them, as well
-    keep_last: int = 3                    # checkpoints kept besides best/
-    milestones: int = 20                  # so many encoders, spread over the run, are kept beside those: the best is known later
-    n_samples: int = 4                    # validation clips written as audio and spectrogram
+    save_every_minutes: float | None = 30  # minutes between checkpoints
+    save_every_steps: int | None = None  # optimizer steps between them, as well
+    keep_last: int = 3  # checkpoints kept besides best/
+    milestones: int = 20  # so many encoders, spread over the run, are kept beside those: the best is known later
+    n_samples: int = 4  # validation clips written as audio and spectrogram
 
 
 @dataclass
 class OptimizerConfig:
     learning_rate: float = 5e-4
-    betas: List[float] = field(default_factory=lambda: [0.8, 0.99])
+    betas: list[float] = field(default_factory=lambda: [0.8, 0.99])
     weight_decay: float = 0.01
-    warmup_steps: int = 500               # linear, then cosine to zero at max_steps
+    warmup_steps: int = 500  # linear, then cosine to zero at max_steps
 
 
 @dataclass
 class BalancerConfig:
-    enabled: bool = False                 # EnCodec's gradient balancer over the losses on the waveform
+    enabled: bool = False  # EnCodec's gradient balancer over the losses on the waveform
     decay: float = 0.999
 
 
 @dataclass
 class EncoderConfig:
     """Everything train_encoder.py can be told."""
-    checkpoint: Optional[str] = None      # folder; null: $VOXTRAL_CKPT
-    encoder: Optional[str] = None         # start: null: fresh; an encoder.safetensors; checkpoint: the checkpoint's own
+
+    checkpoint: str | None = None  # folder; null: $VOXTRAL_CKPT
+    encoder: str | None = None  # start: null: fresh; an encoder.safetensors; checkpoint: the checkpoint's own
     output_dir: str = "runs/encoder"
-    resume: bool = False                  # continue from the newest checkpoint in output_dir
+    resume: bool = False  # continue from the newest checkpoint in output_dir
     seed: int = 0
-    device: str = "auto"                  # auto, cpu, cuda
-    tracker: str = "none"                 # beside TensorBoard: none, wandb, mlflow, trackio
+    device: str = "auto"  # auto, cpu, cuda
+    tracker: str = "none"  # beside TensorBoard: none, wandb, mlflow, trackio
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -101,44 +119,50 @@ class EncoderConfig:
 @dataclass
 class LoraConfig:
     """peft's LoRA of the backbone."""
+
     rank: int = 8
-    alpha: float = 16.0                   # the update is alpha / rank * B A
+    alpha: float = 16.0  # the update is alpha / rank * B A
     dropout: float = 0.0
-    target_modules: List[str] = field(default_factory=lambda: list(LORA_MODULES))  # wq, wk, wv, wo
+    target_modules: list[str] = field(default_factory=lambda: list(LORA_MODULES))  # wq, wk, wv, wo
 
 
 @dataclass
 class FullPipelineLosses:
     """The map of weights of phase 2. The seed's recipe is `hidden` alone."""
-    hidden: float = 1.0         # squared error of the hidden states at the reference's positions, mean over layers
-    semantic_kl: float = 0.0    # KL of the semantic ids' distribution where frames are predicted
-    velocity: float = 0.0       # squared error of the acoustic transformer's velocity there
-    preset_hidden: float = 0.0  # under true references, squared error of the hidden states at all positions: change nothing
-    preset_kl: float = 0.0      # under true references, KL of the semantic ids' distribution, likewise
-    cross_entropy: float = 0.0  # of the semantic ids that were spoken: the paper's own objective, which needs no teacher
-    flow: float = 0.0           # flow matching of the acoustic levels that were spoken, likewise
-    mel: float = 0.0            # mel distance of what the decoder makes of the encoder's codes: a trained encoder keeps its sound
+
+    hidden: float = 1.0  # squared error of the hidden states at the reference's positions, mean over layers
+    semantic_kl: float = 0.0  # KL of the semantic ids' distribution where frames are predicted
+    velocity: float = 0.0  # squared error of the acoustic transformer's velocity there
+    preset_hidden: float = (
+        0.0  # under true references, squared error of the hidden states at all positions: change nothing
+    )
+    preset_kl: float = 0.0  # under true references, KL of the semantic ids' distribution, likewise
+    cross_entropy: float = (
+        0.0  # of the semantic ids that were spoken: the paper's own objective, which needs no teacher
+    )
+    flow: float = 0.0  # flow matching of the acoustic levels that were spoken, likewise
+    mel: float = 0.0  # mel distance of what the decoder makes of the encoder's codes: a trained encoder keeps its sound
 
 
 @dataclass
 class FullPipelineTrainConfig:
-    trainable: List[str] = field(default_factory=lambda: ["lora"])  # of lora, encoder, embedding, backbone, acoustic
-    epochs: int = 1                       # passes over the clips, unless max_steps says otherwise
-    max_steps: Optional[int] = None       # optimizer steps; null: from epochs
-    accumulation: int = 1                 # micro-batches per optimizer step
-    precision: str = "bf16"               # of backbone and acoustic transformer: bf16 or fp32; LoRA weights are fp32
+    trainable: list[str] = field(default_factory=lambda: ["lora"])  # of lora, encoder, embedding, backbone, acoustic
+    epochs: int = 1  # passes over the clips, unless max_steps says otherwise
+    max_steps: int | None = None  # optimizer steps; null: from epochs
+    accumulation: int = 1  # micro-batches per optimizer step
+    precision: str = "bf16"  # of backbone and acoustic transformer: bf16 or fp32; LoRA weights are fp32
     gradient_checkpointing: bool = False  # compute layers twice, keep only their inputs
-    compile: bool = False                 # with reference_sec: torch.compile of the layers on a GPU, half a minute at the start
-    dropout: float = 0.0                  # with reference_sec: of what layers add
-    normalize_layers: bool = False        # divide each layer's hidden loss by the variance of the teacher's layer
+    compile: bool = False  # with reference_sec: torch.compile of the layers on a GPU, half a minute at the start
+    dropout: float = 0.0  # with reference_sec: of what layers add
+    normalize_layers: bool = False  # divide each layer's hidden loss by the variance of the teacher's layer
     gradient_clip: float = 1.0
-    max_total_loss: float = 1e6           # above it the run stops as exploded
+    max_total_loss: float = 1e6  # above it the run stops as exploded
     log_every_steps: int = 10
     validate_every_steps: int = 500
-    save_every_minutes: Optional[float] = 30  # minutes between checkpoints
-    save_every_steps: Optional[int] = None  # optimizer steps between them, as well
-    keep_last: int = 3                    # checkpoints kept besides best/
-    milestones: int = 20                  # so many adapters, spread over the run, are kept beside those
+    save_every_minutes: float | None = 30  # minutes between checkpoints
+    save_every_steps: int | None = None  # optimizer steps between them, as well
+    keep_last: int = 3  # checkpoints kept besides best/
+    milestones: int = 20  # so many adapters, spread over the run, are kept beside those
 
 
 def _phase_2_optimizer() -> OptimizerConfig:
@@ -148,15 +172,16 @@ def _phase_2_optimizer() -> OptimizerConfig:
 @dataclass
 class FullPipelineConfig:
     """Everything train_full_pipeline.py can be told."""
-    checkpoint: Optional[str] = None      # folder; null: $VOXTRAL_CKPT
-    encoder: Optional[str] = None         # encoder.safetensors of phase 1; null: the one in the checkpoint
+
+    checkpoint: str | None = None  # folder; null: $VOXTRAL_CKPT
+    encoder: str | None = None  # encoder.safetensors of phase 1; null: the one in the checkpoint
     output_dir: str = "runs/full"
-    resume: bool = False                  # continue from the newest checkpoint in output_dir
+    resume: bool = False  # continue from the newest checkpoint in output_dir
     seed: int = 0
-    device: str = "auto"                  # auto, cpu, cuda
-    tracker: str = "none"                 # beside TensorBoard: none, wandb, mlflow, trackio
+    device: str = "auto"  # auto, cpu, cuda
+    tracker: str = "none"  # beside TensorBoard: none, wandb, mlflow, trackio
     data: DataConfig = field(default_factory=DataConfig)
-    reference_sec: Optional[List[float]] = None  # [shortest, longest]: references are random crops of their own true codes
+    reference_sec: list[float] | None = None  # [shortest, longest]: references are random crops of their own true codes
     train: FullPipelineTrainConfig = field(default_factory=FullPipelineTrainConfig)
     optimizer: OptimizerConfig = field(default_factory=_phase_2_optimizer)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -166,13 +191,14 @@ class FullPipelineConfig:
 @dataclass
 class StandinSizes:
     """What a stand-in checkpoint has in place of the release's sizes; see voxtral.standin.small_params for the rest."""
-    codec: Dict[str, Any] = field(default_factory=dict)     # keys of params.json, multimodal.audio_tokenizer_args
-    backbone: Dict[str, Any] = field(default_factory=dict)  # keys of its top level
-    acoustic: Dict[str, Any] = field(default_factory=dict)  # keys of its acoustic_transformer_args
-    n_text_tokens: int = 1048                               # text tokens of tekken.json; 256: single bytes
-    voices: Dict[str, str] = field(default_factory=dict)    # preset name -> training speaker
-    encoder_steps: int = 0                                  # after the codec, a fresh encoder learns against its decoder
-    decoder_steps: int = 0                                  # and then the decoder alone from the encoder as it is
+
+    codec: dict[str, Any] = field(default_factory=dict)  # keys of params.json, multimodal.audio_tokenizer_args
+    backbone: dict[str, Any] = field(default_factory=dict)  # keys of its top level
+    acoustic: dict[str, Any] = field(default_factory=dict)  # keys of its acoustic_transformer_args
+    n_text_tokens: int = 1048  # text tokens of tekken.json; 256: single bytes
+    voices: dict[str, str] = field(default_factory=dict)  # preset name -> training speaker
+    encoder_steps: int = 0  # after the codec, a fresh encoder learns against its decoder
+    decoder_steps: int = 0  # and then the decoder alone from the encoder as it is
 
 
 @dataclass
@@ -180,18 +206,22 @@ class LanguageModelConfig(FullPipelineConfig):
     """The language model of a stand-in: a run of train_full_pipeline.py's loop on the true encoder's codes of the speech
     that has a text. data.sources are recordings below the data_root of the codec's; make_standin.py puts their codes in
     their place, and sets checkpoint, output_dir, resume, seed and device."""
-    speeds: List[float] = field(default_factory=lambda: [1.0])      # each clip is played at; each a speaker of its own
-    offsets_ms: List[float] = field(default_factory=lambda: [0.0])  # and begun so much later against the frame grid
-    whisper: Optional[str] = None  # counts wrong words of what it says at the end: openai-whisper's name of a model, or a .pt
+
+    speeds: list[float] = field(default_factory=lambda: [1.0])  # each clip is played at; each a speaker of its own
+    offsets_ms: list[float] = field(default_factory=lambda: [0.0])  # and begun so much later against the frame grid
+    whisper: str | None = (
+        None  # counts wrong words of what it says at the end: openai-whisper's name of a model, or a .pt
+    )
 
 
 @dataclass
 class StandinConfig(EncoderConfig):
     """Everything make_standin.py can be told: a training run of the whole codec, the sizes, and a run of the language
     model; without that one, backbone and acoustic transformer stay random."""
+
     loss: LossWeights = field(default_factory=lambda: LossWeights(match=0.0))  # nobody has spoken its codes yet
     standin: StandinSizes = field(default_factory=StandinSizes)
-    language_model: Optional[LanguageModelConfig] = None
+    language_model: LanguageModelConfig | None = None
 
 
 def load_config(schema: type, path, overrides: list[str]):
@@ -206,8 +236,10 @@ def load_config(schema: type, path, overrides: list[str]):
         raise ConfigError(f"{path} is no valid YAML: {_one_line(error)}") from error
     if not isinstance(layer, DictConfig):
         raise ConfigError(f"{path} is a list: a config is a mapping of keys such as data: and train:.")
-    changes = [(str(path), partial(OmegaConf.update, merged, str(key), value))
-               for key, value in OmegaConf.to_container(layer).items()]
+    changes = [
+        (str(path), partial(OmegaConf.update, merged, str(key), value))
+        for key, value in OmegaConf.to_container(layer).items()
+    ]
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"'{override}' is no override: write key=value, for example train.max_steps=1000.")
@@ -261,7 +293,9 @@ def checkpoint_folder(config) -> str:
     """`checkpoint`, or $VOXTRAL_CKPT. Raises ConfigError when neither is set."""
     folder = config.checkpoint or os.environ.get("VOXTRAL_CKPT")
     if not folder:
-        raise ConfigError("no checkpoint: set `checkpoint` in the config, or VOXTRAL_CKPT, to the folder of Voxtral-4B-TTS-2603.")
+        raise ConfigError(
+            "no checkpoint: set `checkpoint` in the config, or VOXTRAL_CKPT, to the folder of Voxtral-4B-TTS-2603."
+        )
     return folder
 
 
@@ -275,23 +309,43 @@ def _check_run(config, parts: tuple[str, ...], positive: list[str], not_negative
     if config.tracker not in ("none", *TRACKERS):
         raise ConfigError(f"tracker is {config.tracker}: it must be none or one of {', '.join(TRACKERS)}.")
     if config.tracker != "none" and not is_installed(config.tracker):
-        raise ConfigError(f"tracker is {config.tracker}, which is not installed: pip install {config.tracker}, or set "
-                          "tracker=none.")
+        raise ConfigError(
+            f"tracker is {config.tracker}, which is not installed: pip install {config.tracker}, or set tracker=none."
+        )
     if train.precision not in ("bf16", "fp32"):
         raise ConfigError(f"train.precision is {train.precision}: it must be bf16 or fp32.")
-    positive = ["train.epochs", "train.accumulation", "train.log_every_steps", "train.validate_every_steps",
-                "train.keep_last", "train.gradient_clip", "train.max_total_loss",
-                "optimizer.learning_rate", *positive]
-    not_negative = ["seed", "train.milestones", "optimizer.warmup_steps", "optimizer.weight_decay",
-                    *(f"loss.{name}" for name in vars(config.loss)), *not_negative]
-    positive += [key for key in ("train.max_steps", "train.save_every_steps", "train.save_every_minutes")
-                 if attrgetter(key)(config) is not None]
+    positive = [
+        "train.epochs",
+        "train.accumulation",
+        "train.log_every_steps",
+        "train.validate_every_steps",
+        "train.keep_last",
+        "train.gradient_clip",
+        "train.max_total_loss",
+        "optimizer.learning_rate",
+        *positive,
+    ]
+    not_negative = [
+        "seed",
+        "train.milestones",
+        "optimizer.warmup_steps",
+        "optimizer.weight_decay",
+        *(f"loss.{name}" for name in vars(config.loss)),
+        *not_negative,
+    ]
+    positive += [
+        key
+        for key in ("train.max_steps", "train.save_every_steps", "train.save_every_minutes")
+        if attrgetter(key)(config) is not None
+    ]
     for key in positive + not_negative:
         value = attrgetter(key)(config)
         if not 0 <= value < float("inf") or value == 0 and key in positive:
             raise ConfigError(f"{key} is {value}: it must be {'above 0' if key in positive else '0 or more'}.")
-    for key, value in (*((key, attrgetter(key)(config)) for key in shares),
-                       *(("optimizer.betas", beta) for beta in config.optimizer.betas)):
+    for key, value in (
+        *((key, attrgetter(key)(config)) for key in shares),
+        *(("optimizer.betas", beta) for beta in config.optimizer.betas),
+    ):
         if not 0 <= value < 1:
             raise ConfigError(f"{key} is {value}: it must be at least 0 and below 1.")
     if len(config.optimizer.betas) != 2:
@@ -313,42 +367,67 @@ def check_full_pipeline_config(config: FullPipelineConfig) -> None:
     if config.loss.mel and "encoder" not in config.train.trainable:
         raise ConfigError("loss.mel is the encoder's: it needs train.trainable=[encoder], or [lora,encoder].")
     if "acoustic" in config.train.trainable and not (config.loss.cross_entropy or config.loss.flow):
-        raise ConfigError("train.trainable: acoustic learns from loss.cross_entropy and loss.flow only; give them a weight.")
+        raise ConfigError(
+            "train.trainable: acoustic learns from loss.cross_entropy and loss.flow only; give them a weight."
+        )
     if (config.train.compile or config.train.dropout) and config.reference_sec is None:
-        raise ConfigError("train.compile and train.dropout are for a language model from nothing (reference_sec): set them to "
-                          "false and 0.")
+        raise ConfigError(
+            "train.compile and train.dropout are for a language model from nothing (reference_sec): set them to "
+            "false and 0."
+        )
     if config.reference_sec is not None:
         shortest, longest = config.reference_sec if len(config.reference_sec) == 2 else (0, 0)
         if not CODEC_FRAME_SEC <= shortest <= longest:
-            raise ConfigError(f"reference_sec is {config.reference_sec}: it must be two lengths in seconds, the shorter first.")
+            raise ConfigError(
+                f"reference_sec is {config.reference_sec}: it must be two lengths in seconds, the shorter first."
+            )
         asked = [name for name in (*DISTILLATION, "mel") if getattr(config.loss, name)]
         if asked or {"lora", "encoder"} & set(config.train.trainable):
-            raise ConfigError(f"reference_sec is for a language model from nothing: {', '.join(asked) or 'lora and encoder'} "
-                              "needs the encoder's own references, so leave reference_sec at null.")
+            raise ConfigError(
+                f"reference_sec is for a language model from nothing: {', '.join(asked) or 'lora and encoder'} "
+                "needs the encoder's own references, so leave reference_sec at null."
+            )
 
 
 def check_encoder_config(config: EncoderConfig) -> None:
     """Raises ConfigError (for the data block DataError) for values that parse but make no sense, naming the key."""
     train = config.train
-    _check_run(config, PARTS, ["train.reconstruction_decay", "discriminator.channels", "discriminator.crop_sec",
-                               "discriminator.learning_rate"],
-               ["train.n_samples", "discriminator.warmup_steps"], ["train.ema_decay", "balancer.decay"])
+    _check_run(
+        config,
+        PARTS,
+        [
+            "train.reconstruction_decay",
+            "discriminator.channels",
+            "discriminator.crop_sec",
+            "discriminator.learning_rate",
+        ],
+        ["train.n_samples", "discriminator.warmup_steps"],
+        ["train.ema_decay", "balancer.decay"],
+    )
     if "encoder" not in train.trainable and not config.encoder:
-        raise ConfigError("train.trainable leaves the encoder as it is, which is a fresh one: set encoder to a file, "
-                          "or to checkpoint.")
+        raise ConfigError(
+            "train.trainable leaves the encoder as it is, which is a fresh one: set encoder to a file, "
+            "or to checkpoint."
+        )
     if train.reconstruction_decay > 1:
         raise ConfigError(f"train.reconstruction_decay is {train.reconstruction_decay}: it must be at most 1.")
     if config.asr.teacher_cache and list(config.data.speed) != [1, 1]:
-        raise ConfigError("asr.teacher_cache: what Whisper said holds for a clip's own speed; set data.speed to [1, 1].")
+        raise ConfigError(
+            "asr.teacher_cache: what Whisper said holds for a clip's own speed; set data.speed to [1, 1]."
+        )
     if config.loss.codes and config.asr.teacher_cache:
         raise ConfigError("loss.codes does not go with asr.teacher_cache: its segments begin between code frames.")
     max_sec, discriminator = config.data.max_sec, config.discriminator
-    for key, sizes, sec in (("train.stft_fft_sizes", train.stft_fft_sizes, max_sec),
-                            ("discriminator.fft_sizes", discriminator.fft_sizes, min(discriminator.crop_sec, max_sec))):
+    for key, sizes, sec in (
+        ("train.stft_fft_sizes", train.stft_fft_sizes, max_sec),
+        ("discriminator.fft_sizes", discriminator.fft_sizes, min(discriminator.crop_sec, max_sec)),
+    ):
         largest = 2 * round(sec * SAMPLE_RATE) - 1  # an STFT mirrors half a window at the ends
         if not sizes or not 4 <= min(sizes) <= max(sizes) <= largest:
             raise ConfigError(f"{key} is {sizes}: of {sec:g} s it must be FFT sizes from 4 to {largest} samples.")
     if config.discriminator.warmup_steps and not any(w for name, w in vars(config.loss).items() if name != "feature"):
-        raise ConfigError("loss: only feature has a weight, and nothing would be learnt for discriminator.warmup_steps.")
+        raise ConfigError(
+            "loss: only feature has a weight, and nothing would be learnt for discriminator.warmup_steps."
+        )
     if config.balancer.enabled and not any(getattr(config.loss, name) for name in ON_WAVEFORM if name != "feature"):
         raise ConfigError("balancer.enabled: no loss on the waveform (l1, stft, mel, speaker) has a weight above 0.")

@@ -4,22 +4,28 @@ Sample number n of a run is the same crop of the same clip whatever the number o
 so a run resumes by starting the stream at its step.
 `python -m voxtral.data --check CONFIG.yaml` describes the data.
 """
+
 import argparse
 import itertools
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m voxtral.data", description="Describes the data of a config.")
     parser.add_argument("--check", required=True, metavar="CONFIG.yaml", help="its data: block is read")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config")
-    parser.add_argument("--audio-sec-per-sec", type=float, metavar="N",
-                        help="training speed as train_encoder.py logs it, to estimate the time of an epoch")
+    parser.add_argument(
+        "--audio-sec-per-sec",
+        type=float,
+        metavar="N",
+        help="training speed as train_encoder.py logs it, to estimate the time of an epoch",
+    )
     return parser
 
 
@@ -47,10 +53,11 @@ from voxtral.sources import Clip, DataConfig, DataError, find_sources, split_val
 from voxtral.tables import read_lines
 
 MAX_BAD_IN_A_ROW = 20
-ORDER, CROP = 0, 1     # the two random streams of a seed
+ORDER, CROP = 0, 1  # the two random streams of a seed
 
 
 # ---------------------------------------------------------------- samples and batches
+
 
 class SpeechDataset(Dataset):
     """Crops of clips. Item (number, index) depends on seed, number and index alone.
@@ -62,16 +69,25 @@ class SpeechDataset(Dataset):
     is read into.
     """
 
-    def __init__(self, clips: list[Clip], max_sec: float, seed: int, fixed: bool = False, speed: Sequence[float] = (1, 1),
-                 params: CodecParams | None = None):
+    def __init__(
+        self,
+        clips: list[Clip],
+        max_sec: float,
+        seed: int,
+        fixed: bool = False,
+        speed: Sequence[float] = (1, 1),
+        params: CodecParams | None = None,
+    ):
         self.clips, self.max_sec, self.seed, self.fixed, self.speed = clips, max_sec, seed, fixed, speed
         self.params = params
         self.bad: list[tuple[str, str]] = []
         if fixed:
             self._keep_usable()
         if not self.clips:
-            raise DataError(f"None of the {len(clips)} clips can be read; look at them and at data.sources "
-                            f"({'; '.join(f'{path}: {reason}' for path, reason in self.bad[:3])}).")
+            raise DataError(
+                f"None of the {len(clips)} clips can be read; look at them and at data.sources "
+                f"({'; '.join(f'{path}: {reason}' for path, reason in self.bad[:3])})."
+            )
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -87,8 +103,10 @@ class SpeechDataset(Dataset):
             except BadClip as error:
                 bad.append((self.clips[index].path, error.reason))
                 index = int(random.integers(len(self.clips)))
-        raise DataError(f"{len(bad)} clips in a row cannot be used, the last is {bad[-1][0]} ({bad[-1][1]}); "
-                        "run python -m voxtral.data --check on the config and mend data.sources.")
+        raise DataError(
+            f"{len(bad)} clips in a row cannot be used, the last is {bad[-1][0]} ({bad[-1][1]}); "
+            "run python -m voxtral.data --check on the config and mend data.sources."
+        )
 
     def load(self, index: int, random: np.random.Generator) -> dict:
         """-> waveform [1, max_samples] padded with zeros, length (samples), native_rate (Hz); with `params` also codes
@@ -108,13 +126,15 @@ class SpeechDataset(Dataset):
         known, waveform = read_coded(clip, self.params)
         n_frames = min(known.shape[1], int(self.max_sec * SAMPLE_RATE) // frame_size)
         start = int(random.integers(known.shape[1] - n_frames + 1))
-        codes[:, :n_frames] = known[:, start:start + n_frames]
-        return self.padded(waveform[start * frame_size:(start + n_frames) * frame_size], SAMPLE_RATE) | {"codes": codes}
+        codes[:, :n_frames] = known[:, start : start + n_frames]
+        return self.padded(waveform[start * frame_size : (start + n_frames) * frame_size], SAMPLE_RATE) | {
+            "codes": codes
+        }
 
     def padded(self, segment: np.ndarray, rate: int) -> dict:
         """What load_segment() gives -> waveform, length, native_rate: see load()."""
         waveform = torch.zeros(1, round(self.max_sec * SAMPLE_RATE))
-        waveform[0, :len(segment)] = torch.from_numpy(segment)
+        waveform[0, : len(segment)] = torch.from_numpy(segment)
         return {"waveform": waveform, "length": len(segment), "native_rate": rate}
 
     def _keep_usable(self) -> None:
@@ -132,25 +152,29 @@ class SpeechDataset(Dataset):
 @dataclass
 class Batch(TensorBatch):
     """B crops of T = max_sec * 24000 samples."""
-    waveform: Tensor             # [B, 1, T] float32, zeros after each length
-    lengths: Tensor              # [B] int64, samples
-    native_rates: Tensor         # [B] int64, Hz
-    indices: list[int]           # of the clips in the data set
-    bad: list[tuple[str, str]]   # (path, reason) of clips that had to be replaced
-    codes: Tensor | None         # [B, 1 + acoustic_dim, L] int64, -1 where they are not known; None: nobody asked
+
+    waveform: Tensor  # [B, 1, T] float32, zeros after each length
+    lengths: Tensor  # [B] int64, samples
+    native_rates: Tensor  # [B] int64, Hz
+    indices: list[int]  # of the clips in the data set
+    bad: list[tuple[str, str]]  # (path, reason) of clips that had to be replaced
+    codes: Tensor | None  # [B, 1 + acoustic_dim, L] int64, -1 where they are not known; None: nobody asked
 
 
 def collate(items: list[dict]) -> Batch:
     """Items of SpeechDataset -> Batch."""
-    return Batch(torch.stack([item["waveform"] for item in items]),
-                 torch.tensor([item["length"] for item in items]),
-                 torch.tensor([item["native_rate"] for item in items]),
-                 [item["index"] for item in items],
-                 [entry for item in items for entry in item["bad"]],
-                 torch.stack([item["codes"] for item in items]) if "codes" in items[0] else None)
+    return Batch(
+        torch.stack([item["waveform"] for item in items]),
+        torch.tensor([item["length"] for item in items]),
+        torch.tensor([item["native_rate"] for item in items]),
+        [item["index"] for item in items],
+        [entry for item in items for entry in item["bad"]],
+        torch.stack([item["codes"] for item in items]) if "codes" in items[0] else None,
+    )
 
 
 # ---------------------------------------------------------------- the sample stream
+
 
 class SampleStream:
     """Sample number (0, 1, 2, ...) -> index of the clip. Holds no state but a cache of one epoch's order.
@@ -163,8 +187,10 @@ class SampleStream:
         self.seed = seed
         owner = clips.source if isinstance(clips, Clips) else np.array([clip.source for clip in clips])
         self.members = {int(source): np.flatnonzero(owner == source) for source in np.unique(owner)}
-        self.entries = {source: max(1, round(config.sources[source].weight * len(indices)))
-                        for source, indices in self.members.items()}
+        self.entries = {
+            source: max(1, round(config.sources[source].weight * len(indices)))
+            for source, indices in self.members.items()
+        }
         self.epoch_size = sum(self.entries.values())
         self._epoch, self._order = -1, np.array([])
 
@@ -191,6 +217,7 @@ class BatchSampler:
     A step takes the next batch_size * world_size * accumulation numbers, each micro-batch a slice of them and
     each process a slice of that: two processes see together what one with twice the batch size sees.
     """
+
     stream: SampleStream
     batch_size: int
     start_step: int = 0
@@ -204,20 +231,28 @@ class BatchSampler:
             yield [(number, self.stream[number]) for number in range(first, first + self.batch_size)]
 
 
-def steps_per_epoch(clips: list[Clip], config: DataConfig, world_size: int = 1,
-                    accumulation: int = 1) -> float:
+def steps_per_epoch(clips: list[Clip], config: DataConfig, world_size: int = 1, accumulation: int = 1) -> float:
     """Steps in one epoch of these training clips; not whole, as the last step runs into the next epoch."""
     return SampleStream(clips, config, seed=0).epoch_size / (config.batch_size * world_size * accumulation)
 
 
-def make_loader(dataset: SpeechDataset, config: DataConfig, seed: int, start_step: int = 0, rank: int = 0,
-                world_size: int = 1, accumulation: int = 1, collate: Callable[[list[dict]], Any] = collate) -> Loader:
+def make_loader(
+    dataset: SpeechDataset,
+    config: DataConfig,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+    collate: Callable[[list[dict]], Any] = collate,
+) -> Loader:
     """Endless loader of batches, `accumulation` of them a step, beginning with those of start_step.
 
     Iterate it once: each iter() begins at start_step again.
     """
-    sampler = BatchSampler(SampleStream(dataset.clips, config, seed), config.batch_size, start_step, rank,
-                           world_size, accumulation)
+    sampler = BatchSampler(
+        SampleStream(dataset.clips, config, seed), config.batch_size, start_step, rank, world_size, accumulation
+    )
     return Loader(dataset, config, batch_sampler=sampler, collate_fn=collate)
 
 
@@ -228,7 +263,7 @@ def validation_batches(clips: list[Clip], config: DataConfig) -> list[Batch]:
     """
     dataset = SpeechDataset(clips, config.max_sec, seed=0, fixed=True)
     items = [dataset[0, i] | {"index": clips.index(clip)} for i, clip in enumerate(dataset.clips)]
-    batches = [collate(items[i:i + config.batch_size]) for i in range(0, len(items), config.batch_size)]
+    batches = [collate(items[i : i + config.batch_size]) for i in range(0, len(items), config.batch_size)]
     batches[0].bad.extend(dataset.bad)
     return batches
 
@@ -309,16 +344,27 @@ def print_row(name: str, clips: list[Clip], n_passed_over: int, opened: dict[str
     rates = Counter(header.rate for header in good)
     low = sum(count for rate, count in rates.items() if rate < SAMPLE_RATE) / max(len(good), 1)
     speakers = {(clip.source, clip.speaker) for clip in clips if clip.path in opened}
-    print(ROW(shown(name), len(good), len(clips) - len(good), n_passed_over, len(speakers),
-              f"{sum(header.seconds for header in good) / 3600:.2f}", f"{low:.1%}",
-              ", ".join(f"{rate / 1000:g}: {count}" for rate, count in sorted(rates.items()))))
+    print(
+        ROW(
+            shown(name),
+            len(good),
+            len(clips) - len(good),
+            n_passed_over,
+            len(speakers),
+            f"{sum(header.seconds for header in good) / 3600:.2f}",
+            f"{low:.1%}",
+            ", ".join(f"{rate / 1000:g}: {count}" for rate, count in sorted(rates.items())),
+        )
+    )
 
 
 def print_advice(opened: dict[str, Header]) -> None:
     low = sum(header.rate < SAMPLE_RATE for header in opened.values())
     if low:
-        print(f"Warning: {low / len(opened):.1%} of the clips are stored below 24 kHz. Speech at 16 kHz holds nothing "
-              "above 8 kHz, where timbre lives: prefer sources at 24 kHz and more, such as LibriTTS-R.")
+        print(
+            f"Warning: {low / len(opened):.1%} of the clips are stored below 24 kHz. Speech at 16 kHz holds nothing "
+            "above 8 kHz, where timbre lives: prefer sources at 24 kHz and more, such as LibriTTS-R."
+        )
     several = sum(header.channels > 1 for header in opened.values())
     if several:
         print(f"{several} clips have several channels: of each crop the channel with most speech is taken.")
@@ -326,22 +372,31 @@ def print_advice(opened: dict[str, Header]) -> None:
         print(f"The decoder complained {complaints()} times of damaged frames.")
 
 
-def print_epoch(train: list[list[Clip]], n_validation: int, opened: dict[str, Header], config: DataConfig,
-                audio_sec_per_sec: float | None) -> None:
+def print_epoch(
+    train: list[list[Clip]],
+    n_validation: int,
+    opened: dict[str, Header],
+    config: DataConfig,
+    audio_sec_per_sec: float | None,
+) -> None:
     """train: all clips by source; a bad one has its place in an epoch, which another clip takes."""
     n_train = sum(clip.path in opened for clips in train for clip in clips)
     stream = SampleStream([clip for clips in train for clip in clips], config, seed=0)
-    print(f"{n_train} clips to train on, {n_validation} to validate on; an epoch is "
-          f"{stream.epoch_size} crops of at most {config.max_sec:g} s, or "
-          f"{stream.epoch_size / config.batch_size:.1f} steps of {config.batch_size} on one process.")
+    print(
+        f"{n_train} clips to train on, {n_validation} to validate on; an epoch is "
+        f"{stream.epoch_size} crops of at most {config.max_sec:g} s, or "
+        f"{stream.epoch_size / config.batch_size:.1f} steps of {config.batch_size} on one process."
+    )
     if audio_sec_per_sec:
         seconds = 0.0
         for clips in filter(None, train):
             good = [opened[clip.path].seconds for clip in clips if clip.path in opened]
             if good:
                 seconds += stream.entries[clips[0].source] * float(np.minimum(good, config.max_sec).mean())
-        print(f"An epoch is {seconds / 3600:.2f} h of audio: {seconds / audio_sec_per_sec / 60:.1f} min at "
-              f"{audio_sec_per_sec:g} s of audio per second.")
+        print(
+            f"An epoch is {seconds / 3600:.2f} h of audio: {seconds / audio_sec_per_sec / 60:.1f} min at "
+            f"{audio_sec_per_sec:g} s of audio per second."
+        )
 
 
 def read_config(path: str, overrides: list[str]) -> DataConfig:

@@ -1,7 +1,8 @@
 """Known degradations of speech: rows that tell whether scores order what ears order."""
+
 import io
+from collections.abc import Callable
 from functools import partial
-from typing import Callable
 
 import numpy as np
 import soundfile
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from voxtral.audio import SAMPLE_RATE
 
-BAND_LIMIT_RATE = 16000        # Hz: nothing above 8 kHz is left
+BAND_LIMIT_RATE = 16000  # Hz: nothing above 8 kHz is left
 OPUS_KBPS = (24, 12, 6)
-NOISE_DB = (30, 20, 10)        # speech over noise
+NOISE_DB = (30, 20, 10)  # speech over noise
 
 
 def band_limit(waveform: Tensor) -> Tensor:
@@ -29,8 +30,9 @@ def opus(waveform: Tensor, kbps: float) -> Tensor:
     linearly; measured files are 2 kbit/s larger, from the container.
     """
     data = io.BytesIO()
-    soundfile.write(data, waveform.numpy(), SAMPLE_RATE, format="OGG", subtype="OPUS",
-                    compression_level=1 - (kbps - 6) / 250)
+    soundfile.write(
+        data, waveform.numpy(), SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=1 - (kbps - 6) / 250
+    )
     data.seek(0)
     return fit(soundfile.read(data, dtype="float32")[0], len(waveform))
 
@@ -54,9 +56,11 @@ DEGRADATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{f"noise_{ratio}db": partial(white_noise, ratio_db=ratio) for ratio in NOISE_DB},
 }
 # From better to worse: what a score must not turn round.
-CHAINS = {"band": ["identity", "band_limit_16k"],
-          "opus": ["identity", *(f"opus_{kbps}k" for kbps in OPUS_KBPS)],
-          "noise": ["identity", *(f"noise_{ratio}db" for ratio in NOISE_DB)]}
+CHAINS = {
+    "band": ["identity", "band_limit_16k"],
+    "opus": ["identity", *(f"opus_{kbps}k" for kbps in OPUS_KBPS)],
+    "noise": ["identity", *(f"noise_{ratio}db" for ratio in NOISE_DB)],
+}
 
 
 def order(values: dict[str, float], higher_is_better: bool) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Multi-scale STFT discriminators (EnCodec's architecture; FFT sizes of Stable Codec, as the Voxtral paper cites it)."""
+
 from dataclasses import dataclass, field
-from typing import List
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ from voxtral.losses import discriminator_hinge_loss, feature_matching_loss
 
 @dataclass
 class DiscriminatorConfig:
-    fft_sizes: List[int] = field(default_factory=lambda: [78, 126, 206, 334, 542, 876, 1418, 2296])
-    channels: int = 32           # the paper states none; EnCodec, DAC and Mimi use 32
-    crop_sec: float = 0.5        # they hear a random part of each clip, so long; at least data.max_sec: the whole clip
-    warmup_steps: int = 2000     # they learn alone for so long before feature matching begins
+    fft_sizes: list[int] = field(default_factory=lambda: [78, 126, 206, 334, 542, 876, 1418, 2296])
+    channels: int = 32  # the paper states none; EnCodec, DAC and Mimi use 32
+    crop_sec: float = 0.5  # they hear a random part of each clip, so long; at least data.max_sec: the whole clip
+    warmup_steps: int = 2000  # they learn alone for so long before feature matching begins
     learning_rate: float = 3e-4
 
 
@@ -28,8 +28,15 @@ class FoldedConv2d(nn.Conv2d):
     that lie `dilation` apart are brought together as clips of their own, on which the convolution is not dilated.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int], stride: int = 1, dilation: int = 1,
-                 fold: int = 1):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int],
+        stride: int = 1,
+        dilation: int = 1,
+        fold: int = 1,
+    ):
         padding = (dilation * (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
         super().__init__(in_channels, out_channels, kernel, (1, stride), padding, (dilation, 1))
         # Output r of a group reads tap k at bin r * stride + k - padding, counted from the start of its own `width` bins.
@@ -50,7 +57,9 @@ class FoldedConv2d(nn.Conv2d):
         x = F.pad(x, (0, -bins % self.width, 0, -frames % dilation)).permute(0, 2, 3, 1)  # [B, frames, bins, C]
         x = x.reshape(batch, -1, dilation, x.shape[2] * channels).transpose(1, 2)
         x = x.reshape(batch * dilation, x.shape[2], -1, self.width * channels).permute(0, 3, 1, 2)
-        y = F.conv2d(x, self.folded_weight(), self.bias.repeat(self.fold), padding=(self.kernel_size[0] // 2, self.reach))
+        y = F.conv2d(
+            x, self.folded_weight(), self.bias.repeat(self.fold), padding=(self.kernel_size[0] // 2, self.reach)
+        )
         y = y.permute(0, 2, 3, 1)
         y = y.reshape(batch, dilation, y.shape[1], -1).transpose(1, 2)
         y = y.reshape(batch, y.shape[1] * dilation, -1, self.out_channels)
@@ -65,11 +74,19 @@ class StftDiscriminator(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.layers = nn.ModuleList(map(weight_norm, [
-            FoldedConv2d(2, channels, (3, 9), fold=8),
-            *(FoldedConv2d(channels, channels, (3, 9), stride=2, dilation=dilation, fold=2) for dilation in (1, 2, 4)),
-            FoldedConv2d(channels, channels, (3, 3)),
-        ]))
+        self.layers = nn.ModuleList(
+            map(
+                weight_norm,
+                [
+                    FoldedConv2d(2, channels, (3, 9), fold=8),
+                    *(
+                        FoldedConv2d(channels, channels, (3, 9), stride=2, dilation=dilation, fold=2)
+                        for dilation in (1, 2, 4)
+                    ),
+                    FoldedConv2d(channels, channels, (3, 3)),
+                ],
+            )
+        )
         self.logits = weight_norm(FoldedConv2d(channels, 1, (3, 3)))
 
     def forward(self, spectrum: Tensor) -> list[Tensor]:
@@ -93,7 +110,9 @@ class Discriminators(nn.Module):
         spectra = []
         for n in self.fft_sizes:
             window = torch.hann_window(n, device=waveform.device)
-            spectrum = torch.stft(waveform[:, 0].float(), n, n // 4, window=window, normalized=True, return_complex=True)
+            spectrum = torch.stft(
+                waveform[:, 0].float(), n, n // 4, window=window, normalized=True, return_complex=True
+            )
             spectra.append(torch.view_as_real(spectrum).permute(0, 3, 2, 1))
         return spectra
 
@@ -125,8 +144,9 @@ def feature_loss(discriminators: Discriminators, reconstruction: Tensor, valid_s
     return feature_matching_loss([real], [fake], valid_share)
 
 
-def random_crops(lengths: Tensor, n_samples: int, seed: int, rank: int = 0,
-                 world_size: int = 1) -> tuple[Tensor, Tensor]:
+def random_crops(
+    lengths: Tensor, n_samples: int, seed: int, rank: int = 0, world_size: int = 1
+) -> tuple[Tensor, Tensor]:
     """First samples [B] of crops that lie inside the clips where these are long enough, and the valid share [B] of each
     crop. Processes together draw what one with all clips would."""
     generator = torch.Generator(lengths.device).manual_seed(seed)

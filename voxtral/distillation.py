@@ -4,6 +4,7 @@ Teacher: the frozen base model, whose prompt holds the rows of the codes that a 
 model being adapted, whose prompt holds the rows of the codes that the encoder gives for that clip's waveform. Text and
 speech behind the reference are the same, so every position has its counterpart.
 """
+
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ class Pass:
     that predict a frame, the last prompt token and all frames: `hidden` [B, L_s + 1, dim] after it, and `logits`
     [B, L_s + 1, 1 + K] float32 of END_AUDIO and the K semantic codes. `latent` [B, latent_dim, L_r]: the encoder's, if it
     was at work."""
+
     layers: list[Tensor]
     hidden: Tensor
     logits: Tensor
@@ -54,14 +56,28 @@ class FullPipeline(nn.Module):
         self.scale = codebook_scale(self.codec.quantizer.semantic_codebook.embedding)
         self.base_table = self.codec.audio_embedding  # the teacher's
         self.table = nn.Parameter(self.base_table.clone(), requires_grad=False)
-        self.parts = {"encoder": self.codec.encoder_parameters(), "embedding": [self.table],
-                      "backbone": list(self.backbone.parameters()), "acoustic": list(self.acoustic.parameters())}
+        self.parts = {
+            "encoder": self.codec.encoder_parameters(),
+            "embedding": [self.table],
+            "backbone": list(self.backbone.parameters()),
+            "acoustic": list(self.acoustic.parameters()),
+        }
         self.adapter, self.base = None, self.backbone
         if "lora" in config.train.trainable:
-            lora, shared = config.lora, {id(tensor): tensor for tensor in models.backbone.state_dict(keep_vars=True).values()}
+            lora, shared = (
+                config.lora,
+                {id(tensor): tensor for tensor in models.backbone.state_dict(keep_vars=True).values()},
+            )
             self.base = deepcopy(models.backbone, shared)  # the same weights in modules that stay without LoRA
-            self.adapter = get_peft_model(self.backbone.model, LoraConfig(
-                r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)))
+            self.adapter = get_peft_model(
+                self.backbone.model,
+                LoraConfig(
+                    r=lora.rank,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=list(lora.target_modules),
+                ),
+            )
             self.parts["lora"] = [p for name, p in self.adapter.named_parameters() if "lora_" in name]
             for module in self.adapter.modules():
                 if isinstance(module, BaseTunerLayer):
@@ -94,7 +110,9 @@ class FullPipeline(nn.Module):
             return self.codec.voice_rows(batch.reference, batch.n_reference, table), None
         codes, latent = self.encode(batch)
         rows = self.codec.voice_rows(codes, batch.n_reference, table)
-        if latent is not None and latent.requires_grad:  # serving sees the codes, so their rows are the value; the gradient is the soft one's
+        if (
+            latent is not None and latent.requires_grad
+        ):  # serving sees the codes, so their rows are the value; the gradient is the soft one's
             soft = F.pad(soft_rows(self.codec, latent, self.scale, table), (0, 0, 0, 1))
             rows = rows + torch.where(valid_mask(batch.n_reference, rows.shape[1])[..., None], soft - soft.detach(), 0)
         return rows, latent
@@ -146,8 +164,15 @@ class FullPipeline(nn.Module):
             preset = self.run(batch, of_encoder=False, adapted=True)
         return self.losses(batch, student, preset, teacher, list(weights), seed)
 
-    def losses(self, batch: PairBatch, student: Pass | None, preset: Pass | None, teacher: Pass | None, names: list[str],
-               seed: int) -> dict[str, Tensor]:
+    def losses(
+        self,
+        batch: PairBatch,
+        student: Pass | None,
+        preset: Pass | None,
+        teacher: Pass | None,
+        names: list[str],
+        seed: int,
+    ) -> dict[str, Tensor]:
         """Each a mean over positions, then over clips; the passes that `names` do not need may be None.
 
         student, preset: the adapted model under the encoder's and under true references."""
@@ -155,18 +180,24 @@ class FullPipeline(nn.Module):
         speaks = frame < batch.n_speech[:, None]
         predicts = speaks | (batch.is_whole[:, None] & (frame == batch.n_speech[:, None]))  # END_AUDIO, too
         functions = {
-            "hidden": lambda: hidden_loss(student.layers, teacher.layers, batch.kind == AUDIO,
-                                          self.config.train.normalize_layers),
+            "hidden": lambda: hidden_loss(
+                student.layers, teacher.layers, batch.kind == AUDIO, self.config.train.normalize_layers
+            ),
             "semantic_kl": lambda: masked_mean(divergence(student.logits, teacher.logits), predicts),
-            "cross_entropy": lambda: masked_mean(F.cross_entropy(
-                student.logits.transpose(1, 2), self.next_ids(batch) - END_AUDIO, reduction="none"), predicts),
+            "cross_entropy": lambda: masked_mean(
+                F.cross_entropy(student.logits.transpose(1, 2), self.next_ids(batch) - END_AUDIO, reduction="none"),
+                predicts,
+            ),
             "velocity": lambda: self.flow(batch, student, teacher, speaks, seed),
-            "preset_hidden": lambda: hidden_loss(preset.layers, teacher.layers, batch.kind != PADDING,
-                                                 self.config.train.normalize_layers),
+            "preset_hidden": lambda: hidden_loss(
+                preset.layers, teacher.layers, batch.kind != PADDING, self.config.train.normalize_layers
+            ),
             "preset_kl": lambda: masked_mean(divergence(preset.logits, teacher.logits), predicts),
             "flow": lambda: self.flow(batch, student, None, speaks, seed),
-            "mel": lambda: self.mel_distance(self.decode(student.latent), batch.waveform,
-                                             batch.n_reference * self.codec.params.frame_size)}
+            "mel": lambda: self.mel_distance(
+                self.decode(student.latent), batch.waveform, batch.n_reference * self.codec.params.frame_size
+            ),
+        }
         return {name: functions[name]() for name in names}
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -196,6 +227,7 @@ class FullPipeline(nn.Module):
 
         def velocity(hidden):
             return self.acoustic.velocity(x_t.flatten(0, 1), draws[0].flatten(), hidden.flatten(0, 1)).view_as(x_t)
+
         if teacher is None:
             wanted = target - noise
         else:
@@ -206,14 +238,17 @@ class FullPipeline(nn.Module):
 
 def add_dropout(module: nn.Module, share: float) -> None:
     """Of what `module` returns (of a tuple, the first), while it trains."""
+
     def drop(module, inputs, output):
         if isinstance(output, tuple):
             return F.dropout(output[0], share, module.training), *output[1:]
         return F.dropout(output, share, module.training)
+
     module.register_forward_hook(drop)
 
 
 # ---------------------------------------------------------------- embeddings
+
 
 def at(rows: Tensor, place: Tensor) -> Tensor:
     """rows [B, N, dim], place [B, S] -> [B, S, dim]; places beyond the rows give the last one."""
@@ -224,11 +259,11 @@ def soft_rows(codec: VoxtralCodec, latent: Tensor, scale: Tensor, table: Tensor)
     """Latent [B, latent_dim, L] -> [B, L, dim], differentiable: the semantic rows weighed by a softmax over squared
     distances (in units of `scale`), and between the rows of the two nearest levels of each acoustic channel, linearly."""
     params, codebook = codec.params, codec.quantizer.semantic_codebook.embedding.to(latent.dtype)
-    semantic, squashed = latent[:, :params.semantic_dim].transpose(1, 2), latent[:, params.semantic_dim:].tanh()
+    semantic, squashed = latent[:, : params.semantic_dim].transpose(1, 2), latent[:, params.semantic_dim :].tanh()
     distance = torch.cdist(semantic, codebook[None]).square()
     offsets = codebook_offsets(params).to(latent.device)
     first = offsets[0] + N_SPECIAL_IDS
-    rows = (-distance / scale).softmax(dim=-1) @ table[first:first + params.semantic_codebook_size]
+    rows = (-distance / scale).softmax(dim=-1) @ table[first : first + params.semantic_codebook_size]
     level = (squashed + 1) / 2 * (params.acoustic_codebook_size - 1)
     below = level.detach().floor().clamp(max=params.acoustic_codebook_size - 2)
     share = (level - below).transpose(1, 2)[..., None]  # [B, L, acoustic_dim, 1]
@@ -238,6 +273,7 @@ def soft_rows(codec: VoxtralCodec, latent: Tensor, scale: Tensor, table: Tensor)
 
 
 # ---------------------------------------------------------------- distances
+
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """[..., B, S] -> [...], mean over the masked positions of each sequence, then over the sequences."""
@@ -263,7 +299,9 @@ def variance(x: Tensor, mask: Tensor) -> Tensor:
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Logits [..., K] -> KL(teacher || student) [...], nats."""
-    return F.kl_div(student.log_softmax(dim=-1), teacher.log_softmax(dim=-1), log_target=True, reduction="none").sum(dim=-1)
+    return F.kl_div(student.log_softmax(dim=-1), teacher.log_softmax(dim=-1), log_target=True, reduction="none").sum(
+        dim=-1
+    )
 
 
 @torch.no_grad()
@@ -283,7 +321,9 @@ def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0
         teacher = model.run(batch, of_encoder=False, adapted=False)
         frame = torch.arange(teacher.hidden.shape[1], device=device)
         predicts = frame < batch.n_speech[:, None] + batch.is_whole[:, None]
-        passes = {name: model.run(batch, of_encoder, adapted=True) for name, of_encoder in (("ours", True), ("preset", False))}
+        passes = {
+            name: model.run(batch, of_encoder, adapted=True) for name, of_encoder in (("ours", True), ("preset", False))
+        }
         losses = model.losses(batch, passes["ours"], passes["preset"], teacher, list(weights), seed)
         values = {f"loss/{name}": loss for name, loss in losses.items()}
         values |= code_agreement(model.encode(batch)[0], batch.reference, batch.n_reference)
@@ -297,13 +337,20 @@ def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0
                 variances = variance(torch.stack(teacher.layers), mask)
                 ours, true = torch.stack(student.layers).float(), torch.stack(teacher.layers).float()
                 cosines = masked_mean(F.cosine_similarity(ours, true, dim=-1), mask)
-                values |= {f"{name}_mse_{kind}_by_layer": errors, f"{name}_normalized_{kind}_by_layer": errors / variances,
-                           f"{name}_cosine_{kind}_by_layer": cosines}
+                values |= {
+                    f"{name}_mse_{kind}_by_layer": errors,
+                    f"{name}_normalized_{kind}_by_layer": errors / variances,
+                    f"{name}_cosine_{kind}_by_layer": cosines,
+                }
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.double().cpu() * len(batch.kind)
         n_clips += len(batch.kind)
     metrics = {name: (value / n_clips).tolist() for name, value in sums.items()}
-    means = {name.removesuffix("_by_layer"): sum(value) / len(value) for name, value in metrics.items() if isinstance(value, list)}
+    means = {
+        name.removesuffix("_by_layer"): sum(value) / len(value)
+        for name, value in metrics.items()
+        if isinstance(value, list)
+    }
     metrics["loss/total"] = sum(weight * metrics[f"loss/{name}"] for name, weight in weights.items())
     return metrics | means
 
@@ -321,7 +368,9 @@ def held_out_losses(model: FullPipeline, batches: list[PairBatch], device, seed:
         right = student.logits.argmax(dim=-1) + END_AUDIO == model.next_ids(batch)
         ends = (frame == batch.n_speech[:, None]) & batch.is_whole[:, None]
         speaks = frame < batch.n_speech[:, None]
-        values = {f"loss/{name}": loss for name, loss in model.losses(batch, student, None, None, list(weights), seed).items()}
+        values = {
+            f"loss/{name}": loss for name, loss in model.losses(batch, student, None, None, list(weights), seed).items()
+        }
         values |= {"top1": masked_mean(right.float(), speaks), "end_top1": masked_mean(right.float(), ends)}
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.item() * len(batch.kind)
@@ -331,6 +380,7 @@ def held_out_losses(model: FullPipeline, batches: list[PairBatch], device, seed:
 
 
 # ---------------------------------------------------------------- back to the checkpoint
+
 
 def native_tensors(model: FullPipeline) -> dict[str, Tensor]:
     """What is trained besides LoRA and encoder, under the checkpoint's names and in its order of rows."""

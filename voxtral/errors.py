@@ -1,4 +1,5 @@
 """Errors a user can mend: one sentence, exit code 2, no traceback."""
+
 import sys
 from contextlib import contextmanager
 
@@ -42,7 +43,7 @@ def reason_of(error: BaseException) -> str:
 
 def _escaped(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no UTF-8
-        return f"\\x{ord(character) - 0xdc00:02x}"
+        return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 
 

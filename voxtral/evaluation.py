@@ -2,6 +2,7 @@
 
 Scores of the decoded audio are in `voxtral.scores`. Every clip passes through the codec alone.
 """
+
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ from voxtral.sources import Clip, DataError
 from voxtral.validation import known_agreement
 
 N_RESAMPLES = 2000
-INTERVAL = (2.5, 97.5)            # percentiles
-NEAR_ZERO = 0.1                   # of the presets' root mean square
+INTERVAL = (2.5, 97.5)  # percentiles
+NEAR_ZERO = 0.1  # of the presets' root mean square
 
 CODES = {
     "semantic_per_clip": Metric("distinct semantic codes of a clip"),
@@ -35,21 +36,31 @@ CODES = {
 }
 AGREEMENT = {
     "semantic_equal": Metric("share of semantic codes equal to the reference's", True, weight="frames"),
-    "semantic_rank": Metric("rank of the reference's semantic code among all by distance (1: nearest), median over a "
-                            "clip's frames", False, weight="frames"),
+    "semantic_rank": Metric(
+        "rank of the reference's semantic code among all by distance (1: nearest), median over a clip's frames",
+        False,
+        weight="frames",
+    ),
     "levels_equal": Metric("share of acoustic levels equal to the reference's", True, weight="frames"),
     "levels_within_1": Metric("share of acoustic levels at most one off", True, weight="frames"),
-    "semantic_distance": Metric("squared distance of semantic latents before quantization, over the median squared "
-                                "nearest-neighbour distance of the codebook", False, weight="frames"),
-    "acoustic_distance": Metric("distance of acoustic latents after tanh, before rounding, in levels", False,
-                                weight="frames"),
+    "semantic_distance": Metric(
+        "squared distance of semantic latents before quantization, over the median squared "
+        "nearest-neighbour distance of the codebook",
+        False,
+        weight="frames",
+    ),
+    "acoustic_distance": Metric(
+        "distance of acoustic latents after tanh, before rounding, in levels", False, weight="frames"
+    ),
     "embedding_cosine": Metric("cosine of the voice embeddings' rows, frame by frame", True, weight="frames"),
 }
 KNOWN = {  # of clips that come with the codes that they were decoded from (generate_clips.py)
-    "known_semantic_equal": Metric("share of semantic codes equal to those that the clip was decoded from", True,
-                                   weight="frames"),
-    "known_levels_equal": Metric("share of acoustic levels equal to those that the clip was decoded from", True,
-                                 weight="frames"),
+    "known_semantic_equal": Metric(
+        "share of semantic codes equal to those that the clip was decoded from", True, weight="frames"
+    ),
+    "known_levels_equal": Metric(
+        "share of acoustic levels equal to those that the clip was decoded from", True, weight="frames"
+    ),
     "known_levels_within_1": Metric("share of acoustic levels at most one off those", True, weight="frames"),
 }
 METRICS = SCORES | CODES | KNOWN | AGREEMENT
@@ -57,9 +68,11 @@ METRICS = SCORES | CODES | KNOWN | AGREEMENT
 
 # ---------------------------------------------------------------- clips
 
+
 @dataclass
 class Sample:
     """A clip that could be read. waveform [T] float32 at 24 kHz."""
+
     clip: Clip
     waveform: Tensor
     native_rate: int
@@ -74,8 +87,9 @@ class Sample:
 @dataclass
 class Encoded:
     """One clip through the encoder, on the CPU (L frames)."""
+
     latent: Tensor  # [latent_dim, L] before quantization
-    codes: Tensor   # [1 + acoustic_dim, L]
+    codes: Tensor  # [1 + acoustic_dim, L]
 
 
 def load_samples(clips: list[Clip], max_sec: float) -> tuple[list[Sample], list[str]]:
@@ -122,7 +136,7 @@ def encode_all(codec: VoxtralCodec, samples: list[Sample]) -> Iterator[tuple[Enc
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             latent = codec.served_latent(F.pad(sample.waveform, (0, padding))[None, None].to(device), length)
             codes = codec.quantizer.encode(latent)
-            decoded = codec.decode(codes)[0, 0, :len(sample.waveform)].float()
+            decoded = codec.decode(codes)[0, 0, : len(sample.waveform)].float()
         n_frames = ceil_div(len(sample.waveform), codec.params.frame_size)
         yield Encoded(latent[0, :, :n_frames].float().cpu(), codes[0, :, :n_frames].cpu()), decoded.cpu()
 
@@ -136,14 +150,19 @@ def fresh_encoder(codec: VoxtralCodec, seed: int) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------- codes
 
+
 @torch.no_grad()
 def clip_codes(codec: VoxtralCodec, encoded: Encoded) -> dict[str, float]:
     """CODES of one clip, and its number of frames."""
     levels = encoded.codes[1:]
     norm = codec.embed_codes(encoded.codes[None].to(codec.audio_embedding.device)).float().norm(dim=-1).mean()
     extreme = (levels == 0) | (levels == codec.params.acoustic_codebook_size - 1)
-    return {"frames": encoded.codes.shape[1], "semantic_per_clip": float(encoded.codes[0].unique().numel()),
-            "extremes_share": extreme.float().mean().item(), "embedding_norm": norm.item()}
+    return {
+        "frames": encoded.codes.shape[1],
+        "semantic_per_clip": float(encoded.codes[0].unique().numel()),
+        "extremes_share": extreme.float().mean().item(),
+        "embedding_norm": norm.item(),
+    }
 
 
 def all_codes(codec: VoxtralCodec, encoded: list[Encoded]) -> dict:
@@ -177,24 +196,35 @@ class Agreement:
     def __call__(self, own: Encoded, reference: Encoded) -> dict[str, float]:
         params, device = self.codec.params, self.codebook.device
         codes, expected = own.codes[None].to(device), reference.codes[None].to(device)
-        result = {name: value.item() for name, value in code_agreement(
-            codes, expected, torch.tensor([codes.shape[-1]], device=device)).items()}
+        result = {
+            name: value.item()
+            for name, value in code_agreement(codes, expected, torch.tensor([codes.shape[-1]], device=device)).items()
+        }
         semantic, acoustic = own.latent.to(device).split([params.semantic_dim, params.acoustic_dim])
         true_semantic, true_acoustic = reference.latent.to(device).split([params.semantic_dim, params.acoustic_dim])
         distances = torch.cdist(semantic.T[None], self.codebook[None])[0]  # [L, K], as the quantizer computes them
         rank = 1 + (distances < distances.gather(1, expected[0, 0, :, None])).sum(dim=1)
         half_range = (params.acoustic_codebook_size - 1) / 2
         rows, true_rows = self.codec.embed_codes(codes)[0].float(), self.codec.embed_codes(expected)[0].float()
-        return {"semantic_equal": result["semantic_equal"], "semantic_rank": rank.float().quantile(0.5).item(),
-                "levels_equal": result["levels_equal"], "levels_within_1": result["levels_within_1"],
-                "semantic_distance": (semantic - true_semantic).square().sum(dim=0).mean().item() / self.scale,
-                "acoustic_distance": half_range * (acoustic.tanh() - true_acoustic.tanh()).abs().mean().item(),
-                "embedding_cosine": F.cosine_similarity(rows, true_rows, dim=-1).mean().item()}
+        return {
+            "semantic_equal": result["semantic_equal"],
+            "semantic_rank": rank.float().quantile(0.5).item(),
+            "levels_equal": result["levels_equal"],
+            "levels_within_1": result["levels_within_1"],
+            "semantic_distance": (semantic - true_semantic).square().sum(dim=0).mean().item() / self.scale,
+            "acoustic_distance": half_range * (acoustic.tanh() - true_acoustic.tanh()).abs().mean().item(),
+            "embedding_cosine": F.cosine_similarity(rows, true_rows, dim=-1).mean().item(),
+        }
 
 
-def measure_clips(codec: VoxtralCodec, samples: list[Sample], sources: list[Source], scorer: Scorer,
-                  agreement: Agreement | None = None,
-                  expected: list[Encoded] | None = None) -> Iterator[tuple[dict, Encoded, Tensor]]:
+def measure_clips(
+    codec: VoxtralCodec,
+    samples: list[Sample],
+    sources: list[Source],
+    scorer: Scorer,
+    agreement: Agreement | None = None,
+    expected: list[Encoded] | None = None,
+) -> Iterator[tuple[dict, Encoded, Tensor]]:
     """Each clip through `codec` as it is: what is measured of it (METRICS by name), its codes, its audio [T].
 
     sources: the samples as `scorer` heard them; with `agreement`, the codes are compared with those of the reference
@@ -211,16 +241,18 @@ def measure_clips(codec: VoxtralCodec, samples: list[Sample], sources: list[Sour
 
 # ---------------------------------------------------------------- voice embeddings
 
+
 @dataclass
 class Voices:
     """Statistics of voice embeddings [L, dim] without their END_AUDIO rows."""
+
     n_rows: int
-    norm: float                # mean over rows
-    mean: Tensor               # [dim] over all rows
-    variance: Tensor           # [dim]
-    near_zero_share: float     # values below NEAR_ZERO times the presets' root mean square
-    cosine_within_voice: float     # first half of a clip against its second, of their mean rows
-    cosine_within_speaker: float   # different clips of a speaker; NaN where all have one
+    norm: float  # mean over rows
+    mean: Tensor  # [dim] over all rows
+    variance: Tensor  # [dim]
+    near_zero_share: float  # values below NEAR_ZERO times the presets' root mean square
+    cosine_within_voice: float  # first half of a clip against its second, of their mean rows
+    cosine_within_speaker: float  # different clips of a speaker; NaN where all have one
     cosine_between_speakers: float
 
 
@@ -245,23 +277,37 @@ def voice_statistics(embeddings: Iterable[Tensor], speakers: list, rms: float) -
         pairs[speakers[i] == speakers[j]].append(cosine[i, j])
     mean = total / n_rows
     average = {same: float(np.mean(values)) if values else float("nan") for same, values in pairs.items()}
-    return Voices(n_rows, norm / n_rows, mean, square / n_rows - mean.square(), small / (n_rows * len(mean)),
-                  float(np.mean(within_voice)) if within_voice else float("nan"), average[True], average[False])
+    return Voices(
+        n_rows,
+        norm / n_rows,
+        mean,
+        square / n_rows - mean.square(),
+        small / (n_rows * len(mean)),
+        float(np.mean(within_voice)) if within_voice else float("nan"),
+        average[True],
+        average[False],
+    )
 
 
 def compare_voices(voices: Voices, presets: Voices) -> dict[str, float]:
     """Numbers for the report; with `presets` itself every comparison is perfect (1, and 0 for the distance)."""
     log_variances = np.log(np.maximum(np.stack([voices.variance.numpy(), presets.variance.numpy()]), 1e-12))
-    return {"rows": voices.n_rows, "norm": voices.norm, "near_zero_share": voices.near_zero_share,
-            "cosine_within_voice": voices.cosine_within_voice, "cosine_within_speaker": voices.cosine_within_speaker,
-            "cosine_between_speakers": voices.cosine_between_speakers,
-            "mean_cosine_to_presets": torch.cosine_similarity(voices.mean, presets.mean, dim=0).item(),
-            "mean_distance_to_presets": ((voices.mean - presets.mean).norm() / presets.mean.norm()).item(),
-            "variance_over_presets": (voices.variance.sum() / presets.variance.sum()).item(),
-            "log_variance_correlation": float(np.corrcoef(log_variances)[0, 1])}
+    return {
+        "rows": voices.n_rows,
+        "norm": voices.norm,
+        "near_zero_share": voices.near_zero_share,
+        "cosine_within_voice": voices.cosine_within_voice,
+        "cosine_within_speaker": voices.cosine_within_speaker,
+        "cosine_between_speakers": voices.cosine_between_speakers,
+        "mean_cosine_to_presets": torch.cosine_similarity(voices.mean, presets.mean, dim=0).item(),
+        "mean_distance_to_presets": ((voices.mean - presets.mean).norm() / presets.mean.norm()).item(),
+        "variance_over_presets": (voices.variance.sum() / presets.variance.sum()).item(),
+        "log_variance_correlation": float(np.corrcoef(log_variances)[0, 1]),
+    }
 
 
 # ---------------------------------------------------------------- averages, intervals, gap closed
+
 
 class Averages:
     """Weighted means over clips, with percentile-bootstrap intervals over speakers: whole speakers are drawn with

@@ -1,4 +1,5 @@
 """What evaluate.py and evaluate_clones.py write: Markdown tables, a CSV of clips, plots, audio."""
+
 import csv
 import io
 import math
@@ -14,8 +15,8 @@ from voxtral.evaluation import METRICS, Sample, Voices
 from voxtral.plots import save_figure, spectrogram_figure
 from voxtral.score_table import Metric
 
-
 # ---------------------------------------------------------------- text
+
 
 def number(value) -> str:
     """Four significant digits; empty for None and NaN."""
@@ -25,12 +26,13 @@ def number(value) -> str:
 
 
 def cell(summary: dict | None, scale: float = 1.0) -> str:
-    """"value [low, high]" of {"value", "interval"}, times `scale`."""
+    """ "value [low, high]" of {"value", "interval"}, times `scale`."""
     if summary is None or math.isnan(summary["value"]):
         return ""
     interval = summary["interval"]
     return number(scale * summary["value"]) + (
-        f" [{number(scale * interval[0])}, {number(scale * interval[1])}]" if interval else "")
+        f" [{number(scale * interval[0])}, {number(scale * interval[1])}]" if interval else ""
+    )
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -64,16 +66,21 @@ def table(report: dict) -> str:
         if columns:
             if key == "voices":
                 columns["presets"] = report["presets"]
-            rows = [[name, *(number(values[name]) for values in columns.values())]
-                    for name, value in next(iter(columns.values())).items() if not isinstance(value, list)]
+            rows = [
+                [name, *(number(values[name]) for values in columns.values())]
+                for name, value in next(iter(columns.values())).items()
+                if not isinstance(value, list)
+            ]
             header = ["", *columns]
             if gaps and key == "codes":
                 header.append("gap closed, %")
                 rows = [[*row, cell(gaps.get(row[0]), 100)] for row in rows]
             parts.append(f"## {title}\n\n" + markdown(header, rows))
     if report["speakers"] > 1:
-        parts.append("In brackets: 95 % intervals, bootstrapped over speakers; there is none for codes in use, whose "
-                     "number falls when speakers are drawn with repeats.\n")
+        parts.append(
+            "In brackets: 95 % intervals, bootstrapped over speakers; there is none for codes in use, whose "
+            "number falls when speakers are drawn with repeats.\n"
+        )
     for key, title in (("not_measured", "Not measured"), ("definitions", "Definitions")):
         lines = [f"- {name}: {text}" for name, text in report[key].items()]
         if lines:
@@ -86,10 +93,21 @@ def table(report: dict) -> str:
 
 def write_clips(path, samples: list[Sample], rows: dict[str, list[dict]]) -> None:
     """CSV, one line per clip and system; `rows`: system -> what was measured of each sample."""
-    write_rows(path, [{"path": sample.clip.path, "speaker_name": sample.clip.speaker,
-                       "seconds": round(len(sample.waveform) / SAMPLE_RATE, 3), "native_rate": sample.native_rate,
-                       "system": system} | row
-                      for system, clips in rows.items() for sample, row in zip(samples, clips, strict=True)])
+    write_rows(
+        path,
+        [
+            {
+                "path": sample.clip.path,
+                "speaker_name": sample.clip.speaker,
+                "seconds": round(len(sample.waveform) / SAMPLE_RATE, 3),
+                "native_rate": sample.native_rate,
+                "system": system,
+            }
+            | row
+            for system, clips in rows.items()
+            for sample, row in zip(samples, clips, strict=True)
+        ],
+    )
 
 
 def write_rows(path, rows: list[dict]) -> None:
@@ -98,12 +116,14 @@ def write_rows(path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: "" if isinstance(value, float) and math.isnan(value) else value
-                         for name, value in row.items()})
+        writer.writerow(
+            {name: "" if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+        )
     write_text(path, text.getvalue())
 
 
 # ---------------------------------------------------------------- figures and audio
+
 
 def scores_figure(systems: dict[str, dict]) -> Figure:
     """One panel per metric, a bar with its interval per system. systems: name -> metric -> {"value", "interval"}."""
@@ -122,15 +142,20 @@ def scores_figure(systems: dict[str, dict]) -> Figure:
         axis.invert_yaxis()
         axis.grid(alpha=0.3, axis="x")
         axis.tick_params(labelsize=7)
-    for axis in axes[len(names):]:
+    for axis in axes[len(names) :]:
         axis.axis("off")
     return figure
 
 
 def clones_figure(systems: dict[str, dict]) -> Figure:
     """How like its own reference and like the others' a clone is, and its word errors. systems: of summarize()."""
-    panels = [("cosine of speaker embeddings", {"own": ("own reference", "tab:blue"),
-                                                "others": ("other voices", "tab:gray")}, 1)]
+    panels = [
+        (
+            "cosine of speaker embeddings",
+            {"own": ("own reference", "tab:blue"), "others": ("other voices", "tab:gray")},
+            1,
+        )
+    ]
     if "wer" in next(iter(systems.values())):
         panels.append(("word errors, %", {"wer": ("", "tab:red")}, 100))
     figure = Figure(figsize=(4.5 * len(panels), 1.4 + 0.4 * len(systems)), layout="constrained")
@@ -174,8 +199,9 @@ def gap_figure(gaps: dict[str, dict]) -> Figure:
 def voices_figure(voices: dict[str, Voices], presets: Voices) -> Figure:
     """Mean and deviation of every dimension of the voice embeddings against the presets'."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    for axis, title, values in zip(figure.subplots(1, 2), ("mean", "deviation"),
-                                   (lambda v: v.mean, lambda v: v.variance.clamp(min=0).sqrt())):
+    for axis, title, values in zip(
+        figure.subplots(1, 2), ("mean", "deviation"), (lambda v: v.mean, lambda v: v.variance.clamp(min=0).sqrt())
+    ):
         x = values(presets).numpy()
         for name, each in voices.items():
             axis.plot(x, values(each).numpy(), ".", markersize=3, alpha=0.5, label=name)

@@ -3,8 +3,9 @@
 On a GPU one frame is one CUDA graph: it is hundreds of kernels of a few microseconds each, and launching them one by
 one would take longer than running them.
 """
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,13 @@ from voxtral.cached_backbone import CachedBackbone
 from voxtral.codec import VoxtralCodec, codebook_offsets
 
 PROMPT_MULTIPLE = 8  # slots; attention kernels want aligned masks
-WARM_UP_STEPS = 3    # before a capture: libraries allocate their workspaces in the first ones
+WARM_UP_STEPS = 3  # before a capture: libraries allocate their workspaces in the first ones
 
 
 @dataclass
 class Models:
     """Everything between a prompt and a waveform, on one device."""
+
     backbone: Backbone
     acoustic: AcousticTransformer
     codec: VoxtralCodec
@@ -29,9 +31,11 @@ class Models:
     @classmethod
     def from_checkpoint(cls, folder, device="cpu", dtype: torch.dtype = torch.bfloat16) -> "Models":
         """dtype: of backbone and acoustic transformer; the codec is small and stays float32. Raises CheckpointError."""
-        return cls(Backbone.from_checkpoint(folder, device, dtype),
-                   AcousticTransformer.from_checkpoint(folder, device, dtype),
-                   VoxtralCodec.from_checkpoint(folder, device))
+        return cls(
+            Backbone.from_checkpoint(folder, device, dtype),
+            AcousticTransformer.from_checkpoint(folder, device, dtype),
+            VoxtralCodec.from_checkpoint(folder, device),
+        )
 
 
 class FrameLoop:
@@ -41,8 +45,15 @@ class FrameLoop:
     Nothing here looks for END_AUDIO: that would wait for the device.
     """
 
-    def __init__(self, backbone: CachedBackbone, acoustic: AcousticTransformer, codec: VoxtralCodec, batch_size: int,
-                 n_slots: int, max_frames: int):
+    def __init__(
+        self,
+        backbone: CachedBackbone,
+        acoustic: AcousticTransformer,
+        codec: VoxtralCodec,
+        batch_size: int,
+        n_slots: int,
+        max_frames: int,
+    ):
         device, dtype = backbone.device, backbone.dtype
         self.backbone, self.acoustic, self.table = backbone, acoustic, codec.audio_embedding
         self.offsets = codebook_offsets(codec.params).to(device)
@@ -54,7 +65,7 @@ class FrameLoop:
         self.hidden = torch.zeros(batch_size, backbone.sizes.dim, dtype=dtype, device=device)
         self.n_padding = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.frame = torch.zeros(1, dtype=torch.long, device=device)  # the next one
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)   # of the cache, for the next frame's embedding
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)  # of the cache, for the next frame's embedding
         self.step: Callable[[], None] = graphed(self._step, self._rewind) if device.type == "cuda" else self._step
 
     def start(self, prompts: list[Tensor], noise: Tensor, cfg_alpha: float | Tensor = CFG_ALPHA) -> None:
@@ -63,7 +74,7 @@ class FrameLoop:
         length = prompt_slots(prompts)
         padded = torch.stack([F.pad(prompt, (0, 0, length - len(prompt), 0)) for prompt in prompts])
         self.n_padding.copy_(torch.tensor([length - len(prompt) for prompt in prompts]))
-        self.noise[:, :noise.shape[1]].copy_(noise)
+        self.noise[:, : noise.shape[1]].copy_(noise)
         self.cfg_alpha.copy_(torch.as_tensor(cfg_alpha))
         slots = torch.arange(length, device=padded.device)
         hidden = self.backbone(padded.to(self.hidden.dtype), self.cache, slots, self.n_padding, length)

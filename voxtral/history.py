@@ -1,7 +1,8 @@
 """The rows of a run's metrics.jsonl: all of them, one at a time, or as many as its plots can show."""
+
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 MAX_ROWS = 1000  # of a kind; a curve of a small panel has no more points to show
 

@@ -1,4 +1,5 @@
 """A local copy of a Hugging Face data set: encoded files as they are, and a manifest.jsonl of them."""
+
 import os
 from itertools import islice
 from pathlib import Path
@@ -22,15 +23,20 @@ def local_copy(root: Path, key: str, name: str, config: str, split: str, audio_c
             try:
                 from datasets import load_dataset
             except ImportError as error:
-                raise DataError(f"{key}: kind huggingface needs a package that is not installed: "
-                                "pip install datasets.") from error
+                raise DataError(
+                    f"{key}: kind huggingface needs a package that is not installed: pip install datasets."
+                ) from error
             try:
                 stream = load_dataset(name, config or None, split=split, streaming=True)
             except Exception as error:  # of many packages: no such name, no network, no right to read it, ...
-                raise DataError(f"{key}: {name} cannot be loaded ({type(error).__name__}: {reason_of(error)}).") from error
+                raise DataError(
+                    f"{key}: {name} cannot be loaded ({type(error).__name__}: {reason_of(error)})."
+                ) from error
             if audio_column not in (stream.column_names or [audio_column]):
-                raise DataError(f"{key}.audio_column: {name} has no column '{audio_column}' "
-                                f"(it has {', '.join(stream.column_names)}).")
+                raise DataError(
+                    f"{key}.audio_column: {name} has no column '{audio_column}' "
+                    f"(it has {', '.join(stream.column_names)})."
+                )
             _copy(stream, f"{key}: {name}", folder, audio_column, max_clips)
     return folder
 
@@ -40,7 +46,7 @@ def _copy(stream, what: str, folder: Path, audio_column: str, max_clips: int) ->
     with the reason, so an interrupted copy goes on from there."""
     part = folder / "manifest.jsonl.part"
     listed = part.read_bytes() if part.exists() else b""
-    listed = listed[:listed.rfind(b"\n") + 1]  # without a line that was cut short
+    listed = listed[: listed.rfind(b"\n") + 1]  # without a line that was cut short
     done = listed.count(b"\n")
     # As Arrow rows the audio stays encoded; the `datasets` way, Audio(decode=False), still needs torchcodec.
     rows = iter(islice(stream.with_format("arrow").skip(done), max_clips - done))
@@ -50,8 +56,10 @@ def _copy(stream, what: str, folder: Path, audio_column: str, max_clips: int) ->
             try:
                 table = next(rows, None)
             except Exception as error:
-                raise DataError(f"{what} breaks off after row {done} ({type(error).__name__}: {reason_of(error)}): the same "
-                                "command goes on from there.") from error
+                raise DataError(
+                    f"{what} breaks off after row {done} ({type(error).__name__}: {reason_of(error)}): the same "
+                    "command goes on from there."
+                ) from error
             if table is None:
                 break
             (values,) = table.to_pylist()
@@ -78,6 +86,7 @@ def _encoded(audio) -> tuple[bytes, str] | tuple[None, str]:
     content, path = audio.get("bytes"), audio.get("path")
     if not content and path:  # the data set names files, here or on a server
         import fsspec
+
         try:
             with fsspec.open(path, "rb") as file:
                 content = file.read()

@@ -3,6 +3,7 @@
 The 8 GB are never rewritten in place and never in memory: a file is written anew beside the old one, the bytes of
 untouched tensors copied as they are, and renamed when it is whole. The encoder goes to the end of the last weight file.
 """
+
 import ctypes
 import json
 import os
@@ -15,24 +16,49 @@ import torch
 from torch import Tensor
 
 from voxtral.adapters import check_adapter
-from voxtral.checkpoint import (ENCODER_PREFIXES, TORCH_DTYPES, Checkpoint, Item, SafetensorsFile, Span, atomic_path,
-                                check_shapes, flush, parse_header, weight_files, write_items, write_safetensors,
-                                write_text)
+from voxtral.checkpoint import (
+    ENCODER_PREFIXES,
+    TORCH_DTYPES,
+    Checkpoint,
+    Item,
+    SafetensorsFile,
+    Span,
+    atomic_path,
+    check_shapes,
+    flush,
+    parse_header,
+    weight_files,
+    write_items,
+    write_safetensors,
+    write_text,
+)
 from voxtral.json_edit import read_json, remove_json, set_json
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import LORA_MODULES, CheckpointError, ModelParams
 
 MARKER = "encoder_blocks.injected"  # serving's request gate wants a top-level key of this prefix (spec section 7)
 INDEX = "consolidated.safetensors.index.json"
-RECORD = "injection.json"           # what was injected; marks a folder as written by this module
-BACKUP = ".voxtral_original"        # what an in-place injection cannot find again in the new file
+RECORD = "injection.json"  # what was injected; marks a folder as written by this module
+BACKUP = ".voxtral_original"  # what an in-place injection cannot find again in the new file
 SAVED_TENSORS = "attention.safetensors"  # in BACKUP: the weights that a LoRA was merged into
 LORA_KEYS = {  # keys of adapter_config.json that are read, checked, or do not change what is merged
-    "peft_type", "r", "lora_alpha", "target_modules", "init_lora_weights", "lora_dropout", "inference_mode",
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "init_lora_weights",
+    "lora_dropout",
+    "inference_mode",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+}
 
 
 # ---------------------------------------------------------------- injecting
+
 
 def inject(checkpoint, encoder, lora=None, output=None, weights=None) -> Path:
     """Writes `checkpoint` with the encoder (fp32 .safetensors, full tensor names), the peft adapter folder `lora`
@@ -60,8 +86,17 @@ def inject(checkpoint, encoder, lora=None, output=None, weights=None) -> Path:
             raise CheckpointError(f"{weights} replaces more than an injection in place can undo: use --output.")
         changes |= weight_changes(weights, originals)
     targets = [changed(original, changes, last=original is originals[-1]) for original in originals]
-    record = json.dumps({"encoder": str(encoder), "lora": str(lora) if lora else None,
-                         "weights": str(weights) if weights else None}, indent=2) + "\n"
+    record = (
+        json.dumps(
+            {
+                "encoder": str(encoder),
+                "lora": str(lora) if lora else None,
+                "weights": str(weights) if weights else None,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     if output is None:
         _inject_in_place(source, originals, targets, record)
         return folder
@@ -110,9 +145,10 @@ def _inject_in_place(source: Checkpoint, originals: list["Weights"], targets: li
     folder = source.folder
     pairs = [(old, new) for old, new in zip(originals, targets) if not new.is_untouched]
     if len(pairs) > 1:
-        raise CheckpointError(f"{folder} has several shards that would change, which in place cannot happen in one "
-                              "moment: use --output.")
-    (original, target), = pairs
+        raise CheckpointError(
+            f"{folder} has several shards that would change, which in place cannot happen in one moment: use --output."
+        )
+    ((original, target),) = pairs
     have_backup = bool(source.encoder_names)
     if have_backup and original.is_untouched:
         raise CheckpointError(f"{folder} holds an encoder, but not the original it was put into: use --output.")
@@ -137,8 +173,12 @@ def _inject_in_place(source: Checkpoint, originals: list["Weights"], targets: li
         os.replace(temporary, folder / BACKUP)
         flush(folder)
     if to_save:
-        write_safetensors(folder / BACKUP / SAVED_TENSORS, {name: tuple(item.shape) for name, item in to_save.items()},
-                          lambda name: TORCH_DTYPES[to_save[name].dtype], lambda name: to_save[name].read())
+        write_safetensors(
+            folder / BACKUP / SAVED_TENSORS,
+            {name: tuple(item.shape) for name, item in to_save.items()},
+            lambda name: TORCH_DTYPES[to_save[name].dtype],
+            lambda name: to_save[name].read(),
+        )
     write_text(folder / RECORD, record)
     target.write(target.path)
     write_index(folder, folder, targets)
@@ -151,8 +191,9 @@ def eject(checkpoint) -> Path:
     folder = Checkpoint(checkpoint).folder
     backup = folder / BACKUP
     if not backup.is_dir():
-        raise CheckpointError(f"{folder} holds no original ({BACKUP}) to go back to: only an injection --in-place can "
-                              "be ejected.")
+        raise CheckpointError(
+            f"{folder} holds no original ({BACKUP}) to go back to: only an injection --in-place can be ejected."
+        )
     originals = [original for original in original_files(folder) if not original.is_untouched]
     check_space(folder, sum(original.size for original in originals))
     text, params = read_json(folder / "params.json")
@@ -178,14 +219,16 @@ def injection_record(folder) -> dict:
 
 # ---------------------------------------------------------------- weight files as lists of tensors
 
+
 @dataclass
 class Weights:
     """A .safetensors file as it should be. `header`: its first bytes, when they are to be these and no others."""
-    path: Path                # where it lies in the source folder
-    items: dict[str, Item]    # in the order of the data
+
+    path: Path  # where it lies in the source folder
+    items: dict[str, Item]  # in the order of the data
     metadata: dict | None
     header: bytes | None
-    is_untouched: bool        # the file at `path` is it already
+    is_untouched: bool  # the file at `path` is it already
 
     @property
     def size(self) -> int:
@@ -218,19 +261,23 @@ def original_files(folder) -> list[Weights]:
         for name, entry in sorted(entries.items(), key=lambda pair: pair[1]["data_offsets"][0]):
             holder = next((holder for holder in holders if name in holder.entries), None)
             if holder is None or any(holder.entries[name][key] != entry[key] for key in ("dtype", "shape")):
-                raise CheckpointError(f"{path} is not the file that {kept.parent} was kept for ({name}): "
-                                      f"delete {kept.parent} and download the checkpoint again.")
+                raise CheckpointError(
+                    f"{path} is not the file that {kept.parent} was kept for ({name}): "
+                    f"delete {kept.parent} and download the checkpoint again."
+                )
             begin, end = holder.entries[name]["data_offsets"]
-            items[name] = Item(entry["dtype"], entry["shape"],
-                               Span(holder.path, holder.data_start + begin, end - begin))
+            items[name] = Item(
+                entry["dtype"], entry["shape"], Span(holder.path, holder.data_start + begin, end - begin)
+            )
         originals.append(Weights(path, items, metadata, header, is_untouched=not restoring))
     return originals
 
 
 def changed(original: Weights, changes: dict[str, Item], last: bool) -> Weights:
     """`original` with the items of `changes` of the same name; an encoder goes to the end of the last file."""
-    items = {name: changes.get(name, item) for name, item in original.items.items()
-             if not name.startswith(ENCODER_PREFIXES)}
+    items = {
+        name: changes.get(name, item) for name, item in original.items.items() if not name.startswith(ENCODER_PREFIXES)
+    }
     if last:
         items |= {name: item for name, item in changes.items() if name.startswith(ENCODER_PREFIXES)}
     if items == original.items:
@@ -239,6 +286,7 @@ def changed(original: Weights, changes: dict[str, Item], last: bool) -> Weights:
 
 
 # ---------------------------------------------------------------- what changes
+
 
 def encoder_changes(path, params: ModelParams) -> dict[str, Item]:
     """The encoder's tensors, bf16. Raises CheckpointError unless all are there, fit, are finite and not all zero."""
@@ -249,12 +297,15 @@ def encoder_changes(path, params: ModelParams) -> dict[str, Item]:
         tensor = file.read([name])[name]
         extremes = torch.stack(tensor.aminmax()).bfloat16()
         if not tensor.is_floating_point() or not extremes.isfinite().all():  # NaN is an extreme, too
-            raise CheckpointError(f"{path}: {name} holds values that are no finite numbers: use an earlier encoder of "
-                                  "the run.")
+            raise CheckpointError(
+                f"{path}: {name} holds values that are no finite numbers: use an earlier encoder of the run."
+            )
         if not extremes.any():
             raise CheckpointError(f"{path}: {name} is all zero: this is no trained encoder.")
-    return {name: Item("BF16", list(shape), lambda name=name: file.read([name])[name].bfloat16())
-            for name, shape in layout.items()}
+    return {
+        name: Item("BF16", list(shape), lambda name=name: file.read([name])[name].bfloat16())
+        for name, shape in layout.items()
+    }
 
 
 def weight_changes(path, originals: list[Weights]) -> dict[str, Item]:
@@ -264,13 +315,16 @@ def weight_changes(path, originals: list[Weights]) -> dict[str, Item]:
     file, changes = SafetensorsFile(path), {}
     for name, entry in file.entries.items():
         if name not in stored or list(stored[name].shape) != entry["shape"] or name.startswith(ENCODER_PREFIXES):
-            raise CheckpointError(f"{path}: {name} {entry['shape']} is no tensor that the checkpoint has: pass the "
-                                  "weights.safetensors of its phase 2.")
+            raise CheckpointError(
+                f"{path}: {name} {entry['shape']} is no tensor that the checkpoint has: pass the "
+                "weights.safetensors of its phase 2."
+            )
         if not file.read([name])[name].isfinite().all():
             raise CheckpointError(f"{path}: {name} holds values that are no finite numbers.")
         dtype = stored[name].dtype
-        changes[name] = Item(dtype, entry["shape"],
-                             lambda name=name, dtype=dtype: file.read([name])[name].to(TORCH_DTYPES[dtype]))
+        changes[name] = Item(
+            dtype, entry["shape"], lambda name=name, dtype=dtype: file.read([name])[name].to(TORCH_DTYPES[dtype])
+        )
     return changes
 
 
@@ -282,15 +336,20 @@ def lora_changes(folder, originals: list[Weights], params: ModelParams) -> dict[
     from peft import LoraConfig
 
     from voxtral.backbone import halves_to_native, rotated_heads, to_native_name
+
     folder, defaults = Path(folder), LoraConfig().to_dict()
     config = read_json(folder / "adapter_config.json")[1]
     for key, value in config.items():
         if key not in LORA_KEYS and value != defaults.get(key) and not (key not in defaults and not value):
-            raise CheckpointError(f"{folder / 'adapter_config.json'}: {key} is {value}, which cannot be merged: "
-                                  "train a plain LoRA of q_proj, k_proj, v_proj and o_proj.")
+            raise CheckpointError(
+                f"{folder / 'adapter_config.json'}: {key} is {value}, which cannot be merged: "
+                "train a plain LoRA of q_proj, k_proj, v_proj and o_proj."
+            )
     if config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        raise CheckpointError(f"{folder / 'adapter_config.json'} is not of a plain LoRA that starts from unchanged "
-                              "weights: train it with peft's LoraConfig and its default init_lora_weights.")
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'} is not of a plain LoRA that starts from unchanged "
+            "weights: train it with peft's LoraConfig and its default init_lora_weights."
+        )
 
     file = SafetensorsFile(folder / "adapter_model.safetensors")
     shapes = {name: tuple(entry["shape"]) for name, entry in file.entries.items()}
@@ -322,11 +381,14 @@ def lora_changes(folder, originals: list[Weights], params: ModelParams) -> dict[
         weight = weights[native].read().float()
         return weight.addmm_(b, a, alpha=config["lora_alpha"] / rank).to(TORCH_DTYPES[weights[native].dtype])
 
-    return {native: Item(weights[native].dtype, weights[native].shape, lambda native=native: merged(native))
-            for native in names}
+    return {
+        native: Item(weights[native].dtype, weights[native].shape, lambda native=native: merged(native))
+        for native in names
+    }
 
 
 # ---------------------------------------------------------------- files and folders
+
 
 def write_index(source: Path, folder: Path, weights: list[Weights]) -> None:
     """The index of sharded weights, where the source has one."""
@@ -342,21 +404,26 @@ def write_index(source: Path, folder: Path, weights: list[Weights]) -> None:
 def check_replaceable(output: Path, source: Path) -> None:
     """Raises CheckpointError unless `output` is new, empty, or was written by inject()."""
     if output.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(output.resolve()):
-        raise CheckpointError(f"--output {output} and the checkpoint {source} lie in each other: choose another "
-                              "folder, or use --in-place.")
+        raise CheckpointError(
+            f"--output {output} and the checkpoint {source} lie in each other: choose another "
+            "folder, or use --in-place."
+        )
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"--output {output} is a file: name a folder.")
     if output.is_dir() and any(output.iterdir()) and (not (output / RECORD).is_file() or (output / BACKUP).exists()):
-        raise CheckpointError(f"--output {output} holds files that are not of an earlier --output: choose another "
-                              "folder.")
+        raise CheckpointError(
+            f"--output {output} holds files that are not of an earlier --output: choose another folder."
+        )
 
 
 def check_space(folder: Path, n_bytes: int) -> None:
     """Raises CheckpointError unless the disk of `folder` has room for this much, and a little more."""
-    free, needed = shutil.disk_usage(folder).free, n_bytes + 2 ** 26
+    free, needed = shutil.disk_usage(folder).free, n_bytes + 2**26
     if free < needed:
-        raise CheckpointError(f"{folder} needs {needed / 1e9:.1f} GB of disk for a second copy, but {free / 1e9:.1f} "
-                              "GB are free: make room, or write to another disk with --output.")
+        raise CheckpointError(
+            f"{folder} needs {needed / 1e9:.1f} GB of disk for a second copy, but {free / 1e9:.1f} "
+            "GB are free: make room, or write to another disk with --output."
+        )
 
 
 def tree_size(path: Path) -> int:
@@ -388,5 +455,7 @@ def exchange(first: Path, second: Path) -> None:
     library = ctypes.CDLL(None, use_errno=True)
     names = here, os.fsencode(first), here, os.fsencode(second)
     if not hasattr(library, "renameat2") or library.renameat2(*names, rename_exchange):
-        raise CheckpointError(f"this system cannot replace the folder {first} in one moment "
-                              f"({os.strerror(ctypes.get_errno())}): remove it first.")
+        raise CheckpointError(
+            f"this system cannot replace the folder {first} in one moment "
+            f"({os.strerror(ctypes.get_errno())}): remove it first."
+        )

@@ -1,4 +1,5 @@
 """One value of a JSON file changed, every other byte kept: what a folder goes back to must be what it was."""
+
 import json
 from pathlib import Path
 
@@ -31,11 +32,11 @@ def set_json(text: str, path: list[str], value) -> str:
         _, _, begin, end = members[path[-1]]
         return text[:begin] + written + text[end:]
     if not members:
-        return text[:start + 1] + f"{name}: {written}" + text[start + 1:]
+        return text[: start + 1] + f"{name}: {written}" + text[start + 1 :]
     spans = list(members.values())
     key, key_end, begin, end = spans[-1]
     colon = text[key_end:begin]
-    before = text[start + 1:key] if len(spans) == 1 else text[spans[-2][3]:key].partition(",")[2]
+    before = text[start + 1 : key] if len(spans) == 1 else text[spans[-2][3] : key].partition(",")[2]
     if len(spans) == 1 and not before and colon.endswith(" "):
         before = " "  # {"a": 1} is usually followed by {"a": 1, "b": 2}
     return text[:end] + "," + before + name + colon + written + text[end:]
@@ -48,10 +49,10 @@ def remove_json(text: str, path: list[str]) -> str:
     others = [span for name, span in members.items() if name != path[-1]]
     before = [span for span in others if span[0] < first]
     if before:
-        return text[:before[-1][3]] + text[end:]
+        return text[: before[-1][3]] + text[end:]
     if others:
-        return text[:first] + text[others[0][0]:]
-    return text[:start + 1] + text[text.index("}", end):]
+        return text[:first] + text[others[0][0] :]
+    return text[: start + 1] + text[text.index("}", end) :]
 
 
 def _members(text: str, path: list[str]) -> tuple[int, dict[str, tuple[int, int, int, int]]]:

@@ -2,6 +2,7 @@
 
 Attribute names give the checkpoint's tensor names. All of it follows serving (spec section 3).
 """
+
 import warnings
 
 import torch
@@ -22,8 +23,9 @@ class CausalConv1d(nn.Module):
     outputs mirror inputs 1 ... kernel - 1: they do depend on that much of the future.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
-                 pad_mode: str = "replicate"):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, pad_mode: str = "replicate"
+    ):
         super().__init__()
         self.conv = weight_norm(nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, bias=False))
         self.kernel_size, self.stride, self.pad_mode = kernel_size, stride, pad_mode
@@ -34,7 +36,7 @@ class CausalConv1d(nn.Module):
         # A reflection needs more samples than it mirrors: zeros make room, and are cut off again.
         room = max(0, max(left, right) + 1 - x.shape[-1]) if self.pad_mode == "reflect" else 0
         x = F.pad(F.pad(x, (0, room)), (left, right), mode=self.pad_mode)
-        return self.conv(x[..., :x.shape[-1] - room])
+        return self.conv(x[..., : x.shape[-1] - room])
 
 
 class CausalConvTranspose1d(nn.Module):
@@ -47,7 +49,7 @@ class CausalConvTranspose1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        return y[..., :y.shape[-1] - self.surplus]
+        return y[..., : y.shape[-1] - self.surplus]
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
@@ -58,7 +60,7 @@ def alibi_slopes(n_heads: int) -> Tensor:
     """
     power = 1 << (n_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * h / power) for h in range(power)]
-    slopes += [2.0 ** (-8 * h / (2 * power)) for h in range(0, 2 * power, 2)][:n_heads - power]
+    slopes += [2.0 ** (-8 * h / (2 * power)) for h in range(0, 2 * power, 2)][: n_heads - power]
     return torch.tensor(slopes)
 
 
@@ -99,7 +101,7 @@ class WindowAttention(nn.Module):
 
     def with_past(self, x: Tensor) -> Tensor:
         """[B, n_blocks, heads, block, head_dim] -> the same with the `window` positions before each block in front."""
-        past = F.pad(x[:, :-1, :, self.block - self.window:], (0, 0, 0, 0, 0, 0, 1, 0))
+        past = F.pad(x[:, :-1, :, self.block - self.window :], (0, 0, 0, 0, 0, 0, 1, 0))
         return torch.cat([past, x], dim=3).repeat_interleave(self.n_heads // self.n_kv_heads, dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class WindowAttention(nn.Module):
         query = self.blocks(self.q_norm(self.wq(x)), self.n_heads)
         key = self.with_past(self.blocks(self.k_norm(self.wk(x)), self.n_kv_heads))
         value = self.with_past(self.blocks(self.wv(x), self.n_kv_heads))
-        scores = (query * self.head_dim ** -0.5) @ key.transpose(-1, -2)  # [B, n_blocks, heads, block, window + block]
+        scores = (query * self.head_dim**-0.5) @ key.transpose(-1, -2)  # [B, n_blocks, heads, block, window + block]
         weights = (scores.float() + self.bias(query.shape[1], x.device)).softmax(dim=-1).to(value.dtype)
         mixed = (weights @ value).transpose(2, 3).reshape(batch, -1, self.n_heads * self.head_dim)
         return self.wo(mixed[:, :time])
@@ -150,6 +152,7 @@ class Transformer(nn.Module):
     Without gradients, a long clip is worked on piece by piece, each behind as much of its past as the layers see:
     the same result, and the memory for hidden states does not grow with T.
     """
+
     PIECE = 4096  # positions
 
     def __init__(self, params: CodecParams, n_layers: int, window: int):
@@ -164,7 +167,7 @@ class Transformer(nn.Module):
         pieces = []
         for start in range(0, x.shape[1], self.PIECE):
             first = max(0, start - self.past)
-            pieces.append(self.run(x[:, first:start + self.PIECE])[:, start - first:])
+            pieces.append(self.run(x[:, first : start + self.PIECE])[:, start - first :])
         return torch.cat(pieces, dim=1).transpose(1, 2)
 
     def run(self, x: Tensor) -> Tensor:

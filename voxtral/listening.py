@@ -1,4 +1,5 @@
 """A page to listen to clones: one HTML file without scripts beside its wavs and pictures, opened from disk."""
+
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -46,6 +47,7 @@ p { margin: .3rem 0; }
 class Recording:
     """A player on the page: `wav` and `picture` are paths relative to it, empty where there is no audio; `notes`: lines
     below, such as scores."""
+
     name: str
     wav: str = ""
     picture: str = ""
@@ -55,6 +57,7 @@ class Recording:
 @dataclass
 class Voice:
     """A part of the page: a voice, what is said in it, the recording it was cloned from, and the clones."""
+
     name: str
     text: str
     reference: Recording
@@ -72,13 +75,16 @@ def record(folder, stem: str, name: str, waveform: Tensor, sampling_rate: int, n
     return Recording(name, f"{stem}.wav", f"{stem}.png", list(notes))
 
 
-def write_page(path, title: str, intro_html: str, headers: list[str], table_rows: list[list[str]],
-               voices: list[Voice]) -> None:
+def write_page(
+    path, title: str, intro_html: str, headers: list[str], table_rows: list[list[str]], voices: list[Voice]
+) -> None:
     """Writes the page. All but intro_html is text, in which < and & stand for themselves, and a line break in the table
     for one; the first column names the rows."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in headers)
     rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows)
-    write_text(path, f"""<!doctype html>
+    write_text(
+        path,
+        f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -95,13 +101,16 @@ def write_page(path, title: str, intro_html: str, headers: list[str], table_rows
 </table></div>
 {"".join(map(_section, voices))}</body>
 </html>
-""")
+""",
+    )
 
 
 def _section(voice: Voice) -> str:
     takes = "".join(map(_take, [voice.reference, *voice.clones]))
-    return (f'<section>\n<h2>{escape(voice.name)}</h2>\n<blockquote>“{escape(voice.text)}”</blockquote>\n'
-            f'<div class="takes">\n{takes}</div>\n</section>\n')
+    return (
+        f"<section>\n<h2>{escape(voice.name)}</h2>\n<blockquote>“{escape(voice.text)}”</blockquote>\n"
+        f'<div class="takes">\n{takes}</div>\n</section>\n'
+    )
 
 
 def _take(recording: Recording) -> str:

@@ -1,12 +1,14 @@
 """Batches made by other processes: a DataLoader that a run can be left alone with."""
+
 import dataclasses
 import math
 import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from voxtral.sources import DataConfig, DataError
 
 PREFETCHED, BATCHES_IN_USE = 4, 2  # batches of each loader process on their way; those that the trainer holds
-LOST_AFTER_SEC = 600   # a batch that has not come by then will not come
+LOST_AFTER_SEC = 600  # a batch that has not come by then will not come
 SHARED_MEMORY = Path("/dev/shm")
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
@@ -24,8 +26,11 @@ class TensorBatch:
     """A dataclass whose tensors (and those of others in it) move together; what else it holds stays as it is."""
 
     def _map(self, function) -> "TensorBatch":
-        moved = {field.name: function(value) for field in dataclasses.fields(self)
-                 if isinstance(value := getattr(self, field.name), (Tensor, TensorBatch))}
+        moved = {
+            field.name: function(value)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), (Tensor, TensorBatch))
+        }
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> "TensorBatch":
@@ -48,9 +53,19 @@ class Loader(DataLoader):
     def __init__(self, dataset: Dataset, config: DataConfig, **options):
         # Each worker runs on one thread (the DataLoader's own rule), so num_workers is the number of cores taken.
         # Forked, whatever started this process: a worker that imports everything anew needs many seconds.
-        workers = {"prefetch_factor": PREFETCHED, "multiprocessing_context": "fork", "worker_init_fn": _end_with_trainer,
-                   "timeout": LOST_AFTER_SEC} if config.num_workers else {}
-        super().__init__(dataset, num_workers=config.num_workers, pin_memory=torch.cuda.is_available(), **workers, **options)
+        workers = (
+            {
+                "prefetch_factor": PREFETCHED,
+                "multiprocessing_context": "fork",
+                "worker_init_fn": _end_with_trainer,
+                "timeout": LOST_AFTER_SEC,
+            }
+            if config.num_workers
+            else {}
+        )
+        super().__init__(
+            dataset, num_workers=config.num_workers, pin_memory=torch.cuda.is_available(), **workers, **options
+        )
 
     def __iter__(self) -> Iterator:
         if self.num_workers:
@@ -71,17 +86,21 @@ class Loader(DataLoader):
         free = shutil.disk_usage(SHARED_MEMORY).free
         if free < needed:
             fits = max(0, int(free / max(1, n_local * n_bytes) - BATCHES_IN_USE) // PREFETCHED)
-            raise DataError(f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB free, but data.num_workers={self.num_workers} needs "
-                            f"{needed / 1e6:,.0f} MB for batches of {n_bytes / 1e6:,.1f} MB: start the container with "
-                            f"--shm-size={math.ceil(needed / 1e9)}g, or set data.num_workers={fits}.")
+            raise DataError(
+                f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB free, but data.num_workers={self.num_workers} needs "
+                f"{needed / 1e6:,.0f} MB for batches of {n_bytes / 1e6:,.1f} MB: start the container with "
+                f"--shm-size={math.ceil(needed / 1e9)}g, or set data.num_workers={fits}."
+            )
 
 
 def _end_with_trainer(_worker: int) -> None:
     """In a loader process, which has the stop signals blocked: the trainer's own SIGTERM still ends it."""
+
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
         os._exit(0)
+
     threading.Thread(target=wait, daemon=True).start()
 
 

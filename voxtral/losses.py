@@ -3,6 +3,7 @@
 Padding never counts: every loss is averaged over a clip's valid samples or frames first, then over the clips, so two
 processes with half of a batch each average to the same value as one process with all of it.
 """
+
 import math
 from dataclasses import dataclass, fields
 
@@ -20,16 +21,17 @@ from voxtral.quantizer import Quantizer
 @dataclass
 class LossWeights:
     """The map of weights. A loss of weight 0 that needs something of its own (feature, asr, speaker, match) is not built."""
-    l1: float = 1.0          # L1 between waveforms, decaying with gamma^t
-    stft: float = 1.0        # L1 between STFT magnitudes, decaying with gamma^t
-    mel: float = 1.0         # multi-scale mel distance (not in the paper)
-    feature: float = 0.0     # feature matching through the discriminators (alpha)
-    asr: float = 0.0         # Whisper distillation (beta)
-    commit: float = 0.1      # commitment of the semantic latent (delta)
-    diversity: float = 0.0   # entropy of the soft codebook assignment (not in the paper)
-    speaker: float = 0.0     # cosine distance of a frozen speaker encoder (not in the paper)
-    match: float = 0.3       # statistics of the codes against those of known ones (not in the paper)
-    codes: float = 0.0       # clips whose codes are known must give them (not in the paper)
+
+    l1: float = 1.0  # L1 between waveforms, decaying with gamma^t
+    stft: float = 1.0  # L1 between STFT magnitudes, decaying with gamma^t
+    mel: float = 1.0  # multi-scale mel distance (not in the paper)
+    feature: float = 0.0  # feature matching through the discriminators (alpha)
+    asr: float = 0.0  # Whisper distillation (beta)
+    commit: float = 0.1  # commitment of the semantic latent (delta)
+    diversity: float = 0.0  # entropy of the soft codebook assignment (not in the paper)
+    speaker: float = 0.0  # cosine distance of a frozen speaker encoder (not in the paper)
+    match: float = 0.3  # statistics of the codes against those of known ones (not in the paper)
+    codes: float = 0.0  # clips whose codes are known must give them (not in the paper)
 
 
 DECAYING = ("l1", "stft")  # multiplied by gamma^t
@@ -38,6 +40,7 @@ LOSS_NAMES = tuple(f.name for f in fields(LossWeights))
 
 
 # ---------------------------------------------------------------- reconstruction
+
 
 def clip_mean(values: Tensor, valid: Tensor) -> Tensor:
     """Mean over positions t < valid[i] of every clip, then over the clips. values [B, ..., T], valid [B]."""
@@ -58,7 +61,9 @@ def stft_magnitude(waveform: Tensor, fft_size: int, normalized: bool) -> Tensor:
     `normalized` divides by sqrt(fft_size), so that sizes weigh alike.
     """
     window = torch.hann_window(fft_size, device=waveform.device)
-    spectrum = torch.stft(waveform[:, 0].float(), fft_size, fft_size // 4, window=window, normalized=normalized, return_complex=True)
+    spectrum = torch.stft(
+        waveform[:, 0].float(), fft_size, fft_size // 4, window=window, normalized=normalized, return_complex=True
+    )
     # A magnitude has no gradient at 0 (digital silence): the floor keeps it finite.
     return (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-12).sqrt()
 
@@ -71,8 +76,13 @@ def n_valid_frames(lengths: Tensor, hop: int) -> Tensor:
 def stft_loss(prediction: Tensor, target: Tensor, lengths: Tensor, fft_sizes: list[int]) -> Tensor:
     """L1 between STFT magnitudes, mean over bins, frames and the FFT sizes. The paper names no sizes."""
     prediction, target = mask_samples(prediction, lengths), mask_samples(target, lengths)
-    losses = [clip_mean((stft_magnitude(prediction, n, True) - stft_magnitude(target, n, True)).abs(), n_valid_frames(lengths, n // 4))
-              for n in fft_sizes]
+    losses = [
+        clip_mean(
+            (stft_magnitude(prediction, n, True) - stft_magnitude(target, n, True)).abs(),
+            n_valid_frames(lengths, n // 4),
+        )
+        for n in fft_sizes
+    ]
     return torch.stack(losses).mean()
 
 
@@ -87,8 +97,9 @@ class MelDistance(nn.Module):
         super().__init__()
         self.windows = [window for window, _ in windows]
         for window, n_mels in windows:
-            bands = torchaudio.functional.melscale_fbanks(window // 2 + 1, 0.0, sampling_rate / 2, n_mels, sampling_rate,
-                                                          norm="slaney", mel_scale="slaney")
+            bands = torchaudio.functional.melscale_fbanks(
+                window // 2 + 1, 0.0, sampling_rate / 2, n_mels, sampling_rate, norm="slaney", mel_scale="slaney"
+            )
             self.register_buffer(f"bands_{window}", bands.T.contiguous(), persistent=False)
 
     def forward(self, prediction: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
@@ -115,6 +126,7 @@ def stft_distance(prediction: Tensor, target: Tensor, lengths: Tensor) -> Tensor
 
 
 # ---------------------------------------------------------------- codes
+
 
 def commitment_loss(semantic: Tensor, quantized: Tensor, n_frames: Tensor) -> Tensor:
     """Mean squared distance of the semantic latent [B, D, L] to its codebook entry, no gradient to the entry.
@@ -167,6 +179,7 @@ def diversity_loss(semantic: Tensor, codebook: Tensor, scale: Tensor, n_frames: 
 
 # ---------------------------------------------------------------- discriminators
 
+
 def feature_matching_loss(real: list[list[Tensor]], fake: list[list[Tensor]], valid_share: Tensor) -> Tensor:
     """L1 between features of real and decoded audio, mean over layers and discriminators (paper: in place of an
     adversarial loss). Features [B, C, frames, bins] of masked waveforms; `valid_share` [B]: valid part of a clip.
@@ -191,6 +204,7 @@ def discriminator_hinge_loss(real: list[Tensor], fake: list[Tensor], valid_share
 
 # ---------------------------------------------------------------- balancer
 
+
 class Balancer:
     """EnCodec's loss balancer (Defossez et al. 2022, section 3.4): gradients w.r.t. one tensor, scaled to fixed shares.
 
@@ -200,8 +214,8 @@ class Balancer:
 
     def __init__(self, decay: float = 0.999):
         self.decay = decay
-        self.norms: dict[str, Tensor] = {}   # decayed sums of gradient norms
-        self.counts: dict[str, float] = {}   # decayed numbers of steps: their ratio is a bias-free average
+        self.norms: dict[str, Tensor] = {}  # decayed sums of gradient norms
+        self.counts: dict[str, float] = {}  # decayed numbers of steps: their ratio is a bias-free average
 
     def gradient(self, losses: dict[str, Tensor], weights: dict[str, float], tensor: Tensor) -> Tensor:
         """Balanced d(losses)/d(tensor); the batch is the first axis of `tensor`."""
@@ -210,7 +224,9 @@ class Balancer:
             try:
                 gradients[name] = torch.autograd.grad(loss, tensor, retain_graph=True)[0]
             except RuntimeError as error:
-                raise ValueError(f"loss.{name} does not depend on the balanced tensor: balancing would drop it.") from error
+                raise ValueError(
+                    f"loss.{name} does not depend on the balanced tensor: balancing would drop it."
+                ) from error
         norms = torch.stack([g.float().flatten(1).norm(dim=1).mean() for g in gradients.values()])
         if dist.is_initialized():
             dist.all_reduce(norms)

@@ -6,6 +6,7 @@ come with theirs (generate_clips.py). Those show how the true encoder's codes ar
 other, and from frame to frame. No clip is compared with its own codes, so the encoder cannot learn to read traces of the
 decoder in place of speech.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from voxtral.codec import CodecOutput, VoxtralCodec, valid_mask
 
-DECAY = 0.9              # of the running statistics, per micro-batch
+DECAY = 0.9  # of the running statistics, per micro-batch
 COVARIANCE_WEIGHT = 3.0  # against the means
-PRESETS = "presets"      # as match.codes: those of the checkpoint's presets
+PRESETS = "presets"  # as match.codes: those of the checkpoint's presets
 
 
 @dataclass
@@ -47,10 +48,15 @@ class CodeMatching:
         self.quantizer = codec.quantizer
         seen = [self.quantizer.decode(one[None]).double() for one in codes]  # [1, D, L]
         together = torch.cat([one[0] for one in seen], dim=1)
-        self.mean = together.mean(dim=1)[:, None].float().to(device)                      # [D, 1]
+        self.mean = together.mean(dim=1)[:, None].float().to(device)  # [D, 1]
         self.deviation = together.std(dim=1).clamp(min=1e-4)[:, None].float().to(device)  # [D, 1]
-        sums = [pair_sums((one - together.mean(dim=1)[:, None]) / self.deviation.cpu(), torch.ones(1, one.shape[-1], dtype=torch.bool))
-                for one in seen]
+        sums = [
+            pair_sums(
+                (one - together.mean(dim=1)[:, None]) / self.deviation.cpu(),
+                torch.ones(1, one.shape[-1], dtype=torch.bool),
+            )
+            for one in seen
+        ]
         self.target = tuple(part.float().to(device) for part in mean_and_covariance(*map(sum, zip(*sums))))
         self.running = tuple(map(torch.zeros_like, self.target))
         self.steps = 0

@@ -1,4 +1,5 @@
 """Measures of codes: what validation, logging and evaluation report."""
+
 import torch
 from torch import Tensor
 
@@ -20,8 +21,12 @@ def code_statistics(codes: Tensor, n_frames: Tensor, semantic_size: int, n_level
     weight = ones[:, None].expand_as(codes[:, 1:])
     levels = torch.zeros(n_levels, device=codes.device).index_add_(0, codes[:, 1:].flatten(), weight.flatten())
     levels = levels / levels.sum()
-    return {"semantic_used": (semantic > 0).sum().float(), "semantic_perplexity": perplexity,
-            "extremes_share": levels[0] + levels[-1], "level_histogram": levels}
+    return {
+        "semantic_used": (semantic > 0).sum().float(),
+        "semantic_perplexity": perplexity,
+        "extremes_share": levels[0] + levels[-1],
+        "level_histogram": levels,
+    }
 
 
 def code_agreement(codes: Tensor, reference: Tensor, n_frames: Tensor) -> dict[str, Tensor]:
@@ -32,5 +37,8 @@ def code_agreement(codes: Tensor, reference: Tensor, n_frames: Tensor) -> dict[s
     valid = valid_mask(n_frames, codes.shape[-1])
     difference = (codes - reference).abs()
     semantic, levels = difference[:, 0][valid], difference[:, 1:].transpose(1, 2)[valid]
-    return {"semantic_equal": (semantic == 0).float().mean(), "levels_equal": (levels == 0).float().mean(),
-            "levels_within_1": (levels <= 1).float().mean()}
+    return {
+        "semantic_equal": (semantic == 0).float().mean(),
+        "levels_equal": (levels == 0).float().mean(),
+        "levels_within_1": (levels <= 1).float().mean(),
+    }

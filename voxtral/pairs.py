@@ -3,6 +3,7 @@
 Both come with the codes that they were decoded from (generate_clips.py), so that what the encoder makes of the
 reference can be compared frame by frame with what it should be.
 """
+
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,18 +35,19 @@ class PairBatch(TensorBatch):
 
     A sequence begins at position 0; causal attention keeps the padding behind it from being seen.
     """
+
     waveform: Tensor | None  # [B, 1, L_r * 1920] float32, the reference; None where its codes are known already:
-    encoded: Tensor | None   # [B, 37, L_r] int64, what the frozen encoder makes of it
-    reference: Tensor   # [B, 37, L_r] int64, the codes that it was decoded from
+    encoded: Tensor | None  # [B, 37, L_r] int64, what the frozen encoder makes of it
+    reference: Tensor  # [B, 37, L_r] int64, the codes that it was decoded from
     n_reference: Tensor  # [B] int64, frames of it
-    speech: Tensor      # [B, 37, L_s] int64, codes of what is said
-    n_speech: Tensor    # [B] int64
-    is_whole: Tensor    # [B] bool: END_AUDIO comes after the speech; it was not cut
-    tokens: Tensor      # [B, S] int64, text tokens; AUDIO tokens where rows come
-    kind: Tensor        # [B, S] int64: PADDING, TEXT, AUDIO, GENERATION (the last prompt token and the frames)
-    place: Tensor       # [B, S] int64: which row or frame stands at a position
-    begins: Tensor      # [B] int64: position of the last prompt token, which predicts frame 0
-    n_tokens: int       # positions without padding
+    speech: Tensor  # [B, 37, L_s] int64, codes of what is said
+    n_speech: Tensor  # [B] int64
+    is_whole: Tensor  # [B] bool: END_AUDIO comes after the speech; it was not cut
+    tokens: Tensor  # [B, S] int64, text tokens; AUDIO tokens where rows come
+    kind: Tensor  # [B, S] int64: PADDING, TEXT, AUDIO, GENERATION (the last prompt token and the frames)
+    place: Tensor  # [B, S] int64: which row or frame stands at a position
+    begins: Tensor  # [B] int64: position of the last prompt token, which predicts frame 0
+    n_tokens: int  # positions without padding
     indices: list[int]  # of the reference clips in the data set
     bad: list[tuple[str, str]]
 
@@ -57,13 +59,23 @@ class PairDataset(SpeechDataset):
     With reference_sec (shortest, longest) no encoder is asked: the reference is a random crop of its own true codes.
     """
 
-    def __init__(self, clips: list[Clip], tokenizer: MistralTokenizer, params: CodecParams, max_sec: float, seed: int,
-                 fixed: bool = False, reference_sec: Sequence[float] | None = None):
+    def __init__(
+        self,
+        clips: list[Clip],
+        tokenizer: MistralTokenizer,
+        params: CodecParams,
+        max_sec: float,
+        seed: int,
+        fixed: bool = False,
+        reference_sec: Sequence[float] | None = None,
+    ):
         """Raises DataError for clips without codes or text, with reference_sec also for a voice that has one text only."""
         for clip in clips:
             if not clip.codes or not clip.text.strip():
-                raise DataError(f"{clip.path} comes without {'text' if clip.codes else 'codes'}: phase 2 needs clips "
-                                "made by generate_clips.py, or a manifest with the columns path, codes and text.")
+                raise DataError(
+                    f"{clip.path} comes without {'text' if clip.codes else 'codes'}: phase 2 needs clips "
+                    "made by generate_clips.py, or a manifest with the columns path, codes and text."
+                )
         self.params, self.reference_sec = params, reference_sec
         self.encoded: list[Tensor] | None = None
         self.max_frames = max(1, int(max_sec * params.frame_rate_hz))
@@ -75,8 +87,10 @@ class PairDataset(SpeechDataset):
         self._find_voices()
         lonely = [voice for voice, members in self.of_voice.items() if len({self.clips[i].text for i in members}) < 2]
         if reference_sec and lonely:
-            raise DataError(f"{len(lonely)} speakers have one sentence only ({', '.join(sorted(lonely)[:3])}): a reference "
-                            "needs another clip of its speaker to be said after it; leave them out, or add clips.")
+            raise DataError(
+                f"{len(lonely)} speakers have one sentence only ({', '.join(sorted(lonely)[:3])}): a reference "
+                "needs another clip of its speaker to be said after it; leave them out, or add clips."
+            )
 
     def load(self, index: int, random: np.random.Generator) -> dict:
         """-> waveform or encoded, reference, speech, is_whole, and the sequence: tokens, kind, place [S]. Raises
@@ -94,16 +108,28 @@ class PairDataset(SpeechDataset):
         speech, is_whole = self._read_codes(speaking)
         tokens, is_audio = self.prompts[speaking.text]
         n_before, n_rows, n_frames = int(is_audio.int().argmax()), reference.shape[1] + 1, speech.shape[1]
-        after = tokens[n_before + 1:]
+        after = tokens[n_before + 1 :]
         return {
-            **heard, "reference": reference, "speech": speech, "is_whole": is_whole,
-            "tokens": torch.cat([tokens[:n_before + 1], tokens[n_before].expand(n_rows - 1), after,
-                                 tokens[n_before].expand(n_frames)]),
-            "kind": torch.tensor([TEXT] * n_before + [AUDIO] * n_rows + [TEXT] * (len(after) - 1)
-                                 + [GENERATION] * (1 + n_frames)),
-            "place": torch.cat([torch.zeros(n_before, dtype=torch.long), torch.arange(n_rows),
-                                torch.zeros(len(after), dtype=torch.long), torch.arange(n_frames)]),
-            "begins": n_before + n_rows + len(after) - 1}
+            **heard,
+            "reference": reference,
+            "speech": speech,
+            "is_whole": is_whole,
+            "tokens": torch.cat(
+                [tokens[: n_before + 1], tokens[n_before].expand(n_rows - 1), after, tokens[n_before].expand(n_frames)]
+            ),
+            "kind": torch.tensor(
+                [TEXT] * n_before + [AUDIO] * n_rows + [TEXT] * (len(after) - 1) + [GENERATION] * (1 + n_frames)
+            ),
+            "place": torch.cat(
+                [
+                    torch.zeros(n_before, dtype=torch.long),
+                    torch.arange(n_rows),
+                    torch.zeros(len(after), dtype=torch.long),
+                    torch.arange(n_frames),
+                ]
+            ),
+            "begins": n_before + n_rows + len(after) - 1,
+        }
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Clip `index` as a reference: its codes [37, L_r], its waveform [L_r * 1920]. Raises BadClip."""
@@ -123,7 +149,9 @@ class PairDataset(SpeechDataset):
                 lengths = torch.tensor([len(waveform) for _, waveform in items], device=device)
                 waveform = pad_sequence([waveform for _, waveform in items], batch_first=True)[:, None].to(device)
                 codes = codec.encode(waveform, lengths).short().cpu()
-                encoded += [row[:, :ceil_div(n, self.params.frame_size)].clone() for row, n in zip(codes, lengths.tolist())]
+                encoded += [
+                    row[:, : ceil_div(n, self.params.frame_size)].clone() for row, n in zip(codes, lengths.tolist())
+                ]
                 usable += [clip for clip, _ in items]
         if not usable:
             raise DataError(f"None of the {len(self.clips)} clips can be used; the first: {': '.join(self.bad[0])}.")
@@ -148,12 +176,12 @@ class PairDataset(SpeechDataset):
         shortest, longest = (max(1, round(sec * self.params.frame_rate_hz)) for sec in self.reference_sec)
         length = min(codes.shape[1], longest if self.fixed else int(random.integers(shortest, longest + 1)))
         start = 0 if self.fixed else int(random.integers(codes.shape[1] - length + 1))
-        return codes[:, start:start + length]
+        return codes[:, start : start + length]
 
     def _read_codes(self, clip: Clip) -> tuple[Tensor, bool]:
         """-> the first max_frames frames [37, L], whether these are all. Raises BadClip."""
         codes = read_codes(clip.codes, self.params)
-        return codes[:, :self.max_frames], codes.shape[1] <= self.max_frames
+        return codes[:, : self.max_frames], codes.shape[1] <= self.max_frames
 
 
 class _Waveforms(Dataset):
@@ -174,6 +202,7 @@ class _Waveforms(Dataset):
 
 def collate_pairs(items: list[dict]) -> PairBatch:
     """Items of PairDataset -> PairBatch."""
+
     def padded(key: str) -> Tensor:
         return pad_sequence([item[key] for item in items], batch_first=True)
 
@@ -182,19 +211,27 @@ def collate_pairs(items: list[dict]) -> PairBatch:
 
     is_encoded = "encoded" in items[0]
     return PairBatch(
-        None if is_encoded else padded("waveform")[:, None], padded_codes("encoded") if is_encoded else None,
+        None if is_encoded else padded("waveform")[:, None],
+        padded_codes("encoded") if is_encoded else None,
         padded_codes("reference"),
-        torch.tensor([item["reference"].shape[1] for item in items]), padded_codes("speech"),
-        torch.tensor([item["speech"].shape[1] for item in items]), torch.tensor([item["is_whole"] for item in items]),
-        padded("tokens"), padded("kind"), padded("place"), torch.tensor([item["begins"] for item in items]),
-        sum(len(item["tokens"]) for item in items), [item["index"] for item in items],
-        [entry for item in items for entry in item["bad"]])
+        torch.tensor([item["reference"].shape[1] for item in items]),
+        padded_codes("speech"),
+        torch.tensor([item["speech"].shape[1] for item in items]),
+        torch.tensor([item["is_whole"] for item in items]),
+        padded("tokens"),
+        padded("kind"),
+        padded("place"),
+        torch.tensor([item["begins"] for item in items]),
+        sum(len(item["tokens"]) for item in items),
+        [item["index"] for item in items],
+        [entry for item in items for entry in item["bad"]],
+    )
 
 
 def fixed_batches(dataset: PairDataset, batch_size: int) -> list[PairBatch]:
     """All items of a `fixed` data set, in order."""
     items = [dataset[0, index] for index in range(len(dataset))]
-    return [collate_pairs(items[i:i + batch_size]) for i in range(0, len(items), batch_size)]
+    return [collate_pairs(items[i : i + batch_size]) for i in range(0, len(items), batch_size)]
 
 
 def hold_out_texts(train: list[Clip], validation: list[Clip]) -> list[Clip]:
@@ -202,6 +239,8 @@ def hold_out_texts(train: list[Clip], validation: list[Clip]) -> list[Clip]:
     texts = {clip.text for clip in validation}
     kept = [clip for clip in train if clip.text not in texts]
     if not kept:
-        raise DataError("every training clip has a text of a validation clip: lower data.validation.clips, or generate "
-                        "clips of more sentences.")
+        raise DataError(
+            "every training clip has a text of a validation clip: lower data.validation.clips, or generate "
+            "clips of more sentences."
+        )
     return kept

@@ -1,4 +1,5 @@
 """The architecture, as params.json describes it. Every size in this project comes from here."""
+
 import json
 import re
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,7 @@ class CheckpointError(UserError):
 @dataclass(frozen=True)
 class CodecParams:
     """`multimodal.audio_tokenizer_args`. The `encoder_*` keys are absent from the release; serving then assumes these."""
+
     channels: int = 1
     sampling_rate: int = 24000
     pretransform_patch_size: int = 240
@@ -46,12 +48,21 @@ class CodecParams:
     voice: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        expected = dict(channels=1, conv_weight_norm=True, causal=True, qk_norm=True, use_biases=False, layer_scale=True,
-                        half_attn_window_upon_downsampling=True)
+        expected = dict(
+            channels=1,
+            conv_weight_norm=True,
+            causal=True,
+            qk_norm=True,
+            use_biases=False,
+            layer_scale=True,
+            half_attn_window_upon_downsampling=True,
+        )
         for key, value in expected.items():
             if getattr(self, key) != value:
-                raise CheckpointError(f"params.json: audio_tokenizer_args.{key} is {getattr(self, key)}, but the "
-                                      f"Voxtral codec that this code knows has {value}.")
+                raise CheckpointError(
+                    f"params.json: audio_tokenizer_args.{key} is {getattr(self, key)}, but the "
+                    f"Voxtral codec that this code knows has {value}."
+                )
 
     @property
     def latent_dim(self) -> int:
@@ -78,6 +89,7 @@ class CodecParams:
 @dataclass(frozen=True)
 class TransformerParams:
     """The backbone (top level of params.json) or `acoustic_transformer_args`."""
+
     dim: int
     n_layers: int
     head_dim: int
@@ -92,6 +104,7 @@ class TransformerParams:
 @dataclass(frozen=True)
 class ModelParams:
     """All of params.json that this project reads. `raw` is the parsed file, for code that writes it back."""
+
     backbone: TransformerParams
     acoustic: TransformerParams
     codec: CodecParams
@@ -137,12 +150,17 @@ def _known(cls, values: dict):
         if key.name in values:
             value = known[key.name] = values[key.name]
             right = isinstance(value, (int, float) if key.type is float else key.type) and (
-                key.type is bool or not isinstance(value, bool))
+                key.type is bool or not isinstance(value, bool)
+            )
             if not right or key.type is int and value < 1:
-                raise CheckpointError(f"params.json: {key.name} is {value!r}: it must be a {key.type.__name__}"
-                                      f"{' above 0' if key.type is int else ''}.")
+                raise CheckpointError(
+                    f"params.json: {key.name} is {value!r}: it must be a {key.type.__name__}"
+                    f"{' above 0' if key.type is int else ''}."
+                )
             if key.name.endswith("_str") and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
-                raise CheckpointError(f"params.json: {key.name} is {value!r}: it must be numbers above 0 between commas.")
+                raise CheckpointError(
+                    f"params.json: {key.name} is {value!r}: it must be numbers above 0 between commas."
+                )
     return cls(**known)
 
 
@@ -154,9 +172,13 @@ def parse_params(raw: dict) -> ModelParams:
             backbone=_known(TransformerParams, raw),
             acoustic=_known(TransformerParams, audio["acoustic_transformer_args"]),
             codec=_known(CodecParams, raw["multimodal"]["audio_tokenizer_args"]),
-            vocab_size=int(raw["vocab_size"]), raw=raw)
+            vocab_size=int(raw["vocab_size"]),
+            raw=raw,
+        )
     except KeyError as error:
-        raise CheckpointError(f"params.json has no key {error}: is this the folder of a Voxtral TTS checkpoint?") from error
+        raise CheckpointError(
+            f"params.json has no key {error}: is this the folder of a Voxtral TTS checkpoint?"
+        ) from error
     except (TypeError, AttributeError) as error:
         raise CheckpointError(f"params.json is incomplete: {error}") from error
     return params
@@ -166,7 +188,9 @@ def load_params(folder) -> ModelParams:
     """Reads `folder`/params.json. Raises CheckpointError when it is missing or no JSON."""
     path = Path(folder) / "params.json"
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: point `checkpoint` (or VOXTRAL_CKPT) at the folder of a Voxtral TTS checkpoint.")
+        raise CheckpointError(
+            f"{path} is missing: point `checkpoint` (or VOXTRAL_CKPT) at the folder of a Voxtral TTS checkpoint."
+        )
     try:
         return parse_params(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

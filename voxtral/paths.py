@@ -1,13 +1,14 @@
 """Where names become paths, and folders become files: a name from outside is one component of a path and never leaves
 its folder; of a folder every real file comes once, whatever links, devices and hidden files are in it."""
+
 import fnmatch
 import hashlib
 import os
 import re
 import stat
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from voxtral.remarks import Remarks
 
@@ -23,7 +24,7 @@ def file_name(name: str) -> str:
     if safe == name and 0 < len(safe.encode()) <= MAX_NAME_BYTES:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:10]
-    return f"{safe.encode()[:MAX_NAME_BYTES - 11].decode(errors='ignore')}-{digest}".lstrip("-")
+    return f"{safe.encode()[: MAX_NAME_BYTES - 11].decode(errors='ignore')}-{digest}".lstrip("-")
 
 
 def no_file(path) -> str:

@@ -1,4 +1,5 @@
 """Figures: spectrograms of source and reconstruction, curves of a run, histograms of acoustic levels."""
+
 from pathlib import Path
 
 import matplotlib
@@ -15,11 +16,21 @@ def spectrogram_figure(rows: dict[str, Tensor], sampling_rate: int) -> Figure:
     """Log-magnitude spectrograms [T] below each other on one scale; keys are the titles."""
     figure = Figure(figsize=(9, 2.3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
-    images = [20 * stft_magnitude(waveform[None, None], 1024, False)[0].clamp(min=1e-4).log10().numpy() for waveform in rows.values()]
+    images = [
+        20 * stft_magnitude(waveform[None, None], 1024, False)[0].clamp(min=1e-4).log10().numpy()
+        for waveform in rows.values()
+    ]
     top = max(image.max() for image in images)
     for axis, title, waveform, image in zip(axes, rows, rows.values(), images):
-        shown = axis.imshow(image, origin="lower", aspect="auto", cmap="magma", vmin=top - 80, vmax=top,
-                            extent=(0, len(waveform) / sampling_rate, 0, sampling_rate / 2000))
+        shown = axis.imshow(
+            image,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=top - 80,
+            vmax=top,
+            extent=(0, len(waveform) / sampling_rate, 0, sampling_rate / 2000),
+        )
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_ylabel("kHz")
     axes[-1].set_xlabel("seconds")
@@ -41,7 +52,7 @@ def curves_figure(runs: dict[str, list[dict]], names: list[str], title: str) -> 
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
         axis.locator_params(nbins=4)  # most of the time of a figure goes into its ticks
-    for axis in axes[len(names):]:
+    for axis in axes[len(names) :]:
         axis.axis("off")
     if len(runs) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), fontsize=8)
@@ -73,7 +84,12 @@ def plot_run(rows: list[dict], folder) -> None:
     if not rows:
         return
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float)))
-    groups = {"losses": ("loss/", "grad/"), "codes": ("code/",), "validation": ("validation/",), "speed": ("time/", "optimizer/")}
+    groups = {
+        "losses": ("loss/", "grad/"),
+        "codes": ("code/",),
+        "validation": ("validation/",),
+        "speed": ("time/", "optimizer/"),
+    }
     for title, prefixes in groups.items():
         chosen = [name for name in names if name.startswith(prefixes)]
         if chosen:
@@ -91,11 +107,21 @@ def layers_figure(rows: list[dict]) -> Figure:
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, len(kinds), sharex=True)
     for column, kind in enumerate(kinds):
-        for axis, measure, title in ((axes[0, column], "normalized", "squared error / variance"), (axes[1, column], "cosine", "cosine")):
+        for axis, measure, title in (
+            (axes[0, column], "normalized", "squared error / variance"),
+            (axes[1, column], "cosine", "cosine"),
+        ):
             for row, color in ((rows[0], "tab:gray"), (rows[-1], "tab:blue")):
                 for prompt, style in (("ours", "-"), ("preset", "--")):
                     values = row[f"validation/{prompt}_{measure}_{kind}_by_layer"]
-                    axis.plot(np.arange(1, len(values) + 1), values, style, color=color, marker=".", label=f"{prompt}, step {row['step']}")
+                    axis.plot(
+                        np.arange(1, len(values) + 1),
+                        values,
+                        style,
+                        color=color,
+                        marker=".",
+                        label=f"{prompt}, step {row['step']}",
+                    )
             axis.set_title(f"{kind}: {title}", fontsize=9)
             axis.grid(alpha=0.3)
         axes[1, column].set_xlabel("layer")

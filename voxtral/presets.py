@@ -3,6 +3,7 @@
 A row of a preset is the sum of one table row per codebook, rounded to bfloat16 once (spec section 4), and the table is
 in the checkpoint. `python -m voxtral.presets` shows which frames come back, and writes their codes.
 """
+
 import argparse
 import os
 import time
@@ -11,12 +12,21 @@ from pathlib import Path
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m voxtral.presets", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=os.environ.get("VOXTRAL_CKPT"),
-                        help="folder of the checkpoint (default: $VOXTRAL_CKPT)")
-    parser.add_argument("--output", metavar="DIR", type=Path,
-                        help="writes NAME.npy, codes int16 [37, L], of every preset whose frames all come back")
+    parser = argparse.ArgumentParser(
+        "python -m voxtral.presets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        default=os.environ.get("VOXTRAL_CKPT"),
+        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="writes NAME.npy, codes int16 [37, L], of every preset whose frames all come back",
+    )
     return parser
 
 
@@ -36,16 +46,17 @@ from voxtral.params import N_SPECIAL_IDS, CodecParams
 from voxtral.sources import DataError
 from voxtral.voices import list_voices, load_pt
 
-NOISE = 0.005               # of the root mean square of a row: a little above what bfloat16 leaves (0.0017)
-WIDTHS = (16, 256)          # paths kept; a wider search for those frames only that the one before did not find
-PATHS_AT_ONCE = 4096        # frames times paths in memory
-MAX_ERROR = 0.01            # relative, of a frame that is found: two levels are 0.014 apart and more (benchmarks/preset_codes.py)
+NOISE = 0.005  # of the root mean square of a row: a little above what bfloat16 leaves (0.0017)
+WIDTHS = (16, 256)  # paths kept; a wider search for those frames only that the one before did not find
+PATHS_AT_ONCE = 4096  # frames times paths in memory
+MAX_ERROR = 0.01  # relative, of a frame that is found: two levels are 0.014 apart and more (benchmarks/preset_codes.py)
 
 
 @dataclass
 class Preset:
     """`codes` [1 + acoustic_dim, L] int64; `exact` [L] bool: their rows sum up to the preset's to the last bit;
     `errors` [L] float32: distance of the sum from the preset's row, relative."""
+
     codes: Tensor
     exact: Tensor
     errors: Tensor
@@ -70,12 +81,12 @@ class CodeSearch:
         """table: the checkpoint's audio embedding [rows, dim]."""
         semantic_start, *starts = (codebook_offsets(params) + N_SPECIAL_IDS).tolist()
         self.n_levels = params.acoustic_codebook_size
-        self.semantic = table[semantic_start:semantic_start + params.semantic_codebook_size].double()
-        levels = torch.stack([table[start:start + self.n_levels] for start in starts]).double()  # [K, n_levels, dim]
+        self.semantic = table[semantic_start : semantic_start + params.semantic_codebook_size].double()
+        levels = torch.stack([table[start : start + self.n_levels] for start in starts]).double()  # [K, n_levels, dim]
         self.mean = levels.mean(dim=1).sum(dim=0)
         self.deviations = (levels - levels.mean(dim=1, keepdim=True)).flatten(0, 1)
         power = self.deviations.square().mean() * len(starts) + self.semantic.square().mean()
-        ridge = NOISE ** 2 * power * self.n_levels * torch.eye(len(self.deviations), device=table.device)
+        ridge = NOISE**2 * power * self.n_levels * torch.eye(len(self.deviations), device=table.device)
         self.factor = torch.linalg.cholesky(self.deviations @ self.deviations.T + ridge)  # [K * n_levels] * 2, lower
         self.explained = self.explain(self.semantic)
         self.unexplained = self.semantic.square().sum(dim=1) - self.explained.square().sum(dim=1)
@@ -90,11 +101,11 @@ class CodeSearch:
         left = self.explain(rows)
         cost = self.unexplained - 2 * (rows @ self.semantic.T - left @ self.explained.T)
         cost, semantic = cost.topk(min(width, cost.shape[1]), largest=False)  # [F, paths]
-        left = left[:, None] - self.explained[semantic]                       # [F, paths, K * n_levels]
+        left = left[:, None] - self.explained[semantic]  # [F, paths, K * n_levels]
         codes = semantic[..., None]
         for start in reversed(range(0, len(self.factor), self.n_levels)):
-            block = self.factor[start:start + self.n_levels]
-            added = torch.cdist(left[..., start:], block[:, start:start + self.n_levels]).square()
+            block = self.factor[start : start + self.n_levels]
+            added = torch.cdist(left[..., start:], block[:, start : start + self.n_levels]).square()
             cost, chosen = (cost[..., None] + added).flatten(1).topk(min(width, added[0].numel()), largest=False)
             path, level = (chosen // self.n_levels)[..., None], chosen % self.n_levels
             left = left.take_along_dim(path, dim=1)[..., :start] - block[level, :start]
@@ -132,8 +143,7 @@ def preset_codes(codec: VoxtralCodec, folder, device="cpu") -> dict[str, Preset]
     return {name: Preset(*part) for name, *part in zip(names, *(tensor.split(lengths, dim=-1) for tensor in parts))}
 
 
-def codes_to_match(where: str, codec: VoxtralCodec, folder,
-                   device="cpu") -> tuple[list[Tensor], list[tuple[str, str]]]:
+def codes_to_match(where: str, codec: VoxtralCodec, folder, device="cpu") -> tuple[list[Tensor], list[tuple[str, str]]]:
     """match.codes -> codes [1 + acoustic_dim, L >= 2] of the presets of the checkpoint `folder`, or of clips; (name,
     reason) of those that cannot be used. Raises DataError when none can."""
     if where != PRESETS:
@@ -143,8 +153,10 @@ def codes_to_match(where: str, codec: VoxtralCodec, folder,
     codes = [preset.codes for preset in found.values() if not preset.problem and preset.codes.shape[1] > 1]
     if not codes:
         reason = ": ".join(bad[0]) if bad else "it has none of two frames or more"
-        raise DataError(f"match.codes: no preset of {folder} comes back to codes ({reason}); make clips with codes by "
-                        "generate_clips.py, and name their folder.")
+        raise DataError(
+            f"match.codes: no preset of {folder} comes back to codes ({reason}); make clips with codes by "
+            "generate_clips.py, and name their folder."
+        )
     return codes, bad
 
 
@@ -158,8 +170,15 @@ def main(arguments=None) -> None:
         row = "{:<24} {:>6} {:>14} {:>14}  {}".format
         print(row("preset", "frames", "exact to a bit", "largest error", "state"))
         for name, preset in found.items():
-            print(row(name, len(preset.errors), int(preset.exact.sum()), f"{preset.errors.max():.4f}",
-                      preset.problem or "ok"))
+            print(
+                row(
+                    name,
+                    len(preset.errors),
+                    int(preset.exact.sum()),
+                    f"{preset.errors.max():.4f}",
+                    preset.problem or "ok",
+                )
+            )
             if options.output and not preset.problem:
                 with atomic_path(options.output / f"{name}.npy") as temporary, temporary.open("wb") as file:
                     np.save(file, preset.codes.numpy().astype(np.int16))

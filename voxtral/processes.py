@@ -1,4 +1,5 @@
 """The processes that train together: who they are, what they tell each other, how all of them stop."""
+
 import os
 import signal
 import sys
@@ -50,6 +51,7 @@ class Process:
 
     What they tell each other goes through the CPU, so that nobody waits for a GPU. All must ask at the same step.
     """
+
     rank: int
     world_size: int
     device: torch.device
@@ -84,8 +86,10 @@ class Process:
         if self.n_local < self.world_size:
             found = self.gather([f"{zlib.crc32(data):08x}"])
             if len(set(found)) > 1:
-                raise ConfigError(f"{what} are not the same on all machines (checksums {', '.join(found)}); all must read the same files "
-                                  "under the same paths.")
+                raise ConfigError(
+                    f"{what} are not the same on all machines (checksums {', '.join(found)}); all must read the same files "
+                    "under the same paths."
+                )
 
     def of_main(self, value: Any) -> Any:
         """What the first process has."""
@@ -150,12 +154,16 @@ def training_process(device: str):
         except RuntimeError as error:
             reason = reason_of(error)
             if _is_out_of_memory(error):
-                sys.exit("training stopped: the GPU has too little memory; lower data.batch_size (train.accumulation makes up "
-                         f"for it) or data.max_sec ({reason}).")
+                sys.exit(
+                    "training stopped: the GPU has too little memory; lower data.batch_size (train.accumulation makes up "
+                    f"for it) or data.max_sec ({reason})."
+                )
             if not reason.startswith("DataLoader "):
                 raise
-            sys.exit(f"training stopped: a batch was lost ({reason}); a loader process was killed, memory or /dev/shm is full, "
-                     "or a disk does not answer: mend that, or lower data.num_workers, and go on with resume=true.")
+            sys.exit(
+                f"training stopped: a batch was lost ({reason}); a loader process was killed, memory or /dev/shm is full, "
+                "or a disk does not answer: mend that, or lower data.num_workers, and go on with resume=true."
+            )
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

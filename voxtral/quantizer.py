@@ -1,4 +1,5 @@
 """Semantic vector quantization and acoustic finite scalar quantization (spec section 3, paper section 2.1)."""
+
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,9 @@ class SemanticCodebook(nn.Module):
         self.embedding_sum.copy_(chosen + 0.1 * x.float().std(dim=0) * noise)
 
     @torch.no_grad()
-    def update(self, x: Tensor, valid: Tensor, generator: torch.Generator, decay: float = 0.99, dead_share: float = 0.1):
+    def update(
+        self, x: Tensor, valid: Tensor, generator: torch.Generator, decay: float = 0.99, dead_share: float = 0.1
+    ):
         """EMA step towards those of the vectors [N, dim] that are `valid` [N] (only when a whole codec is trained).
 
         Entries used less than `dead_share` of the average restart at vectors of this batch. Processes share their
@@ -68,13 +71,15 @@ class SemanticCodebook(nn.Module):
 @dataclass
 class QuantizationDraws:
     """The random choices of a batch: `semantic`, `acoustic` [B] in [0, 1); `noise` [B, acoustic_dim, L] in [-1, 1)."""
+
     semantic: Tensor
     acoustic: Tensor
     noise: Tensor
 
     @staticmethod
-    def sample(seed: int, batch_size: int, acoustic_dim: int, n_frames: int, device, rank: int = 0,
-               world_size: int = 1) -> "QuantizationDraws":
+    def sample(
+        seed: int, batch_size: int, acoustic_dim: int, n_frames: int, device, rank: int = 0, world_size: int = 1
+    ) -> "QuantizationDraws":
         """Draws for `batch_size` clips of this process; together the processes draw what one with all clips would."""
         generator = torch.Generator(device=device).manual_seed(seed)
         mine = slice(rank * batch_size, (rank + 1) * batch_size)
@@ -103,9 +108,9 @@ class Quantizer(nn.Module):
         Computed in the latent's dtype, also under autocast: of serving's bf16 latent these are serving's codes.
         """
         with torch.autocast(latent.device.type, enabled=False):
-            semantic = self.semantic_codebook.encode(latent[:, :self.semantic_dim].transpose(1, 2))
+            semantic = self.semantic_codebook.encode(latent[:, : self.semantic_dim].transpose(1, 2))
         # A diverged encoder's NaN has no level: as an index it would end the process before the loss guard speaks.
-        acoustic = self.levels(latent[:, self.semantic_dim:].tanh()).nan_to_num().long()
+        acoustic = self.levels(latent[:, self.semantic_dim :].tanh()).nan_to_num().long()
         return torch.cat([semantic[:, None], acoustic], dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ class Quantizer(nn.Module):
 
     def squash(self, latent: Tensor) -> Tensor:
         """[B, semantic_dim + acoustic_dim, L] -> what the decoder sees of it where nothing is quantized."""
-        return torch.cat([latent[:, :self.semantic_dim], latent[:, self.semantic_dim:].tanh()], dim=1)
+        return torch.cat([latent[:, : self.semantic_dim], latent[:, self.semantic_dim :].tanh()], dim=1)
 
     def straight_through(self, squashed: Tensor, codes: Tensor) -> Tensor:
         """The quantized latent of `codes`, with the gradient of `squashed` [B, semantic_dim + acoustic_dim, L]"""
@@ -140,7 +145,8 @@ class Quantizer(nn.Module):
 
         quantize_semantic = (draws.semantic < 0.5)[:, None, None]
         choice = draws.acoustic[:, None, None]
-        acoustic = torch.where(choice < 0.5, acoustic_ste,
-                               torch.where(choice < 0.75, passed + draws.noise / self.n_levels, passed))
+        acoustic = torch.where(
+            choice < 0.5, acoustic_ste, torch.where(choice < 0.75, passed + draws.noise / self.n_levels, passed)
+        )
         mixed = torch.cat([torch.where(quantize_semantic, semantic_ste, semantic), acoustic], dim=1)
         return mixed, codes, semantic_ste

@@ -2,6 +2,7 @@
 
 Serving takes any mono clip as it is; it wants 3 to 25 s of one clean speaker that end on a pause (spec section 7).
 """
+
 import math
 from dataclasses import dataclass, field
 
@@ -14,22 +15,22 @@ from torch import Tensor
 from voxtral.audio import SAMPLE_RATE, BadClip, read_audio
 from voxtral.errors import UserError
 
-MIN_SPEECH_SEC = 1.0        # less is refused
+MIN_SPEECH_SEC = 1.0  # less is refused
 SHORT_SEC, MAX_SEC = 3.0, 25.0  # a shorter clip draws a warning, a longer one is cut
-MAX_READ_SEC = 300.0        # of a long recording, the beginning is enough
-HIGH_PASS_HZ = 70.0         # below any voice: DC, hum, handling noise
-LOUDNESS_LUFS = -23.0       # EBU R 128
-MAX_PEAK = 0.95             # full scale is 1; a louder gain would clip
-FRAME, HOP = 480, 240       # samples: levels of 20 ms, every 10 ms
+MAX_READ_SEC = 300.0  # of a long recording, the beginning is enough
+HIGH_PASS_HZ = 70.0  # below any voice: DC, hum, handling noise
+LOUDNESS_LUFS = -23.0  # EBU R 128
+MAX_PEAK = 0.95  # full scale is 1; a louder gain would clip
+FRAME, HOP = 480, 240  # samples: levels of 20 ms, every 10 ms
 QUIET_BELOW_PEAK_DB = 40.0  # frames so far below the loudest are silence
-SILENT_DB = -60.0           # dBFS; a recording without any louder frame may hold no speech
-STANDS_OUT_DB = 20.0        # its loudest frame above its quiet ones: then it does
-HEADROOM_BITS = 1           # filters see the recording with a peak of 0.25 to 0.5
+SILENT_DB = -60.0  # dBFS; a recording without any louder frame may hold no speech
+STANDS_OUT_DB = 20.0  # its loudest frame above its quiet ones: then it does
+HEADROOM_BITS = 1  # filters see the recording with a peak of 0.25 to 0.5
 LEAD_SEC, PAUSE_SEC = 0.1, 0.3  # silence kept before and after the speech
-CUT_PAUSE_SEC = 0.25        # shortest gap between words that a long recording is cut in
+CUT_PAUSE_SEC = 0.25  # shortest gap between words that a long recording is cut in
 MAX_CLIPPED_SHARE = 1e-4
 MIN_SNR_DB = 20.0
-FRAME_SAMPLES = 1920        # of a codec frame
+FRAME_SAMPLES = 1920  # of a codec frame
 
 
 class BadReference(UserError):
@@ -39,6 +40,7 @@ class BadReference(UserError):
 @dataclass
 class Reference:
     """`waveform` [1, 1, T] float32 at 24 kHz; `notes`: what was done to it; `warnings`: what may spoil the voice."""
+
     waveform: Tensor
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -134,8 +136,12 @@ def cut_long(mono: Tensor, active: Tensor, result: Reference) -> Tensor:
     if int(active.nonzero()[-1]) * HOP + FRAME - first + round(PAUSE_SEC * SAMPLE_RATE) <= longest:
         return mono
     pauses = [(start * HOP + FRAME - HOP, end * HOP) for start, end in runs(~active)]
-    pauses = [(start, end) for start, end in pauses if end - start >= CUT_PAUSE_SEC * SAMPLE_RATE
-              and SHORT_SEC * SAMPLE_RATE <= start - first <= longest - PAUSE_SEC * SAMPLE_RATE]
+    pauses = [
+        (start, end)
+        for start, end in pauses
+        if end - start >= CUT_PAUSE_SEC * SAMPLE_RATE
+        and SHORT_SEC * SAMPLE_RATE <= start - first <= longest - PAUSE_SEC * SAMPLE_RATE
+    ]
     if pauses:
         end = min(pauses[-1][1], first + longest)
         result.notes.append(f"cut at a pause after {(pauses[-1][0] - first) / SAMPLE_RATE:.1f} s")
@@ -170,5 +176,7 @@ def normalize(mono: Tensor, exponent: int, result: Reference) -> Tensor:
     loudness = AF.loudness(mono[None], SAMPLE_RATE).item()
     gain = min(10 ** ((LOUDNESS_LUFS - loudness) / 20), MAX_PEAK / mono.abs().max().item())
     offset_db = 20 * math.log10(2) * exponent
-    result.notes.append(f"level {loudness + offset_db:.1f} LUFS, changed by {20 * math.log10(gain) - offset_db:+.1f} dB")
+    result.notes.append(
+        f"level {loudness + offset_db:.1f} LUFS, changed by {20 * math.log10(gain) - offset_db:+.1f} dB"
+    )
     return mono * gain

@@ -1,6 +1,7 @@
 """A reference's acoustic latents, refined on that recording alone: down the gradient of the mel distance, through the
 frozen decoder. For voices that are registered, or spoken without a server: `ref_audio` meets nothing but the encoder.
 """
+
 import time
 
 import torch
@@ -10,7 +11,7 @@ from voxtral.codec import VoxtralCodec
 from voxtral.losses import MelDistance
 
 LEARNING_RATE = 0.02  # of Adam; latents are of the order of 1
-MAX_STEPS = 40        # RESULTS.md
+MAX_STEPS = 40  # RESULTS.md
 
 
 @torch.enable_grad()
@@ -28,11 +29,13 @@ def refined_codes(codec: VoxtralCodec, waveform: Tensor, seconds: float) -> tupl
         latent = torch.cat([semantic, acoustic], dim=1)
         codes = codec.quantizer.encode(latent.detach())
         heard = codec.quantizer.straight_through(codec.quantizer.squash(latent), codes)
-        loss = mel_distance(codec.decode_latent(heard).float()[..., :waveform.shape[-1]], waveform, length)
+        loss = mel_distance(codec.decode_latent(heard).float()[..., : waveform.shape[-1]], waveform, length)
         distances.append(loss.item())
         if len(distances) > MAX_STEPS or time.monotonic() - started > seconds:
             break
-        acoustic.grad, = torch.autograd.grad(loss, acoustic)  # of nothing else: the codec's weights keep theirs
+        (acoustic.grad,) = torch.autograd.grad(loss, acoustic)  # of nothing else: the codec's weights keep theirs
         optimizer.step()
-    return codes, (f"refined in {len(distances) - 1} steps: mel distance to the recording {distances[0]:.2f}, now "
-                   f"{distances[-1]:.2f}")
+    return codes, (
+        f"refined in {len(distances) - 1} steps: mel distance to the recording {distances[0]:.2f}, now "
+        f"{distances[-1]:.2f}"
+    )

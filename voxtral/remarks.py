@@ -1,4 +1,5 @@
 """What was passed over on the way: how much of it, why, and the first of it. Nothing that is left out goes unsaid."""
+
 import os
 from stat import S_ISDIR
 
@@ -43,5 +44,7 @@ class Remarks:
 
     def lines(self, what: str = "passed over") -> list[str]:
         """One printable line for each reason and note."""
-        return [f"{count} {what}: {shown(reason)} ({shown(', '.join(named))}{', …' if count > len(named) else ''})"
-                for reason, (count, named) in self.passed_over.items()] + [shown(note) for note in self.notes]
+        return [
+            f"{count} {what}: {shown(reason)} ({shown(', '.join(named))}{', …' if count > len(named) else ''})"
+            for reason, (count, named) in self.passed_over.items()
+        ] + [shown(note) for note in self.notes]

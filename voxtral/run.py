@@ -1,12 +1,13 @@
 """What every training script shares: command line, schedules, optimizer, logging."""
+
 import argparse
 import json
 import math
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from typing import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,7 @@ class SideStream:
 
 # ---------------------------------------------------------------- schedules
 
+
 def cosine_with_warmup(step: int, warmup_steps: int, max_steps: int) -> float:
     """Factor of the learning rate at `step`: linear to 1 over warmup_steps, then cosine to 0 at max_steps."""
     if step < warmup_steps:
@@ -72,13 +74,20 @@ def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, config: Opti
     """With weight decay on matrices only: norms, gains, biases and LayerScale have a size that means something, and the
     convolutions' directions (weight norm) have none."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    matrices, others = ([parameter for parameter in trained if (parameter.ndim == 2) == is_matrix] for is_matrix in (True, False))
+    matrices, others = (
+        [parameter for parameter in trained if (parameter.ndim == 2) == is_matrix] for is_matrix in (True, False)
+    )
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=tuple(config.betas),
-                             fused=trained[0].is_cuda)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        betas=tuple(config.betas),
+        fused=trained[0].is_cuda,
+    )
 
 
 # ---------------------------------------------------------------- logging
+
 
 class Logger:
     """Collects scalars on the device and writes them every few steps: one log line, metrics.jsonl, TensorBoard.
@@ -112,8 +121,9 @@ class Logger:
         of that unit a step."""
         if not self.pending:
             return
-        flat = torch.stack([value.detach().float().reshape(())
-                            for _, scalars in self.pending for value in scalars.values()])
+        flat = torch.stack(
+            [value.detach().float().reshape(()) for _, scalars in self.pending for value in scalars.values()]
+        )
         if self.run.process.world_size > 1:
             dist.all_reduce(flat)
             flat /= self.run.process.world_size
@@ -126,23 +136,31 @@ class Logger:
                 what = f"loss/total above train.max_total_loss ({self.max_total:g})"
                 what = f"{', '.join(broken)} not finite" if broken else what
                 kept = self.run.latest()
-                raise TrainingDiverged(f"step {step}: {what}; losses: {losses}. "
-                                       f"The last good checkpoint is {kept or 'none yet'}; "
-                                       "lower optimizer.learning_rate and resume.")
+                raise TrainingDiverged(
+                    f"step {step}: {what}; losses: {losses}. "
+                    f"The last good checkpoint is {kept or 'none yet'}; "
+                    "lower optimizer.learning_rate and resume."
+                )
         now = time.monotonic()
         step_sec = (now - self.last_flush) / len(self.pending)
         self.last_flush, self.pending = now, []
         self.step_times.append(step_sec)
-        row = {**rows[-1][1], **{name: to_number(value) for name, value in extra.items()}, "time/step_ms": 1000 * step_sec,
-               f"time/{unit}_per_sec": work / step_sec}
+        row = {
+            **rows[-1][1],
+            **{name: to_number(value) for name, value in extra.items()},
+            "time/step_ms": 1000 * step_sec,
+            f"time/{unit}_per_sec": work / step_sec,
+        }
         if self.run.process.device.type == "cuda":
             row["time/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(rows[-1][0], row)
         shown = " ".join(f"{name.removeprefix('loss/')} {row[name]:.4f}" for name in row if name.startswith("loss/"))
         memory = f"  {row['time/peak_memory_gib']:.1f} GiB" if "time/peak_memory_gib" in row else ""
         eta = statistics.median(self.step_times[-20:]) * (self.max_steps - rows[-1][0])
-        self.say(f"step {rows[-1][0]}/{self.max_steps}  {shown}  lr {row.get('optimizer/learning_rate', 0):.2e}  "
-                 f"{row['time/step_ms']:.0f} ms/step  {work / step_sec:.0f} {unit.replace('_sec', ' s')}/s{memory}  eta {duration(eta)}")
+        self.say(
+            f"step {rows[-1][0]}/{self.max_steps}  {shown}  lr {row.get('optimizer/learning_rate', 0):.2e}  "
+            f"{row['time/step_ms']:.0f} ms/step  {work / step_sec:.0f} {unit.replace('_sec', ' s')}/s{memory}  eta {duration(eta)}"
+        )
 
     def write(self, step: int, row: dict) -> None:
         """One row of metrics.jsonl, its scalars in TensorBoard."""

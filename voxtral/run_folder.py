@@ -1,14 +1,16 @@
 """The folder of a run: its configurations, checkpoints that survive anything, and how it goes on from them."""
+
 import json
 import os
 import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from voxtral.tracking import dotted
 
 STATE = "run_state.pt"  # in the folder of a checkpoint; without it, there are only weights to look at later
 CONFIG = "config.yaml"
-SAVED_SHARE = 100     # seconds between checkpoints, for each that the last one took
+SAVED_SHARE = 100  # seconds between checkpoints, for each that the last one took
 NO_SETTINGS = ("resume", "output_dir")  # keys that say how a script is started
 DAMAGE = (LookupError, ValueError, RuntimeError, EOFError, UnpicklingError, CheckpointError, OSError)
 
@@ -56,7 +58,9 @@ class RunFolder:
         self.saved_at, self.save_sec = time.monotonic(), 0.0
         if process.is_main:
             if self.latest() and not resume:
-                raise ConfigError(f"{self.path} already holds a run: continue it with resume=true, or choose another output_dir.")
+                raise ConfigError(
+                    f"{self.path} already holds a run: continue it with resume=true, or choose another output_dir."
+                )
             if self.latest():
                 former = load_config(type(config), self.path / CONFIG, [])
                 self.changes = changes_on_resuming(former, config, self.path)
@@ -75,7 +79,9 @@ class RunFolder:
         if self.changes:
             kept = self.path / "former_configs"
             kept.mkdir(exist_ok=True)
-            os.replace(self.path / CONFIG, kept / f"{len(list(kept.iterdir())):03d}_until_step_{last_step(self.path):08d}.yaml")
+            os.replace(
+                self.path / CONFIG, kept / f"{len(list(kept.iterdir())):03d}_until_step_{last_step(self.path):08d}.yaml"
+            )
         dump_config(self.config, self.path / CONFIG)
 
     @property
@@ -107,10 +113,11 @@ class RunFolder:
             write(folder)
             states = {name: part.state_dict() for name, part in parts.items()}
             torch.save({"step": step, **record, **states}, folder / STATE)
+
         self._write_folder(final, write_all)
         self.saved_at = time.monotonic()
         self.save_sec = self.saved_at - began
-        old = step_folders(self.path)[:-self.config.train.keep_last]
+        old = step_folders(self.path)[: -self.config.train.keep_last]
         parts = set()
         for folder in step_folders(self.path, with_state=False):
             part = step_of(folder) * self.config.train.milestones // max_steps
@@ -123,9 +130,11 @@ class RunFolder:
 
     def save_best(self, write: Callable[[Path], None], **record: float) -> None:
         """best/, filled by `write(folder)`, with `record` as its metrics.json, in place of the one before."""
+
         def write_all(folder: Path) -> None:
             write(folder)
             write_text(folder / "metrics.json", json.dumps(record) + "\n")
+
         self._write_folder(self.path / "best", write_all)
 
     def _write_folder(self, final: Path, write: Callable[[Path], None]) -> None:
@@ -144,9 +153,11 @@ class RunFolder:
             flush(final.parent)
         except (OSError, RuntimeError) as error:  # of a full disk, torch makes the latter
             free_gb, reason = shutil.disk_usage(self.path).free / 1e9, reason_of(error)
-            raise UserError(f"{final} could not be written ({reason}; {free_gb:.1f} GB are free there): what was saved before is "
-                            f"whole, the newest checkpoint is {self.latest() or 'none yet'}; make room, and go on with "
-                            "resume=true.") from error
+            raise UserError(
+                f"{final} could not be written ({reason}; {free_gb:.1f} GB are free there): what was saved before is "
+                f"whole, the newest checkpoint is {self.latest() or 'none yet'}; make room, and go on with "
+                "resume=true."
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
@@ -158,20 +169,26 @@ class RunFolder:
         returns its step and record, or {} without a checkpoint. Raises ConfigError when it is damaged, when a part does not
         fit, or when one of the record's `facts` (keys that it is about -> value) is not what it was."""
         state = self._read_newest(weights) if self.process.is_main else None
-        record = self.process.of_main(state and {name: state[name] for name in state if name not in parts and name not in weights})
+        record = self.process.of_main(
+            state and {name: state[name] for name in state if name not in parts and name not in weights}
+        )
         if not record:
             return {}
         for key, value in facts.items():
             if record.get("facts", {}).get(key) != value:
-                raise ConfigError(f"{key}: the run in {self.path} has {record.get('facts', {}).get(key)}, and its state means "
-                                  f"nothing with {value}: go back to that, or choose another output_dir for another run.")
+                raise ConfigError(
+                    f"{key}: the run in {self.path} has {record.get('facts', {}).get(key)}, and its state means "
+                    f"nothing with {value}: go back to that, or choose another output_dir for another run."
+                )
         for name, part in {**parts, **weights}.items():
             found = self.process.of_main(state and state.get(name))
             try:
                 part.load_state_dict(found)
             except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{self.path}: the run state does not fit ({name}: {reason_of(error)}): it was written by another version "
-                                  "of these scripts, or with other sizes; choose another output_dir.") from error
+                raise ConfigError(
+                    f"{self.path}: the run state does not fit ({name}: {reason_of(error)}): it was written by another version "
+                    "of these scripts, or with other sizes; choose another output_dir."
+                ) from error
         return record
 
     def _read_newest(self, weights: dict[str, Tensors]) -> dict:
@@ -185,11 +202,15 @@ class RunFolder:
             else:
                 if folder == folders[-1]:
                     return state
-                raise ConfigError(f"{folders[-1]} is damaged ({' '.join(str(newest).split())}): delete it, and resume=true goes on "
-                                  f"from {folder}.") from newest
+                raise ConfigError(
+                    f"{folders[-1]} is damaged ({' '.join(str(newest).split())}): delete it, and resume=true goes on "
+                    f"from {folder}."
+                ) from newest
         if folders:
-            raise ConfigError(f"{folders[-1]} is damaged ({' '.join(str(newest).split())}), and there is no older checkpoint: choose "
-                              "another output_dir and start anew.") from newest
+            raise ConfigError(
+                f"{folders[-1]} is damaged ({' '.join(str(newest).split())}), and there is no older checkpoint: choose "
+                "another output_dir and start anew."
+            ) from newest
         return {}
 
     def truncate_metrics(self, step: int) -> History:
@@ -237,6 +258,7 @@ def last_step(output_dir) -> int:
 
 # ---------------------------------------------------------------- configurations
 
+
 def load_run_config(schema: type, path, overrides: list[str], name: str = CONFIG):
     """The configuration of a run: the YAML at `path`, merged into the dataclass `schema`, and overrides. With resume=true,
     what the run has in its own folder, and the overrides; where the YAML says something else, that is printed."""
@@ -254,8 +276,11 @@ def load_run_config(schema: type, path, overrides: list[str], name: str = CONFIG
 def differences(first, second) -> list[tuple[str, Any, Any]]:
     """(key, value in the first, value in the second) of all keys that two configurations of a run set differently."""
     one, other = dotted(asdict(first)), dotted(asdict(second))
-    return [(key, one.get(key), other.get(key)) for key in dict.fromkeys([*one, *other])
-            if key not in NO_SETTINGS and one.get(key) != other.get(key)]
+    return [
+        (key, one.get(key), other.get(key))
+        for key in dict.fromkeys([*one, *other])
+        if key not in NO_SETTINGS and one.get(key) != other.get(key)
+    ]
 
 
 def changes_on_resuming(former, config, path) -> list[str]:
@@ -263,14 +288,27 @@ def changes_on_resuming(former, config, path) -> list[str]:
     lines = []
     for key, before, now in differences(former, config):
         if key in KEPT_ON_RESUMING or key in SWITCHES and bool(before) != bool(now):
-            raise ConfigError(f"{key}: the run in {path} has {before}, and its state means nothing with {now}: leave it, or choose "
-                              "another output_dir for another run.")
+            raise ConfigError(
+                f"{key}: the run in {path} has {before}, and its state means nothing with {now}: leave it, or choose "
+                "another output_dir for another run."
+            )
         lines.append(f"{key}: {before} → {now}")
     return lines
 
 
 def environment(process: Process) -> dict:
     """What a reader needs to repeat a run."""
-    device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.processor() or platform.machine()
-    return {"command": " ".join(sys.argv), "python": platform.python_version(), "torch": torch.__version__, "device": device,
-            "threads": torch.get_num_threads(), "processes": process.world_size, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    device = (
+        torch.cuda.get_device_name(process.device)
+        if process.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": process.world_size,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }

@@ -3,6 +3,7 @@
 PESQ, ESTOI, both speaker similarities and DNSMOS need packages that requirements.txt leaves out. A score that is asked
 for and cannot be had is an error, never a gap in a table.
 """
+
 import importlib.util
 import math
 import warnings
@@ -22,18 +23,19 @@ from voxtral.losses import MelDistance, stft_distance
 from voxtral.score_table import ECAPA_MODEL, MAX_SISDR_DB, SCORES
 from voxtral.speaker import SpeakerConfig, SpeakerEncoder
 
-SCORE_RATE = 16000      # Hz, of PESQ, Whisper, ECAPA and DNSMOS
+SCORE_RATE = 16000  # Hz, of PESQ, Whisper, ECAPA and DNSMOS
 UNSPACED = ("zh", "ja", "yue", "th", "lo", "my")  # written without spaces: characters count as words, as for Whisper
 
 
 @dataclass
 class Source:
     """A source clip and what is computed of it once. waveform [T] float32 on the CPU."""
+
     waveform: Tensor
     text: str = ""
     language: str = ""
     speaker: Tensor | None = None  # [1, 256]
-    ecapa: Tensor | None = None    # [1, 192]
+    ecapa: Tensor | None = None  # [1, 192]
     dnsmos: float = math.nan
 
 
@@ -43,8 +45,15 @@ class Scorer:
     Raises UserError for an unknown name, and where a package or weights are missing, saying what to install.
     """
 
-    def __init__(self, names: list[str], sampling_rate: int, device, whisper_model: str = "base",
-                 speaker_model: str = "resemblyzer", ecapa_model: str = ECAPA_MODEL):
+    def __init__(
+        self,
+        names: list[str],
+        sampling_rate: int,
+        device,
+        whisper_model: str = "base",
+        speaker_model: str = "resemblyzer",
+        ecapa_model: str = ECAPA_MODEL,
+    ):
         check_scores(names, speaker_model)
         self.names, self.rate, self.device = names, sampling_rate, torch.device(device)
         self.mel = MelDistance(sampling_rate)
@@ -104,12 +113,19 @@ class Scorer:
         return self.ecapa.encode_batch(torch.from_numpy(self._at_16k(waveform))[None])[:, 0].cpu()
 
     def _transcribe(self, waveform: Tensor, language: str | None) -> tuple[str, str]:
-        result = self.whisper.transcribe(self._at_16k(waveform), language=language, temperature=0.0, verbose=None,
-                                         condition_on_previous_text=False, fp16=self.device.type == "cuda")
+        result = self.whisper.transcribe(
+            self._at_16k(waveform),
+            language=language,
+            temperature=0.0,
+            verbose=None,
+            condition_on_previous_text=False,
+            fp16=self.device.type == "cuda",
+        )
         return result["text"].strip(), result["language"]
 
     def _dnsmos(self, waveform: Tensor) -> float:
         from speechmos import dnsmos
+
         return float(dnsmos.run(self._at_16k(waveform), SCORE_RATE)["ovrl_mos"])
 
 
@@ -127,20 +143,30 @@ def check_scores(names: list[str], speaker_model: str = "resemblyzer") -> None:
 
 def not_measured(names: list[str]) -> dict[str, str]:
     """The scores that were not asked for -> what to do to have them."""
-    return {name: "; ".join(filter(None, (f"add {name} to --metrics", metric.install)))
-            for name, metric in SCORES.items() if name not in names}
+    return {
+        name: "; ".join(filter(None, (f"add {name} to --metrics", metric.install)))
+        for name, metric in SCORES.items()
+        if name not in names
+    }
 
 
 def load_ecapa(model: str, device):
     """SpeechBrain's EncoderClassifier by name (downloaded once) or from a folder. Raises UserError with what to do."""
     try:
         from speechbrain.inference.speaker import EncoderClassifier
+
         # A copied folder's hyperparams.yaml still names the hub as the place of its weights.
-        return EncoderClassifier.from_hparams(source=model, overrides={"pretrained_path": model},
-                                              overrides_must_match=False, run_opts={"device": str(device)})
+        return EncoderClassifier.from_hparams(
+            source=model,
+            overrides={"pretrained_path": model},
+            overrides_must_match=False,
+            run_opts={"device": str(device)},
+        )
     except Exception as error:  # SpeechBrain and the hub's client raise many types; all mean the same to the user
-        raise UserError(f"--ecapa-model: '{model}' cannot be had ({' '.join(str(error).split())}); give a folder with "
-                        f"the files of {ECAPA_MODEL}, or leave ecapa out of --metrics.") from error
+        raise UserError(
+            f"--ecapa-model: '{model}' cannot be had ({' '.join(str(error).split())}); give a folder with "
+            f"the files of {ECAPA_MODEL}, or leave ecapa out of --metrics."
+        ) from error
 
 
 def si_sdr(decoded: Tensor, source: Tensor) -> float:
@@ -160,6 +186,7 @@ def si_sdr(decoded: Tensor, source: Tensor) -> float:
 def pesq_wb(source: np.ndarray, decoded: np.ndarray) -> float:
     """Wide-band PESQ of waveforms [T] at 16 kHz; NaN where none is defined: below 0.25 s, or without an utterance."""
     import pesq
+
     try:
         return float(pesq.pesq(SCORE_RATE, source, decoded, "wb"))
     except (pesq.BufferTooShortError, pesq.NoUtterancesError):
@@ -169,6 +196,7 @@ def pesq_wb(source: np.ndarray, decoded: np.ndarray) -> float:
 def estoi(source: np.ndarray, decoded: np.ndarray, sampling_rate: int) -> float:
     """Extended STOI of waveforms [T]; NaN where less than 0.4 s of the source is speech."""
     from pystoi import stoi
+
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Not enough STFT frames", category=RuntimeWarning)
         try:
@@ -181,8 +209,9 @@ def word_error_rate(source: str, decoded: str, language: str) -> tuple[float, in
     """Two transcripts -> (edits per word of the source, words of the source); NaN for a source without words."""
     normalise = normaliser(language)
     # What is left of "..." is no word.
-    expected, found = ([word for word in normalise(text).split() if any(map(str.isalnum, word))]
-                       for text in (source, decoded))
+    expected, found = (
+        [word for word in normalise(text).split() if any(map(str.isalnum, word))] for text in (source, decoded)
+    )
     if not expected:
         return math.nan, 0
     return torchaudio.functional.edit_distance(expected, found) / len(expected), len(expected)

@@ -2,13 +2,14 @@
 
 Only names and manifests are read here, no audio.
 """
+
 import difflib
 import os
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence
 
 import numpy as np
 from omegaconf import MISSING
@@ -30,39 +31,42 @@ CODEC_FRAME_SEC = 0.08  # 1920 samples at 24 kHz
 @dataclass
 class SourceConfig:
     """One entry of `data.sources`; which of the fields count depends on the kind."""
-    kind: str = MISSING         # folder | librispeech | common_voice | generated | manifest | huggingface
-    path: str = ""              # folder, root, manifest file or Hugging Face name; relative to data.data_root
-    name: str = ""              # shown in reports; empty: made from kind and path
-    pattern: str = "**/*"       # folder: glob below path; only audio suffixes are kept
-    subsets: List[str] = field(default_factory=list)  # librispeech: train-clean-360, ...
-    language: str = ""          # common_voice: en, ar, ...
-    tsv: str = "train"          # common_voice: train, validated, ...
-    config: str = ""            # huggingface: configuration of the data set; empty: its default
-    split: str = "train"        # huggingface
+
+    kind: str = MISSING  # folder | librispeech | common_voice | generated | manifest | huggingface
+    path: str = ""  # folder, root, manifest file or Hugging Face name; relative to data.data_root
+    name: str = ""  # shown in reports; empty: made from kind and path
+    pattern: str = "**/*"  # folder: glob below path; only audio suffixes are kept
+    subsets: list[str] = field(default_factory=list)  # librispeech: train-clean-360, ...
+    language: str = ""  # common_voice: en, ar, ...
+    tsv: str = "train"  # common_voice: train, validated, ...
+    config: str = ""  # huggingface: configuration of the data set; empty: its default
+    split: str = "train"  # huggingface
     audio_column: str = "audio"  # huggingface
-    max_clips: int = 10000      # huggingface: clips streamed into the local copy
-    weight: float = 1.0         # passes over this source per epoch; 0.3: a new 30 % each epoch
+    max_clips: int = 10000  # huggingface: clips streamed into the local copy
+    weight: float = 1.0  # passes over this source per epoch; 0.3: a new 30 % each epoch
 
 
 @dataclass
 class ValidationConfig:
     """Fixed clips, never trained on, the same number from every source if it has so many."""
-    clips: int = 16             # heard at every validation; they decide which weights are best
-    speakers: List[str] = field(default_factory=list)  # held out entirely; the clips then come from them
-    test_clips: int = 0         # others, heard once: by the best weights, at the end of a run
+
+    clips: int = 16  # heard at every validation; they decide which weights are best
+    speakers: list[str] = field(default_factory=list)  # held out entirely; the clips then come from them
+    test_clips: int = 0  # others, heard once: by the best weights, at the end of a run
 
 
 @dataclass
 class DataConfig:
     """The `data:` block."""
-    data_root: str = "data"     # relative source paths are found below it
-    sources: List[SourceConfig] = field(default_factory=list)
+
+    data_root: str = "data"  # relative source paths are found below it
+    sources: list[SourceConfig] = field(default_factory=list)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    batch_size: int = 32        # clips per process and micro-batch
-    max_sec: float = 4.0        # longest crop of a clip, seconds
-    speed: List[float] = field(default_factory=lambda: [1.0, 1.0])  # each crop is played between so fast and so fast
-    num_workers: int = 4        # loader processes per training process; 0: none
-    cache: Optional[str] = "~/.cache/voxtral-voice-clone"  # folder that keeps what long searches found; null: none
+    batch_size: int = 32  # clips per process and micro-batch
+    max_sec: float = 4.0  # longest crop of a clip, seconds
+    speed: list[float] = field(default_factory=lambda: [1.0, 1.0])  # each crop is played between so fast and so fast
+    num_workers: int = 4  # loader processes per training process; 0: none
+    cache: str | None = "~/.cache/voxtral-voice-clone"  # folder that keeps what long searches found; null: none
 
 
 class Absent(Exception):
@@ -73,6 +77,7 @@ class Absent(Exception):
 class Found:
     """What one source has: `clips`, sorted by path; the parts that are `absent` ("name: path that was looked for");
     `remarks`: what was passed over."""
+
     name: str
     clips: Clips = field(default_factory=lambda: Clips.of_list([]))
     absent: list[str] = field(default_factory=list)
@@ -92,8 +97,7 @@ def find_clips(config: DataConfig) -> tuple[list[Clips], list[str]]:
     present = [source.clips for source in sources if source.clips]
     lines = [line for source in sources for line in source.lines()]
     if not present:
-        raise DataError("No clip was found for data.sources, get one or change its path "
-                        f"({'; '.join(lines)}).")
+        raise DataError(f"No clip was found for data.sources, get one or change its path ({'; '.join(lines)}).")
     return present, lines
 
 
@@ -141,8 +145,9 @@ def check_config(config: DataConfig) -> None:
         key = f"data.sources[{index}]"
         if source.kind not in FINDERS:
             nearest = difflib.get_close_matches(source.kind, FINDERS, n=1, cutoff=0)[0]
-            raise DataError(f"{key}.kind is '{source.kind}'; the nearest valid kind is '{nearest}' "
-                            f"(all: {', '.join(FINDERS)}).")
+            raise DataError(
+                f"{key}.kind is '{source.kind}'; the nearest valid kind is '{nearest}' (all: {', '.join(FINDERS)})."
+            )
         if not 0 < source.weight < float("inf"):
             raise DataError(f"{key}.weight is {source.weight}; it must be above 0.")
         if source.kind == "librispeech" and not source.subsets:
@@ -154,10 +159,15 @@ def check_config(config: DataConfig) -> None:
     if not config.max_sec >= CODEC_FRAME_SEC:
         raise DataError(f"data.max_sec is {config.max_sec}; a codec frame is {CODEC_FRAME_SEC} s, the least.")
     if len(config.speed) != 2 or not 0.5 <= config.speed[0] <= config.speed[1] <= 2:
-        raise DataError(f"data.speed is {list(config.speed)}; it must be two numbers from 0.5 to 2, the lower one first.")
-    for key, value, least in (("batch_size", config.batch_size, 1), ("num_workers", config.num_workers, 0),
-                              ("validation.clips", config.validation.clips, 1),
-                              ("validation.test_clips", config.validation.test_clips, 0)):
+        raise DataError(
+            f"data.speed is {list(config.speed)}; it must be two numbers from 0.5 to 2, the lower one first."
+        )
+    for key, value, least in (
+        ("batch_size", config.batch_size, 1),
+        ("num_workers", config.num_workers, 0),
+        ("validation.clips", config.validation.clips, 1),
+        ("validation.test_clips", config.validation.test_clips, 0),
+    ):
         if value < least:
             raise DataError(f"data.{key} is {value}; it must be at least {least}.")
 
@@ -177,14 +187,16 @@ def split_validation(lists: Sequence[Sequence[Clip]], validation: ValidationConf
     chosen, held_out = _hold_out(lists, validation)
     train = [_as_clips(one).where(~held) for one, held in zip(lists, held_out)]
     if not any(train):
-        raise DataError(f"data.validation holds out all {sum(map(len, lists))} clips; lower data.validation.clips or "
-                        "test_clips, name fewer speakers or add to data.sources.")
-    return train, chosen[:validation.clips]
+        raise DataError(
+            f"data.validation holds out all {sum(map(len, lists))} clips; lower data.validation.clips or "
+            "test_clips, name fewer speakers or add to data.sources."
+        )
+    return train, chosen[: validation.clips]
 
 
 def final_clips(lists: Sequence[Sequence[Clip]], validation: ValidationConfig) -> list[Clip]:
     """The clips that are held out for the end of a run; split_validation() says which are the others."""
-    return _hold_out(lists, validation)[0][validation.clips:]
+    return _hold_out(lists, validation)[0][validation.clips :]
 
 
 def _hold_out(lists: Sequence[Sequence[Clip]], validation: ValidationConfig) -> tuple[list[Clip], list[np.ndarray]]:
@@ -195,8 +207,10 @@ def _hold_out(lists: Sequence[Sequence[Clip]], validation: ValidationConfig) -> 
         known = sorted(set().union(*(one.speakers() for one in lists)))
         unknown = sorted(set(validation.speakers) - set(known))
         if unknown:
-            raise DataError(f"data.validation.speakers: nobody is called {', '.join(unknown)}; "
-                            f"among the {len(known)} speakers are {', '.join(known[:8])}.")
+            raise DataError(
+                f"data.validation.speakers: nobody is called {', '.join(unknown)}; "
+                f"among the {len(known)} speakers are {', '.join(known[:8])}."
+            )
         may_be = [one.is_by(set(validation.speakers)) for one in lists]
     wanted, turns = validation.clips + validation.test_clips, []
     for one, flags in zip(lists, may_be):
@@ -293,16 +307,28 @@ def read_manifest(manifest: Path, index: int, folder: Path, remarks: Remarks) ->
         path = os.path.join(folder, row.path)
         if "\\" in row.path and not os.path.exists(path):
             path = os.path.join(folder, row.path.replace("\\", "/"))  # written on Windows
-        yield Clip(path, row.speaker or _folder_name(path), index, row.text,
-                   os.path.join(folder, row.codes) if row.codes else "")
+        yield Clip(
+            path,
+            row.speaker or _folder_name(path),
+            index,
+            row.text,
+            os.path.join(folder, row.codes) if row.codes else "",
+        )
 
 
 def _huggingface(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:
     """Read from a local copy, so that sampling is repeatable and needs no network."""
-    folder = local_copy(root, f"data.sources[{index}]", source.path, source.config, source.split, source.audio_column,
-                        source.max_clips)
+    folder = local_copy(
+        root, f"data.sources[{index}]", source.path, source.config, source.split, source.audio_column, source.max_clips
+    )
     return read_manifest(folder / "manifest.jsonl", index, folder, remarks)
 
 
-FINDERS = {"folder": _folder, "librispeech": _librispeech, "common_voice": _common_voice,
-           "generated": _generated, "manifest": _manifest, "huggingface": _huggingface}
+FINDERS = {
+    "folder": _folder,
+    "librispeech": _librispeech,
+    "common_voice": _common_voice,
+    "generated": _generated,
+    "manifest": _manifest,
+    "huggingface": _huggingface,
+}

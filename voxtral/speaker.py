@@ -3,6 +3,7 @@
 The encoder is Resemblyzer's GE2E network (Wan et al. 2018). Only the weights in its PyPI wheel are used, read
 without importing the package, whose webrtcvad and librosa would be needed for nothing else.
 """
+
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,17 @@ from torch import Tensor, nn
 from voxtral.codec import ceil_div, mask_samples
 from voxtral.errors import UserError
 
-HOP = 160             # samples at 16 kHz: 10 ms
-WINDOW_FRAMES = 160   # the network was trained on windows of 1.6 s
-STEP_FRAMES = 77      # 1.3 windows per second, Resemblyzer's default
-MIN_COVERAGE = 0.75   # share of a window that must lie inside the clip, except for the first one
+HOP = 160  # samples at 16 kHz: 10 ms
+WINDOW_FRAMES = 160  # the network was trained on windows of 1.6 s
+STEP_FRAMES = 77  # 1.3 windows per second, Resemblyzer's default
+MIN_COVERAGE = 0.75  # share of a window that must lie inside the clip, except for the first one
 MIN_RMS = 10 ** (-30 / 20)  # quieter clips are raised to -30 dBFS
 
 
 @dataclass
 class SpeakerConfig:
     """Which weights the speaker loss uses."""
+
     model: str = "resemblyzer"  # the installed wheel's weights, or the path of its pretrained.pt
 
 
@@ -41,8 +43,8 @@ class SpeakerEncoder(nn.Module):
         self.resample = torchaudio.transforms.Resample(24_000, 16_000)
         # librosa's default, which the network was trained on: power, Slaney bands, zeros beyond the ends.
         self.mel = torchaudio.transforms.MelSpectrogram(
-            16_000, n_fft=400, hop_length=HOP, n_mels=40, norm="slaney", mel_scale="slaney",
-            pad_mode="constant")
+            16_000, n_fft=400, hop_length=HOP, n_mels=40, norm="slaney", mel_scale="slaney", pad_mode="constant"
+        )
         self.lstm = nn.LSTM(40, 256, num_layers=3, batch_first=True)
         self.linear = nn.Linear(256, 256)
         self._load(find_weights(config.model))
@@ -55,8 +57,9 @@ class SpeakerEncoder(nn.Module):
                 own = [key for key in state if key.startswith(f"{name}.")]
                 getattr(self, name).load_state_dict({key.removeprefix(f"{name}."): state[key] for key in own})
         except (LookupError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
-            raise UserError(f"speaker.model: {path} is not Resemblyzer's pretrained.pt; "
-                            "give the file of its wheel.") from error
+            raise UserError(
+                f"speaker.model: {path} is not Resemblyzer's pretrained.pt; give the file of its wheel."
+            ) from error
 
     def train(self, mode: bool = True) -> "SpeakerEncoder":
         """Stays in training mode: cuDNN runs an LSTM backward only in it. Results are the same."""
@@ -86,13 +89,16 @@ def find_weights(model: str) -> Path:
     """The path of the weights. Raises UserError when neither the package nor a file of that name is there."""
     if model != "resemblyzer":
         if not Path(model).is_file():
-            raise UserError(f"speaker.model: {model} is neither 'resemblyzer' nor a file; "
-                            "give the path of its pretrained.pt.")
+            raise UserError(
+                f"speaker.model: {model} is neither 'resemblyzer' nor a file; give the path of its pretrained.pt."
+            )
         return Path(model)
     spec = importlib.util.find_spec("resemblyzer")  # finds the package without importing it
     if spec is None:
-        raise UserError("loss.speaker needs the resemblyzer weights: pip install --no-deps resemblyzer, "
-                        "or set speaker.model to the path of its pretrained.pt.")
+        raise UserError(
+            "loss.speaker needs the resemblyzer weights: pip install --no-deps resemblyzer, "
+            "or set speaker.model to the path of its pretrained.pt."
+        )
     return Path(spec.origin).parent / "pretrained.pt"
 
 

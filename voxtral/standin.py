@@ -2,6 +2,7 @@
 
 For tests and dry runs without the 8 GB download.
 """
+
 import json
 import zlib
 from copy import deepcopy
@@ -19,47 +20,104 @@ from voxtral.layout import meta_codec, released_layout
 from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, ModelParams, parse_params
 
 N_SPECIAL_TOKENS = 1000  # ids below belong to special tokens; a text token's id is its rank + 1000
-SPEECH_TOKENS = {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]", 35: "[REPEAT_AUDIO_TEXT]",
-                 36: "[NEXT_AUDIO_TEXT]"}
+SPEECH_TOKENS = {
+    24: "[AUDIO]",
+    25: "[BEGIN_AUDIO]",
+    34: "[TRANSCRIBE]",
+    35: "[REPEAT_AUDIO_TEXT]",
+    36: "[NEXT_AUDIO_TEXT]",
+}
 
 
 # ---------------------------------------------------------------- params.json
 
+
 def full_params() -> dict:
     """params.json of Voxtral-4B-TTS-2603 (spec section 2), with no voices yet."""
     return {
-        "dim": 3072, "n_layers": 26, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32, "n_kv_heads": 8,
-        "rope_theta": 1e6, "norm_eps": 1e-5, "vocab_size": 131072, "tied_embeddings": True, "use_biases": False,
-        "causal": True, "max_seq_len": 65536, "model_type": "voxtral_tts",
+        "dim": 3072,
+        "n_layers": 26,
+        "head_dim": 128,
+        "hidden_dim": 9216,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "rope_theta": 1e6,
+        "norm_eps": 1e-5,
+        "vocab_size": 131072,
+        "tied_embeddings": True,
+        "use_biases": False,
+        "causal": True,
+        "max_seq_len": 65536,
+        "model_type": "voxtral_tts",
         "multimodal": {
             "bos_token_id": 1,
             "audio_model_args": {
-                "semantic_codebook_size": 8192, "acoustic_codebook_size": 21, "n_acoustic_codebook": 36,
-                "audio_token_id": 24, "begin_audio_token_id": 25, "input_embedding_concat_type": "sum",
-                "p_uncond": 0.0, "condition_dropped_token_id": 42,
-                "audio_encoding_args": {"codebook_pattern": "parallel", "num_codebooks": 37, "sampling_rate": 24000,
-                                        "frame_rate": 12.5},
+                "semantic_codebook_size": 8192,
+                "acoustic_codebook_size": 21,
+                "n_acoustic_codebook": 36,
+                "audio_token_id": 24,
+                "begin_audio_token_id": 25,
+                "input_embedding_concat_type": "sum",
+                "p_uncond": 0.0,
+                "condition_dropped_token_id": 42,
+                "audio_encoding_args": {
+                    "codebook_pattern": "parallel",
+                    "num_codebooks": 37,
+                    "sampling_rate": 24000,
+                    "frame_rate": 12.5,
+                },
                 "acoustic_transformer_args": {
-                    "input_dim": 3072, "dim": 3072, "n_layers": 3, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32,
-                    "n_kv_heads": 8, "use_biases": False, "rope_theta": 1e4, "sigma": 1e-5, "sigma_max": 1.0},
+                    "input_dim": 3072,
+                    "dim": 3072,
+                    "n_layers": 3,
+                    "head_dim": 128,
+                    "hidden_dim": 9216,
+                    "n_heads": 32,
+                    "n_kv_heads": 8,
+                    "use_biases": False,
+                    "rope_theta": 1e4,
+                    "sigma": 1e-5,
+                    "sigma_max": 1.0,
+                },
             },
             "audio_tokenizer_args": {
-                "channels": 1, "sampling_rate": 24000, "pretransform_patch_size": 240, "patch_proj_kernel_size": 7,
-                "semantic_codebook_size": 8192, "semantic_dim": 256, "acoustic_codebook_size": 21, "acoustic_dim": 36,
-                "conv_weight_norm": True, "causal": True, "attn_sliding_window_size": 16,
-                "half_attn_window_upon_downsampling": True, "dim": 1024, "hidden_dim": 4096, "head_dim": 128,
-                "n_heads": 8, "n_kv_heads": 8, "qk_norm": True, "qk_norm_eps": 1e-6, "use_biases": False,
-                "norm_eps": 1e-2, "layer_scale": True, "layer_scale_init": 0.01,
-                "decoder_transformer_lengths_str": "2,2,2,2", "decoder_convs_kernels_str": "3,4,4,4",
-                "decoder_convs_strides_str": "1,2,2,2", "voice": {}},
+                "channels": 1,
+                "sampling_rate": 24000,
+                "pretransform_patch_size": 240,
+                "patch_proj_kernel_size": 7,
+                "semantic_codebook_size": 8192,
+                "semantic_dim": 256,
+                "acoustic_codebook_size": 21,
+                "acoustic_dim": 36,
+                "conv_weight_norm": True,
+                "causal": True,
+                "attn_sliding_window_size": 16,
+                "half_attn_window_upon_downsampling": True,
+                "dim": 1024,
+                "hidden_dim": 4096,
+                "head_dim": 128,
+                "n_heads": 8,
+                "n_kv_heads": 8,
+                "qk_norm": True,
+                "qk_norm_eps": 1e-6,
+                "use_biases": False,
+                "norm_eps": 1e-2,
+                "layer_scale": True,
+                "layer_scale_init": 0.01,
+                "decoder_transformer_lengths_str": "2,2,2,2",
+                "decoder_convs_kernels_str": "3,4,4,4",
+                "decoder_convs_strides_str": "1,2,2,2",
+                "voice": {},
+            },
         },
     }
 
 
 SMALL_BACKBONE = dict(dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=8, n_kv_heads=2, vocab_size=2048)
 SMALL_ACOUSTIC = dict(n_layers=3, head_dim=16, hidden_dim=128, n_heads=8, n_kv_heads=2)
-SMALL_CODEC = dict(dim=64, hidden_dim=128, head_dim=16, n_heads=4, n_kv_heads=4, semantic_codebook_size=64,
-                   semantic_dim=16)
+SMALL_CODEC = dict(
+    dim=64, hidden_dim=128, head_dim=16, n_heads=4, n_kv_heads=4, semantic_codebook_size=64, semantic_dim=16
+)
 
 
 def small_params(backbone: dict | None = None, acoustic: dict | None = None, codec: dict | None = None) -> dict:
@@ -79,6 +137,7 @@ def small_params(backbone: dict | None = None, acoustic: dict | None = None, cod
 
 
 # ---------------------------------------------------------------- weights
+
 
 def random_tensor(name: str, shape: tuple, seed: int = 0) -> Tensor:
     """bf16 values at scales that keep activations finite through all layers, and decoded audio at about -20 dBFS.
@@ -100,7 +159,7 @@ def random_tensor(name: str, shape: tuple, seed: int = 0) -> Tensor:
         return (gain * (1 + 0.1 * torch.randn(shape, generator=generator))).bfloat16()
     std = 0.02 if "embeddings" in name else prod(shape[1:]) ** -0.5
     tensor = torch.empty(shape, dtype=torch.bfloat16)
-    for rows in tensor.split(max(1, 2 ** 24 // prod(shape[1:]))):  # fp32 draws are fast; one chunk of them is small
+    for rows in tensor.split(max(1, 2**24 // prod(shape[1:]))):  # fp32 draws are fast; one chunk of them is small
         rows.copy_(torch.randn(rows.shape, generator=generator).mul_(std))
     return tensor
 
@@ -110,8 +169,13 @@ def random_voice(params: ModelParams, n_rows: int, table: Tensor, seed: int = 0)
     sizes = params.codec
     generator = torch.Generator().manual_seed(seed)
     shape = (1, sizes.acoustic_dim, n_rows)
-    codes = torch.cat([torch.randint(sizes.semantic_codebook_size, (1, 1, n_rows), generator=generator),
-                       torch.randint(sizes.acoustic_codebook_size, shape, generator=generator)], dim=1)
+    codes = torch.cat(
+        [
+            torch.randint(sizes.semantic_codebook_size, (1, 1, n_rows), generator=generator),
+            torch.randint(sizes.acoustic_codebook_size, shape, generator=generator),
+        ],
+        dim=1,
+    )
     codes[:, :, -1] = EMPTY_AUDIO - N_SPECIAL_IDS
     codes[:, 0, -1] = END_AUDIO - N_SPECIAL_IDS
     codec = meta_codec(params)
@@ -120,6 +184,7 @@ def random_voice(params: ModelParams, n_rows: int, table: Tensor, seed: int = 0)
 
 
 # ---------------------------------------------------------------- files
+
 
 def write_tekken(path, n_text_tokens: int | None, voices: dict[str, int]) -> None:
     """tekken.json (spec section 5) from the vocabulary that mistral_common ships.
@@ -133,21 +198,43 @@ def write_tekken(path, n_text_tokens: int | None, voices: dict[str, int]) -> Non
     if not 256 <= n_text_tokens <= largest:
         raise UserError(f"n_text_tokens is {n_text_tokens}, but the vocabulary gives 256 to {largest}.")
     names = {token["rank"]: token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS} | SPEECH_TOKENS
-    write_text(path, json.dumps({
-        "config": {"pattern": source["config"]["pattern"], "num_vocab_tokens": n_text_tokens,
-                   "default_vocab_size": N_SPECIAL_TOKENS + n_text_tokens,
-                   "default_num_special_tokens": N_SPECIAL_TOKENS, "version": "v7"},
-        "vocab": source["vocab"][:n_text_tokens],
-        "special_tokens": [{"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
-                           for rank in range(N_SPECIAL_TOKENS)],
-        "audio": {"sampling_rate": 24000, "frame_rate": 12.5,
-                  "audio_encoding_config": {"num_mel_bins": 128, "hop_length": 160, "window_size": 400},
-                  "chunk_length_s": None, "voice_num_audio_tokens": voices},
-    }, ensure_ascii=False))
+    write_text(
+        path,
+        json.dumps(
+            {
+                "config": {
+                    "pattern": source["config"]["pattern"],
+                    "num_vocab_tokens": n_text_tokens,
+                    "default_vocab_size": N_SPECIAL_TOKENS + n_text_tokens,
+                    "default_num_special_tokens": N_SPECIAL_TOKENS,
+                    "version": "v7",
+                },
+                "vocab": source["vocab"][:n_text_tokens],
+                "special_tokens": [
+                    {"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
+                    for rank in range(N_SPECIAL_TOKENS)
+                ],
+                "audio": {
+                    "sampling_rate": 24000,
+                    "frame_rate": 12.5,
+                    "audio_encoding_config": {"num_mel_bins": 128, "hop_length": 160, "window_size": 400},
+                    "chunk_length_s": None,
+                    "voice_num_audio_tokens": voices,
+                },
+            },
+            ensure_ascii=False,
+        ),
+    )
 
 
-def write_random_checkpoint(folder, raw_params: dict, voices: dict[str, int | Tensor], seed: int = 0,
-                            n_text_tokens: int | None = None, trained: dict[str, Tensor] | None = None) -> None:
+def write_random_checkpoint(
+    folder,
+    raw_params: dict,
+    voices: dict[str, int | Tensor],
+    seed: int = 0,
+    n_text_tokens: int | None = None,
+    trained: dict[str, Tensor] | None = None,
+) -> None:
     """A whole checkpoint folder with random weights; one tensor is in memory at a time.
 
     raw_params: full_params() or small_params(); voices: name -> rows of a random one (>= 2, the last one END_AUDIO), or
@@ -165,12 +252,15 @@ def write_random_checkpoint(folder, raw_params: dict, voices: dict[str, int | Te
     def tensor(name: str) -> Tensor:
         return trained[name] if name in trained else random_tensor(name, layout[name], seed)
 
-    write_safetensors(folder / "consolidated.safetensors", layout, lambda name: torch.bfloat16, tensor,
-                      metadata={"format": "pt"})
+    write_safetensors(
+        folder / "consolidated.safetensors", layout, lambda name: torch.bfloat16, tensor, metadata={"format": "pt"}
+    )
     write_text(folder / "params.json", json.dumps(raw, indent=2))
     table = tensor(EMBEDDING_NAME)
-    embeddings = {name: random_voice(params, voice, table, seed + index) if isinstance(voice, int) else voice
-                  for index, (name, voice) in enumerate(voices.items())}
+    embeddings = {
+        name: random_voice(params, voice, table, seed + index) if isinstance(voice, int) else voice
+        for index, (name, voice) in enumerate(voices.items())
+    }
     n_text_tokens = params.vocab_size - N_SPECIAL_TOKENS if n_text_tokens is None else n_text_tokens
     write_tekken(folder / "tekken.json", n_text_tokens, {name: len(voice) for name, voice in embeddings.items()})
     for name, voice in embeddings.items():

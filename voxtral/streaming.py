@@ -4,7 +4,8 @@ The decoder is causal over frames: what a chunk needs of the past is a fixed num
 its samples equal those of decoding everything at once. Only the very first samples look ahead, as the last convolution
 mirrors the first patches to the left, and those lie within the first frame.
 """
-from typing import Iterator
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class StreamingDecoder:
             first = max(0, start - self.context)
             samples = self.codec.decode(codes[..., first:end].to(self.codec.audio_embedding.device))[:, 0]
             self.n_frames = end
-            yield samples[:, (start - first) * frame_size:].float().cpu()
+            yield samples[:, (start - first) * frame_size :].float().cpu()
 
 
 def decode_batch(codec: VoxtralCodec, codes: list[Tensor]) -> list[Tensor]:
@@ -60,4 +61,4 @@ def decode_batch(codec: VoxtralCodec, codes: list[Tensor]) -> list[Tensor]:
         return [torch.zeros(0) for _ in codes]
     padded = torch.stack([F.pad(c, (0, longest - c.shape[-1])) for c in codes])
     samples = torch.cat(list(StreamingDecoder(codec).extend(padded)), dim=1)
-    return [s[:c.shape[-1] * codec.params.frame_size].clone() for s, c in zip(samples, codes)]
+    return [s[: c.shape[-1] * codec.params.frame_size].clone() for s, c in zip(samples, codes)]

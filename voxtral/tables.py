@@ -2,22 +2,39 @@
 
 Lines end at "\n" alone (or "\r\n"): U+2028, U+0085 and form feeds are part of a text.
 """
+
 import codecs
 import csv
 import json
 import re
 from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import NamedTuple
 
 from voxtral.errors import UserError, reason_of
 from voxtral.remarks import Remarks
 
 # What a column holds -> the names it goes by in the world's data sets, best first; case does not count.
 COLUMNS = {
-    "path": ("path", "audio", "audio_path", "audio_file", "audio_filepath", "audio_filename", "file_name", "filename",
-             "file", "file_path", "filepath", "wav", "wav_path", "wav_file", "wav_filename"),
+    "path": (
+        "path",
+        "audio",
+        "audio_path",
+        "audio_file",
+        "audio_filepath",
+        "audio_filename",
+        "file_name",
+        "filename",
+        "file",
+        "file_path",
+        "filepath",
+        "wav",
+        "wav_path",
+        "wav_file",
+        "wav_filename",
+    ),
     "speaker": ("speaker", "voice", "speaker_id", "speaker_name", "spk", "spk_id", "client_id"),
     "text": ("text", "sentence", "transcription", "transcript", "normalized_text"),
     "codes": ("codes",),
@@ -35,6 +52,7 @@ class TableError(UserError):
 
 class Row(NamedTuple):
     """What a row says of a clip; empty: nothing. read_table() gives none without a path."""
+
     path: str
     speaker: str = ""
     text: str = ""
@@ -60,8 +78,11 @@ def read_table(path, remarks: Remarks) -> Iterator[Row]:
         raise TableError(f"{path} has no row that can be read.")
     used = _columns(tuple(names))
     if not used[0]:
-        raise TableError(f"{path}: no column names the files; it has {', '.join(map(repr, names))}, and understood are "
-                         + "; ".join(f"{column}: {', '.join(known)}" for column, known in COLUMNS.items()) + ".")
+        raise TableError(
+            f"{path}: no column names the files; it has {', '.join(map(repr, names))}, and understood are "
+            + "; ".join(f"{column}: {', '.join(known)}" for column, known in COLUMNS.items())
+            + "."
+        )
     unused = [str(name) for name in names if not any(name in known for known in used)]
     if unused and not (used[1] and used[2]):
         missing = "speaker" if used[2] else "text"
@@ -101,6 +122,7 @@ def is_unicode(text: str) -> bool:
 
 
 # ---------------------------------------------------------------- lines
+
 
 def read_lines(path) -> Iterator[str]:
     """The lines of a text file, without their ends. Bytes that are not UTF-8 come as surrogates, as in file names.
@@ -144,6 +166,7 @@ def read_json_lines(path, remarks: Remarks) -> Iterator[dict]:
 
 # ---------------------------------------------------------------- JSON and delimited tables
 
+
 def _is_json(path: Path) -> bool:
     return path.suffix.lower() in JSON_SUFFIXES
 
@@ -172,8 +195,10 @@ class _Dialect:
 
     def __init__(self, header: str, suffix: str):
         preferred = "\t" if suffix == ".tsv" else ","
-        self.delimiter = min(DELIMITERS, key=lambda one: (
-            not _columns(tuple(_split(header, one) or []))[0], one != preferred, -header.count(one)))
+        self.delimiter = min(
+            DELIMITERS,
+            key=lambda one: (not _columns(tuple(_split(header, one) or []))[0], one != preferred, -header.count(one)),
+        )
         # Common Voice's tables, and most others between tabs or bars, hold quotes as they are.
         self.quoting = self.delimiter in ",;" or header.startswith('"')
         self.columns = [name.strip() for name in self.split(header) or header.split(self.delimiter)]
@@ -188,14 +213,17 @@ class _Dialect:
     def is_row(self, line: str, like: str) -> bool:
         """Is `line` a row of its own, whose file has the suffix of that in `like`?"""
         fields, others = line.split(self.delimiter), like.split(self.delimiter)
-        return (len(fields) >= len(self.columns) and len(others) > self.path_at
-                and Path(fields[self.path_at].strip('"')).suffix == Path(others[self.path_at].strip('"')).suffix)
+        return (
+            len(fields) >= len(self.columns)
+            and len(others) > self.path_at
+            and Path(fields[self.path_at].strip('"')).suffix == Path(others[self.path_at].strip('"')).suffix
+        )
 
     def fitted(self, fields: list[str]) -> list[str] | None:
         """As many fields as columns: delimiters in an unquoted text belong to it. None: too many."""
         n = len(self.columns)
         if len(fields) > n and self.text_is_last:
-            return [*fields[:n - 1], self.delimiter.join(fields[n - 1:])]
+            return [*fields[: n - 1], self.delimiter.join(fields[n - 1 :])]
         return None if any(fields[n:]) else fields[:n] + [""] * (n - len(fields))
 
 
@@ -238,8 +266,10 @@ def _delimited_rows(path: Path, names: dict, remarks: Remarks) -> Iterator[tuple
         if fields is None:
             fields = line.split(dialect.delimiter)
             if not any_open:
-                remarks.note(f"{path}: a quote is opened and not closed (first in line {number}); such lines are read as "
-                             "they stand")
+                remarks.note(
+                    f"{path}: a quote is opened and not closed (first in line {number}); such lines are read as "
+                    "they stand"
+                )
             any_open = True
         fields = dialect.fitted(fields)
         if fields is None:

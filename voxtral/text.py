@@ -1,4 +1,5 @@
 """Texts to speak: long ones cut at sentences, and lists of sentences by language."""
+
 import re
 import unicodedata
 from itertools import chain
@@ -9,8 +10,12 @@ from voxtral.errors import UserError
 LANGUAGE = re.compile(r"([a-z]{2,3}([-_][A-Za-z]{2,4})?)?")  # en, pt-BR, or nothing
 MAX_CHARS = 300  # of a piece: about 20 s of speech
 # Where a long text may be cut, best first: after a sentence, after a clause, between words, anywhere.
-CUTS = [re.compile(r"(?<=[.!?…।؟])[\"'”’»)\]]*\s+|\n+"), re.compile(r"(?<=[,;:،؛–—])\s+"), re.compile(r"\s+"),
-        re.compile(r"(?<=.)(?=.)")]
+CUTS = [
+    re.compile(r"(?<=[.!?…।؟])[\"'”’»)\]]*\s+|\n+"),
+    re.compile(r"(?<=[,;:،؛–—])\s+"),
+    re.compile(r"\s+"),
+    re.compile(r"(?<=.)(?=.)"),
+]
 
 
 def split_text(text: str, max_chars: int = MAX_CHARS) -> list[str]:
@@ -24,8 +29,9 @@ def split_text(text: str, max_chars: int = MAX_CHARS) -> list[str]:
 def _split(text: str, max_chars: int, level: int) -> list[str]:
     ends = [match.end() for match in CUTS[level].finditer(text)]
     parts = [text[start:end].strip() for start, end in zip([0, *ends], [*ends, len(text)])]
-    parts = chain.from_iterable([part] if len(part) <= max_chars else _split(part, max_chars, level + 1)
-                                for part in parts if part)
+    parts = chain.from_iterable(
+        [part] if len(part) <= max_chars else _split(part, max_chars, level + 1) for part in parts if part
+    )
     joint, pieces = "" if level == len(CUTS) - 1 else " ", []
     for part in parts:
         if pieces and len(pieces[-1]) + len(joint) + len(part) <= max_chars:

@@ -4,6 +4,7 @@ Where they write and whether they are online is theirs to be told, by their own 
 MLFLOW_TRACKING_URI, ...). tracker.json in the run folder holds the name of the run there, so that a resumed run goes on
 in it.
 """
+
 import importlib.util
 import json
 import uuid
@@ -33,8 +34,9 @@ def open_tracker(config, folder: Path):
     try:
         tracker = kind(config.tracker, folder, asdict(config), known.get("id"))
     except Exception as error:  # each package has its own
-        raise UserError(f"tracker {config.tracker} cannot start ({' '.join(str(error).split())}): set it up, or set "
-                        "tracker=none.") from error
+        raise UserError(
+            f"tracker {config.tracker} cannot start ({' '.join(str(error).split())}): set it up, or set tracker=none."
+        ) from error
     write_text(record, json.dumps({"tracker": config.tracker, "id": tracker.id}) + "\n")
     return tracker
 

@@ -2,10 +2,11 @@
 
 A batch gives every request what it would get alone, up to rounding: its noise hangs on its own seed and the frame.
 """
+
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from voxtral.tables import is_unicode
 from voxtral.text import says_something
 from voxtral.voices import list_voices, load_pt
 
-FIRST_BLOCK, BLOCK = 4, 8   # frames between looks for END_AUDIO, each of which waits for the device; the first is short
-SLOT_MULTIPLE = 256         # of the cache, so that batches with prompts of similar length share one
+FIRST_BLOCK, BLOCK = 4, 8  # frames between looks for END_AUDIO, each of which waits for the device; the first is short
+SLOT_MULTIPLE = 256  # of the cache, so that batches with prompts of similar length share one
 
 
 class TTSError(UserError):
@@ -35,6 +36,7 @@ class TTSError(UserError):
 class Request:
     """`voice` [N, dim]: rows of a voice embedding, END_AUDIO row included; `seed`: whole numbers >= 0 that the noise
     hangs on; `cfg_alpha`: weight of the velocity that sees the prompt, against the one that does not."""
+
     text: str
     voice: Tensor
     seed: Sequence[int] = (0,)
@@ -45,6 +47,7 @@ class Request:
 class Take:
     """What a request has given so far: `codes` [37, L] int64 on the CPU, and whether END_AUDIO has come. A finished
     take that is not `ended` was cut off at the length limit."""
+
     codes: Tensor
     ended: bool = False
 
@@ -91,21 +94,24 @@ class TTS:
         prompts = [self.prompt(request.text, request.voice) for request in requests]
         loop = self._loop_for(prompts, max_frames)
         dim = self.codec.params.acoustic_dim
-        loop.start(prompts, torch.stack([noise(request.seed, max_frames, dim) for request in requests]),
-                   torch.tensor([[request.cfg_alpha] for request in requests]))
+        loop.start(
+            prompts,
+            torch.stack([noise(request.seed, max_frames, dim) for request in requests]),
+            torch.tensor([[request.cfg_alpha] for request in requests]),
+        )
         takes = [Take(loop.ids.new_empty(loop.ids.shape[-1], 0, device="cpu")) for _ in requests]
         done = 0
         while done < max_frames and not all(take.ended for take in takes):
             n_frames = min(BLOCK if done else FIRST_BLOCK, max_frames - done)
             for _ in range(n_frames):
                 loop.step()
-            block = loop.ids[:, done:done + n_frames].cpu()  # the only wait for the device
+            block = loop.ids[:, done : done + n_frames].cpu()  # the only wait for the device
             done += n_frames
             for take, ids in zip(takes, block):
                 if not take.ended:
                     ends = (ids[:, 0] == END_AUDIO).nonzero()
                     take.ended = len(ends) > 0
-                    kept = ids[:ends[0, 0]] if take.ended else ids
+                    kept = ids[: ends[0, 0]] if take.ended else ids
                     take.codes = torch.cat([take.codes, kept.T - N_SPECIAL_IDS], dim=1)
             yield takes
 
@@ -125,11 +131,14 @@ class TTS:
         needed = prompt_slots(prompts) + max_frames
         context = self.models.backbone.params.raw.get("max_seq_len", math.inf)
         if needed > context:
-            raise TTSError(f"prompt and audio would take {needed} positions, but the model's context has {context}: "
-                           "shorten the text or the length limit.")
+            raise TTSError(
+                f"prompt and audio would take {needed} positions, but the model's context has {context}: "
+                "shorten the text or the length limit."
+            )
         loop = self._loop
-        if not (loop and len(loop.ids) == len(prompts) and loop.max_frames >= max_frames
-                and loop.cache.n_slots >= needed):
+        if not (
+            loop and len(loop.ids) == len(prompts) and loop.max_frames >= max_frames and loop.cache.n_slots >= needed
+        ):
             self._loop = loop = None  # frees its memory first
             n_slots = -(-needed // SLOT_MULTIPLE) * SLOT_MULTIPLE
             self._loop = FrameLoop(self.backbone, self.models.acoustic, self.codec, len(prompts), n_slots, max_frames)

@@ -1,4 +1,5 @@
 """Validation on fixed clips, quantized as serving quantizes, by metrics that no switch redefines."""
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +23,20 @@ from voxtral.sources import Clip, DataConfig, source_name
 @dataclass
 class Encoded:
     """One batch of clips through a codec, on the CPU."""
-    waveform: Tensor        # [B, 1, T] source
+
+    waveform: Tensor  # [B, 1, T] source
     reconstruction: Tensor  # [B, 1, T] decoded from the codes
-    codes: Tensor           # [B, 1 + acoustic_dim, L]
-    lengths: Tensor         # [B] samples
+    codes: Tensor  # [B, 1 + acoustic_dim, L]
+    lengths: Tensor  # [B] samples
 
 
 @torch.no_grad()
-def evaluate_codec(codec: VoxtralCodec, batches: list[Batch], reference: list[Encoded] | None = None,
-                   true_codes: list[Tensor | None] | None = None) -> tuple[dict, list[Encoded]]:
+def evaluate_codec(
+    codec: VoxtralCodec,
+    batches: list[Batch],
+    reference: list[Encoded] | None = None,
+    true_codes: list[Tensor | None] | None = None,
+) -> tuple[dict, list[Encoded]]:
     """Encodes every clip as if it were alone, decodes its codes, and measures.
 
     Returns (metrics: mel_distance, stft_distance (audiotools' definitions), semantic_used, semantic_perplexity,
@@ -44,16 +50,20 @@ def evaluate_codec(codec: VoxtralCodec, batches: list[Batch], reference: list[En
     for batch in batches:
         batch = batch.to(device)
         codes = codec.encode(batch.waveform, batch.lengths)
-        reconstruction = codec.decode(codes)[..., :batch.waveform.shape[-1]].float()
-        distances = {"mel_distance": mel_distance(reconstruction, batch.waveform, batch.lengths),
-                     "stft_distance": stft_distance(reconstruction, batch.waveform, batch.lengths)}
+        reconstruction = codec.decode(codes)[..., : batch.waveform.shape[-1]].float()
+        distances = {
+            "mel_distance": mel_distance(reconstruction, batch.waveform, batch.lengths),
+            "stft_distance": stft_distance(reconstruction, batch.waveform, batch.lengths),
+        }
         for name, value in distances.items():
             sums[name] = sums.get(name, 0.0) + value.item() * len(batch.lengths)
         n_clips += len(batch.lengths)
         encoded.append(Encoded(batch.waveform.cpu(), reconstruction.cpu(), codes.cpu(), batch.lengths.cpu()))
     metrics = {name: value / n_clips for name, value in sums.items()}
     codes, n_frames = stacked(encoded, codec.params.frame_size)
-    statistics = code_statistics(codes, n_frames, codec.params.semantic_codebook_size, codec.params.acoustic_codebook_size)
+    statistics = code_statistics(
+        codes, n_frames, codec.params.semantic_codebook_size, codec.params.acoustic_codebook_size
+    )
     metrics.update({name: value.tolist() for name, value in statistics.items()})
     metrics["embedding_norm"] = embedding_norm(codec, codes.to(device), n_frames.to(device)).item()
     if reference is not None:
@@ -74,8 +84,9 @@ def test_weights(codec: VoxtralCodec, folder: Path, clips: list[Clip], config: D
     groups, all_bad = {"all": clips}, []
     numbers = sorted({clip.source for clip in clips})
     if len(numbers) > 1:
-        groups |= {source_name(config.sources[number]): [clip for clip in clips if clip.source == number]
-                   for number in numbers}
+        groups |= {
+            source_name(config.sources[number]): [clip for clip in clips if clip.source == number] for number in numbers
+        }
     metrics = {}
     for name, group in groups.items():
         batches = validation_batches(group, config)
@@ -85,13 +96,15 @@ def test_weights(codec: VoxtralCodec, folder: Path, clips: list[Clip], config: D
     return metrics, all_bad
 
 
-def write_samples(folder: Path, encoded: list[Encoded], n_clips: int, sampling_rate: int, board: SummaryWriter,
-                  step: int) -> None:
+def write_samples(
+    folder: Path, encoded: list[Encoded], n_clips: int, sampling_rate: int, board: SummaryWriter, step: int
+) -> None:
     """The first clips as audio and spectrogram, in folder/step_XXXXXXXX and on the board; their sources once."""
     place = folder / f"step_{step:08d}"
     place.mkdir(parents=True, exist_ok=True)
-    clips = [(e.waveform[i, 0, :n], e.reconstruction[i, 0, :n]) for e in encoded
-             for i, n in enumerate(e.lengths.tolist())]
+    clips = [
+        (e.waveform[i, 0, :n], e.reconstruction[i, 0, :n]) for e in encoded for i, n in enumerate(e.lengths.tolist())
+    ]
     for i, (source, reconstruction) in enumerate(clips[:n_clips]):
         paths = {place / f"clip_{i}_reconstruction.wav": reconstruction}
         if not (once := folder / f"clip_{i}_source.wav").exists():

@@ -4,6 +4,7 @@ params.json, its rows in voice_embedding/NAME.pt, and their number in tekken.jso
 They are written in the order file, tekken.json, params.json, each by renaming, and a voice removed in the reverse one:
 after a kill list_voices() shows what is missing, and the same command again completes it.
 """
+
 import io
 import json
 import math
@@ -29,7 +30,7 @@ from voxtral.remarks import Remarks
 
 IN_PARAMS = ["multimodal", "audio_tokenizer_args", "voice"]
 IN_TEKKEN = ["audio", "voice_num_audio_tokens"]
-RECORD = "registered_voices.json"   # name -> file it was made from, of the voices that are no presets
+RECORD = "registered_voices.json"  # name -> file it was made from, of the voices that are no presets
 EMBEDDING_SUFFIXES = {".pt", ".safetensors"}
 MAX_END_ERROR = 0.05  # relative; bf16 sums differ by less than 0.02, other frames by about 1
 
@@ -40,20 +41,29 @@ class VoiceError(UserError):
 
 # ---------------------------------------------------------------- the three places
 
+
 @dataclass
 class Voice:
     """What each place says of a voice; None: nothing."""
+
     name: str
-    index: int | None        # params.json
-    n_tokens: int | None     # tekken.json
-    n_rows: int | None       # voice_embedding/NAME.pt
+    index: int | None  # params.json
+    n_tokens: int | None  # tekken.json
+    n_rows: int | None  # voice_embedding/NAME.pt
     is_preset: bool
 
     @property
     def problem(self) -> str:
         """What keeps serving from using it; empty: nothing."""
-        missing = [place for place, value in (("params.json", self.index), ("tekken.json", self.n_tokens),
-                                              ("a readable voice_embedding file", self.n_rows)) if value is None]
+        missing = [
+            place
+            for place, value in (
+                ("params.json", self.index),
+                ("tekken.json", self.n_tokens),
+                ("a readable voice_embedding file", self.n_rows),
+            )
+            if value is None
+        ]
         if missing:
             return f"not in {', nor in '.join(missing)}"
         if self.n_rows != self.n_tokens:
@@ -134,8 +144,9 @@ def remove(folder, name: str, force: bool = False) -> None:
 def check_name(folder, name: str, force: bool = False) -> None:
     """Raises VoiceError unless serving can find a voice of this name, and it is free or was registered here."""
     if not re.fullmatch(r"[a-z0-9_-]+", name):
-        raise VoiceError(f"'{name}' is no voice name: use only a-z, 0-9, _ and - (requests are lower-cased before the "
-                         "look-up).")
+        raise VoiceError(
+            f"'{name}' is no voice name: use only a-z, 0-9, _ and - (requests are lower-cased before the look-up)."
+        )
     known = {**_params_voices(Path(folder))[1], **_tekken_voices(Path(folder))[1]}
     if name in known and name not in _registered(folder) and not force:
         raise VoiceError(f"{name} is a preset of the checkpoint: choose another name, or replace it with --force.")
@@ -165,6 +176,7 @@ def _registered(folder) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------- embeddings
+
 
 def load_pt(path) -> Tensor:
     """The tensor in a torch.save'd file. Raises VoiceError for anything else; code in the pickle is never run."""
@@ -197,12 +209,16 @@ def load_embedding(path, params: ModelParams, end_row: Tensor) -> tuple[Tensor, 
     else:
         embedding = load_pt(path)
     if embedding.dim() != 2 or embedding.shape[1] != params.dim or not embedding.is_floating_point():
-        raise VoiceError(f"{path} holds {list(embedding.shape)} {embedding.dtype}: this checkpoint's voices are "
-                         f"[N, {params.dim}] floats.")
+        raise VoiceError(
+            f"{path} holds {list(embedding.shape)} {embedding.dtype}: this checkpoint's voices are "
+            f"[N, {params.dim}] floats."
+        )
     least, most = (math.ceil(seconds * params.codec.frame_rate_hz) + 1 for seconds in (MIN_SPEECH_SEC, MAX_SEC))
     if len(embedding) > most:  # before anything of its size is made
-        raise VoiceError(f"{path} has {len(embedding)} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are "
-                         f"{least} to {most}.")
+        raise VoiceError(
+            f"{path} has {len(embedding)} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are "
+            f"{least} to {most}."
+        )
     if not embedding.bfloat16().isfinite().all():
         raise VoiceError(f"{path} holds values that are no finite numbers.")
     notes = []
@@ -211,8 +227,10 @@ def load_embedding(path, params: ModelParams, end_row: Tensor) -> tuple[Tensor, 
         embedding = torch.cat([embedding.float(), end_row[None]])
         notes.append("the END_AUDIO row was missing and has been appended")
     if not least <= len(embedding) <= most:
-        raise VoiceError(f"{path} has {len(embedding)} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are "
-                         f"{least} to {most}.")
+        raise VoiceError(
+            f"{path} has {len(embedding)} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are "
+            f"{least} to {most}."
+        )
     return embedding.bfloat16(), notes
 
 
