@@ -236,7 +236,7 @@ def make_trained(config: StandinConfig) -> None:
             )
         judge = None
         if config.language_model and process.is_main:  # what it lacks is said before the work
-            judge = Judge(config.speaker.model, config.language_model.whisper, process.device)
+            judge = Judge(whisper_model=config.language_model.whisper, device=process.device)
         if process.is_main:
             output.mkdir(parents=True, exist_ok=True)
             dump_config(config, output / OWN_CONFIG)

@@ -48,18 +48,7 @@ from voxtral.data import (
     validation_batches,
 )
 from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
-from voxtral.losses import (
-    DECAYING,
-    ON_WAVEFORM,
-    Balancer,
-    MelDistance,
-    codebook_scale,
-    codes_loss,
-    commitment_loss,
-    diversity_loss,
-    l1_loss,
-    stft_loss,
-)
+from voxtral.losses import DECAYING, MelDistance, codebook_scale, codes_loss, commitment_loss, l1_loss, stft_loss
 from voxtral.matching import CodeMatching
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run
@@ -69,7 +58,6 @@ from voxtral.quantizer import QuantizationDraws
 from voxtral.run import Logger, SideStream, adamw, cosine_with_warmup, set_learning_rate, training_main
 from voxtral.run_folder import RunFolder, Tensors, write_files
 from voxtral.sources import DataError, final_clips, find_clips, split_validation
-from voxtral.speaker import SpeakerEncoder, speaker_loss
 from voxtral.validation import embedding_norm, evaluate_codec, in_words, test_weights, write_samples
 
 
@@ -159,10 +147,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         if teacher and config.asr.teacher_cache
         else None
     )
-    speaker_encoder = SpeakerEncoder(config.speaker, process.device) if weights["speaker"] else None
     discriminators = Discriminators(config.discriminator).to(process.device) if weights["feature"] else None
     mel_distance = MelDistance(params.sampling_rate).to(process.device)
-    balancer = Balancer(config.balancer.decay) if config.balancer.enabled else None
     matching = CodeMatching(known, codec, process.device) if known else None
     model = TrainingModel(codec, teacher.width if teacher else None).to(process.device).train()
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
@@ -221,7 +207,6 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         "discriminators": discriminators,
         "optimizer": optimizer,
         "discriminator_optimizer": discriminator_optimizer,
-        "balancer": balancer,
         "matching": matching,
     }
     stateful = {name: part for name, part in stateful.items() if part is not None}
@@ -266,10 +251,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
 
     def latent_losses(names, output, batch, frames):
         semantic = output.latent[:, : params.semantic_dim]
-        functions = {
-            "commit": lambda: commitment_loss(semantic, output.semantic_quantized, frames),
-            "diversity": lambda: diversity_loss(semantic, codec.quantizer.semantic_codebook.embedding, scale, frames),
-        }
+        functions = {"commit": lambda: commitment_loss(semantic, output.semantic_quantized, frames)}
         if matching:
             functions["match"] = lambda: matching(output, frames)
         if batch.codes is not None:
@@ -322,25 +304,12 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         losses |= waveform_losses(active, reconstruction, batch.waveform, lengths) | latent_losses(
             active, output, batch, frames
         )
-        if "speaker" in active:
-            with torch.no_grad():
-                wanted = speaker_encoder(batch.waveform, lengths)
-            losses["speaker"] = speaker_loss(speaker_encoder(reconstruction, lengths), wanted)
         if "asr" in active:
             beside.wait()
             losses["asr"] = asr_distillation_loss(projected.float(), targets)
 
         total = sum(active[name] * loss for name, loss in losses.items())
-        if balancer:
-            on_waveform = {name: loss for name, loss in losses.items() if name in ON_WAVEFORM}
-            rest = sum(active[name] * loss for name, loss in losses.items() if name not in ON_WAVEFORM)
-            gradient = balancer.gradient(on_waveform, active, reconstruction)
-            total_backward = (reconstruction * gradient.detach()).sum() / len(
-                lengths
-            ) + rest  # a mean over clips, as all losses
-        else:
-            total_backward = total
-        (total_backward / settings.accumulation).backward()
+        (total / settings.accumulation).backward()
         if said_before and asked:
             said_before.write(batch.files, targets)
 

@@ -28,7 +28,6 @@ ROWS = {  # name -> what it changes of configs/full_pipeline.yaml
     "LoRA rank 2": ["lora.rank=2"],
     "LoRA rank 8": ["lora.rank=8"],
     "LoRA rank 32": ["lora.rank=32"],
-    "LoRA rank 8, layers normalized": ["lora.rank=8", "train.normalize_layers=true"],
     "LoRA rank 8, semantic_kl 1, preset_kl 3, preset_hidden 3": ["lora.rank=8", *ANCHORS],
     "audio_codebook_embeddings alone": ["train.trainable=[embedding]"],
     "encoder alone": ["train.trainable=[encoder]", "optimizer.learning_rate=5e-4"],

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 def rows(count: int):
     """`count` rows as train_encoder.py logs them every ten steps, with a validation every hundred of them."""
-    losses = ["total", "l1", "stft", "mel", "feature", "asr", "commit", "diversity", "match", "discriminator"]
+    losses = ["total", "l1", "stft", "mel", "feature", "asr", "commit", "match", "discriminator"]
     for number in range(1, count + 1):
         value = 1 / math.sqrt(number)
         row = {

@@ -13,8 +13,8 @@ What is printed
               median step, and over all of them
   peak GiB    GPU: what PyTorch took from the card (with CUDA graphs, that is what counts) and what tensors held of it;
               CPU: resident size of this process so far, without loader processes; not of two that are compared
-  FLOP/s      of matrix products, convolutions and attention, forward and backward, counted on one step; neither FFTs,
-              pointwise work nor cuDNN's LSTM (speaker loss)
+  FLOP/s      of matrix products, convolutions and attention, forward and backward, counted on one step; neither FFTs
+              nor pointwise work
   the table   time of every part's own work, forward and, for what autograd does because of that part, backward. GPU:
               sum of its kernels, so parts that overlap (Whisper has a stream of its own) may add up to more than a
               step. CPU: time on the main thread. A replayed CUDA graph hides what it launches, so the table is made in

@@ -27,11 +27,10 @@ from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig
 from voxtral.data import Batch
 from voxtral.discriminator import DiscriminatorLoss
-from voxtral.losses import Balancer, MelDistance
+from voxtral.losses import MelDistance
 from voxtral.matching import CodeMatching
 from voxtral.processes import Process
 from voxtral.quantizer import Quantizer
-from voxtral.speaker import SpeakerEncoder
 
 N_BLOCKS = 5  # in which --compare takes turns
 N_PROFILED = 3  # steps of the table
@@ -50,11 +49,8 @@ PARTS = {
     "loss mel": [(MelDistance, "forward")],
     "loss asr": [(train_encoder, "asr_distillation_loss")],
     "loss commit": [(train_encoder, "commitment_loss")],
-    "loss diversity": [(train_encoder, "diversity_loss")],
     "loss codes": [(train_encoder, "codes_loss")],
     "loss match": [(CodeMatching, "__call__")],
-    "loss speaker": [(SpeakerEncoder, "forward"), (train_encoder, "speaker_loss")],
-    "balancer": [(Balancer, "gradient")],
     "gradient clipping": [(nn.utils, "clip_grad_norm_")],
     "weight averaging": [(AveragedModel, "update_parameters")],
 }

@@ -28,7 +28,7 @@ class Row:
     changes: str
 
 
-# a to d build the paper's recipe piece by piece, e to t change one thing of it, j and n one of cheap, o and on ask what
+# a to d build the paper's recipe piece by piece, g to t change one thing of it, j and n one of cheap, o and on ask what
 # limits it. Commitment is in all: without it nothing ties the semantic latent to the codebook. The paper's schedule of
 # quantization is a piece as well: a and b quantize always (no key of the config says so: withheld_runs.py swaps the draws), c shows what the schedule is worth.
 ROWS = {
@@ -36,14 +36,12 @@ ROWS = {
         "reconstruction only",
         "",
         "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 "
-        "loss.diversity=0 loss.speaker=0 loss.match=0 quantization=always training_hz=24000 start=fresh "
+        "loss.match=0 quantization=always training_hz=24000 start=fresh "
         "speech=1 layers=own known=statistics",
     ),
     "b": Row("+ discriminators with feature matching", "a", "loss.feature=1"),
     "c": Row("+ stochastic quantization", "b", "quantization=stochastic"),
     "d": Row("+ ASR distillation: the paper's recipe", "c", "loss.asr=1"),
-    "e": Row("+ codebook diversity", "d", "loss.diversity=0.1"),
-    "f": Row("+ speaker loss", "d", "loss.speaker=1"),
     "g": Row("no average of the weights", "d", "train.ema_decay=0"),
     "h": Row("+ mel distance", "d", "loss.mel=1"),
     "i": Row("16 kHz speech", "d", "training_hz=16000"),

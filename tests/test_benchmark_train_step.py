@@ -31,12 +31,12 @@ from voxtral.processes import Process  # noqa: E402
 from voxtral.standin import small_params, write_random_checkpoint  # noqa: E402
 
 CPU = Process(0, 1, torch.device("cpu"))
-CHEAP = ["loss.feature=0", "loss.asr=0", "loss.speaker=0", "loss.mel=0", "loss.diversity=0", "balancer.enabled=false"]
+CHEAP = ["loss.feature=0", "loss.asr=0", "loss.mel=0"]
 SMALL_CODEC = dict(dim=32, hidden_dim=48, head_dim=8, semantic_codebook_size=40)
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory, whisper_checkpoint, speaker_checkpoint):
+def config_file(tmp_path_factory, whisper_checkpoint):
     """All losses, two clips of half a second a step."""
     folder = tmp_path_factory.mktemp("benchmark")
     write_random_checkpoint(folder / "checkpoint", small_params(codec=SMALL_CODEC), {}, n_text_tokens=300)
@@ -63,20 +63,10 @@ def config_file(tmp_path_factory, whisper_checkpoint, speaker_checkpoint):
                     "validation": {"clips": 1},
                 },
                 "train": {"precision": "fp32", "stft_fft_sizes": [256, 64], "log_every_steps": 1},
-                "loss": {
-                    "mel": 1.0,
-                    "feature": 1.0,
-                    "asr": 1.0,
-                    "diversity": 0.1,
-                    "speaker": 1.0,
-                    "match": 0.1,
-                    "codes": 1.0,
-                },
+                "loss": {"mel": 1.0, "feature": 1.0, "asr": 1.0, "match": 0.1, "codes": 1.0},
                 "match": {"codes": str(folder)},
                 "discriminator": {"fft_sizes": [78, 334], "channels": 2, "crop_sec": 0.3},
                 "asr": {"model": whisper_checkpoint, "language": "en", "context_sec": 1.26},
-                "speaker": {"model": speaker_checkpoint},
-                "balancer": {"enabled": True},
             }
         )
     )
@@ -114,7 +104,7 @@ def losses(folder):
 def test_the_steps_are_those_of_train_encoder(config_file, tmp_path, monkeypatch):
     """Bit for bit the losses and gradients of the same training by train_encoder.py."""
     monkeypatch.setattr(train_encoder, "plot_run", lambda *arguments: None)
-    overrides = [*train_step.OWN_DEFAULTS, "train.max_steps=3", "train.n_samples=0", "loss.speaker=0"]
+    overrides = [*train_step.OWN_DEFAULTS, "train.max_steps=3", "train.n_samples=0"]
     whole = tmp_path / "whole"
     train_encoder.main(["--config", str(config_file), *overrides, f"output_dir={whole}"])
     expected = losses(whole)

@@ -282,7 +282,6 @@ NONSENSE = [
     "discriminator.warmup_steps=-1",
     "discriminator.fft_sizes=[]",
     "discriminator.learning_rate=0",
-    "balancer.decay=1",
     "seed=-1",
     "data.max_sec=0.05",
     "data.max_sec=.nan",
@@ -304,14 +303,10 @@ def test_source_values_that_make_no_sense_are_named(load):
     assert "data.sources[1].kind is 'foldr'; the nearest valid kind is 'folder'" in message
 
 
-def test_nothing_to_learn_or_to_balance_is_an_error(load):
+def test_nothing_to_learn_is_an_error(load):
     zeros = [f"loss.{f.name}=0" for f in fields(EncoderConfig().loss)]
     assert "all weights are 0" in message_of(lambda: check_encoder_config(load("", *zeros)))
     only_feature = load("", *zeros, "loss.feature=1")
     assert "only feature has a weight" in message_of(lambda: check_encoder_config(only_feature))
     only_feature.discriminator.warmup_steps = 0
     check_encoder_config(only_feature)
-    balanced = load("", *zeros, "loss.asr=1", "loss.feature=1", "balancer.enabled=true")
-    assert "balancer.enabled" in message_of(lambda: check_encoder_config(balanced))
-    balanced.loss.mel = 1.0
-    check_encoder_config(balanced)

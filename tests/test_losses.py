@@ -8,14 +8,12 @@ import torch
 
 from voxtral.discriminator import DiscriminatorConfig, DiscriminatorLoss, Discriminators, FoldedConv2d, feature_loss
 from voxtral.losses import (
-    Balancer,
     MelDistance,
     clip_mean,
     codebook_scale,
     codes_loss,
     commitment_loss,
     discriminator_hinge_loss,
-    diversity_loss,
     feature_matching_loss,
     l1_loss,
     stft_distance,
@@ -103,32 +101,6 @@ def test_commitment_value_and_gradient():
     assert torch.equal(latent.grad, torch.tensor([[[1.0, 0.0], [2.0, 0.0]]]))
 
 
-def test_diversity_is_zero_when_uniform_and_one_when_collapsed():
-    codebook = torch.eye(4) * 10
-    spread = (codebook.T + 1e-3)[None]  # [1, 4, 4]: every entry once
-    assert diversity_loss(spread, codebook, torch.tensor(1.0), torch.tensor([4])).item() == pytest.approx(0, abs=1e-5)
-    collapsed = codebook.T[None, :, :1].expand(1, 4, 4) + 1e-3
-    assert diversity_loss(collapsed, codebook, torch.tensor(1.0), torch.tensor([4])).item() == pytest.approx(
-        1, abs=1e-5
-    )
-    assert diversity_loss(spread, codebook, torch.tensor(1.0), torch.tensor([1])).item() == pytest.approx(
-        1, abs=1e-5
-    )  # three frames are padding
-
-
-def test_diversity_gradient_spreads_codes():
-    codebook = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    latent = (codebook[0][None, :, None] + 0.3 * noise(1, 4, 16, seed=3)).requires_grad_()
-    optimizer = torch.optim.Adam([latent], 0.1)
-    scale = codebook_scale(codebook)
-    before = diversity_loss(latent, codebook, scale, torch.tensor([16])).item()
-    for _ in range(50):
-        optimizer.zero_grad()
-        diversity_loss(latent, codebook, scale, torch.tensor([16])).backward()
-        optimizer.step()
-    assert diversity_loss(latent, codebook, scale, torch.tensor([16])).item() < before / 2
-
-
 def test_codebook_scale_is_the_median_nearest_neighbour():
     assert codebook_scale(torch.tensor([[0.0], [1.0], [10.0], [13.0], [20.0]])).item() == pytest.approx(9)
 
@@ -195,29 +167,6 @@ def test_discriminators_shapes_and_gradients():
     assert outputs[1][-1].shape == (2, 1, 1 + 9600 // 135, 34)
     sum(maps[-1].mean() for maps in outputs).backward()
     assert x.grad.abs().sum() > 0 and all(p.grad is not None for p in discriminators.parameters())
-
-
-class TestBalancer:
-    def test_shares_do_not_depend_on_the_losses_scale(self):
-        x = noise(2, 1, 100).requires_grad_()
-        direction = {"l1": torch.zeros(2, 1, 100), "mel": torch.zeros(2, 1, 100)}
-        direction["l1"][..., 0], direction["mel"][..., 1] = 1.0, 1000.0
-        losses = {name: (x * d).sum() for name, d in direction.items()}
-        gradient = Balancer().gradient(losses, {"l1": 1.0, "mel": 3.0}, x)
-        assert gradient[0, 0, 0].item() == pytest.approx(0.25)  # w / sum(w) of a unit vector
-        assert gradient[0, 0, 1].item() == pytest.approx(0.75)
-
-    def test_average_is_exponential(self):
-        x = torch.ones(1, 1, 1, requires_grad=True)
-        balancer = Balancer(decay=0.5)
-        balancer.gradient({"l1": (x * 2).sum()}, {"l1": 1.0}, x)
-        gradient = balancer.gradient({"l1": (x * 4).sum()}, {"l1": 1.0}, x)
-        assert gradient.item() == pytest.approx(4 / ((0.5 * 2 + 4) / 1.5))
-
-    def test_a_loss_on_another_tensor_is_an_error(self):
-        x, other = torch.ones(1, 1, 4, requires_grad=True), torch.ones(1, requires_grad=True)
-        with pytest.raises(ValueError, match="loss.asr"):
-            Balancer().gradient({"l1": x.sum(), "asr": other.sum()}, {"l1": 1.0, "asr": 1.0}, x)
 
 
 def test_clip_mean_broadcasts_over_middle_axes():

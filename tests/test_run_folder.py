@@ -205,7 +205,6 @@ def test_changes_are_listed_and_every_configuration_is_kept(told, tmp_path):
         "train.trainable=[encoder,decoder]",
         "discriminator.channels=3",
         "loss.feature=1",
-        "balancer.enabled=true",
     ],
 )
 def test_what_the_state_hangs_on_cannot_change(told, tmp_path, override):

@@ -31,7 +31,7 @@ from voxtral.remarks import Remarks
 from voxtral.score_table import Metric
 from voxtral.scores import SCORE_RATE, normaliser, word_error_rate
 from voxtral.sources import Absent, Clip, read_manifest
-from voxtral.speaker import SpeakerConfig, SpeakerEncoder
+from voxtral.speaker import SpeakerEncoder
 from voxtral.streaming import decode_batch
 from voxtral.text import read_text
 from voxtral.tts import TTS, Request
@@ -194,7 +194,7 @@ class Judge:
         if language not in LANGUAGES:
             raise UserError(f"the language is '{language}': it must be one of Whisper's codes, such as en or ar.")
         self.device, self.language = torch.device(device), language
-        self.speaker = SpeakerEncoder(SpeakerConfig(speaker_model), device)
+        self.speaker = SpeakerEncoder(speaker_model, device)
         self.whisper = load_whisper(whisper_model, device) if whisper_model else None
 
     @torch.no_grad()

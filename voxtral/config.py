@@ -20,11 +20,10 @@ from voxtral.asr import AsrConfig
 from voxtral.data import SAMPLE_RATE, DataConfig
 from voxtral.discriminator import DiscriminatorConfig
 from voxtral.errors import UserError, reason_of
-from voxtral.losses import ON_WAVEFORM, LossWeights
+from voxtral.losses import LossWeights
 from voxtral.matching import MatchConfig
 from voxtral.params import LORA_MODULES
 from voxtral.sources import CODEC_FRAME_SEC, check_config
-from voxtral.speaker import SpeakerConfig
 from voxtral.tracking import TRACKERS, is_installed
 
 PARTS = ("encoder", "codebook", "decoder")
@@ -43,7 +42,6 @@ KEPT_ON_RESUMING = (
     "discriminator.fft_sizes",
     "discriminator.channels",
     "asr.model",
-    "balancer.enabled",
     "lora.rank",
     "lora.alpha",
     "lora.target_modules",
@@ -89,12 +87,6 @@ class OptimizerConfig:
 
 
 @dataclass
-class BalancerConfig:
-    enabled: bool = False  # EnCodec's gradient balancer over the losses on the waveform
-    decay: float = 0.999
-
-
-@dataclass
 class EncoderConfig:
     """Everything train_encoder.py can be told."""
 
@@ -111,9 +103,7 @@ class EncoderConfig:
     loss: LossWeights = field(default_factory=LossWeights)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     asr: AsrConfig = field(default_factory=AsrConfig)
-    speaker: SpeakerConfig = field(default_factory=SpeakerConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
-    balancer: BalancerConfig = field(default_factory=BalancerConfig)
 
 
 @dataclass
@@ -154,7 +144,6 @@ class FullPipelineTrainConfig:
     gradient_checkpointing: bool = False  # compute layers twice, keep only their inputs
     compile: bool = False  # with reference_sec: torch.compile of the layers on a GPU, half a minute at the start
     dropout: float = 0.0  # with reference_sec: of what layers add
-    normalize_layers: bool = False  # divide each layer's hidden loss by the variance of the teacher's layer
     gradient_clip: float = 1.0
     max_total_loss: float = 1e6  # above it the run stops as exploded
     log_every_steps: int = 10
@@ -402,7 +391,7 @@ def check_encoder_config(config: EncoderConfig) -> None:
             "discriminator.learning_rate",
         ],
         ["train.n_samples", "discriminator.warmup_steps"],
-        ["train.ema_decay", "balancer.decay"],
+        ["train.ema_decay"],
     )
     if "encoder" not in train.trainable and not config.encoder:
         raise ConfigError(
@@ -429,5 +418,3 @@ def check_encoder_config(config: EncoderConfig) -> None:
         raise ConfigError(
             "loss: only feature has a weight, and nothing would be learnt for discriminator.warmup_steps."
         )
-    if config.balancer.enabled and not any(getattr(config.loss, name) for name in ON_WAVEFORM if name != "feature"):
-        raise ConfigError("balancer.enabled: no loss on the waveform (l1, stft, mel, speaker) has a weight above 0.")

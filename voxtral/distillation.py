@@ -180,18 +180,14 @@ class FullPipeline(nn.Module):
         speaks = frame < batch.n_speech[:, None]
         predicts = speaks | (batch.is_whole[:, None] & (frame == batch.n_speech[:, None]))  # END_AUDIO, too
         functions = {
-            "hidden": lambda: hidden_loss(
-                student.layers, teacher.layers, batch.kind == AUDIO, self.config.train.normalize_layers
-            ),
+            "hidden": lambda: layer_errors(student.layers, teacher.layers, batch.kind == AUDIO).mean(),
             "semantic_kl": lambda: masked_mean(divergence(student.logits, teacher.logits), predicts),
             "cross_entropy": lambda: masked_mean(
                 F.cross_entropy(student.logits.transpose(1, 2), self.next_ids(batch) - END_AUDIO, reduction="none"),
                 predicts,
             ),
             "velocity": lambda: self.flow(batch, student, teacher, speaks, seed),
-            "preset_hidden": lambda: hidden_loss(
-                preset.layers, teacher.layers, batch.kind != PADDING, self.config.train.normalize_layers
-            ),
+            "preset_hidden": lambda: layer_errors(preset.layers, teacher.layers, batch.kind != PADDING).mean(),
             "preset_kl": lambda: masked_mean(divergence(preset.logits, teacher.logits), predicts),
             "flow": lambda: self.flow(batch, student, None, speaks, seed),
             "mel": lambda: self.mel_distance(
@@ -283,12 +279,6 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def layer_errors(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
     """Mean squared error [n_layers] of the layers [B, S, dim] at masked positions; all at once: few launches."""
     return masked_mean((torch.stack(student).float() - torch.stack(teacher).float()).square().mean(dim=-1), mask)
-
-
-def hidden_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, normalize: bool) -> Tensor:
-    """Mean of the layers' errors; normalize: each divided by the variance of the teacher's layer there."""
-    errors = layer_errors(student, teacher, mask)
-    return (errors / variance(torch.stack(teacher), mask) if normalize else errors).mean()
 
 
 def variance(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,26 +1,23 @@
-"""Losses of phase 1 (paper section 2.1) and the balancer. Waveforms are [B, 1, T]; `lengths` [B] counts valid samples.
+"""Losses of phase 1 (paper section 2.1). Waveforms are [B, 1, T]; `lengths` [B] counts valid samples.
 
 Padding never counts: every loss is averaged over a clip's valid samples or frames first, then over the clips, so two
 processes with half of a batch each average to the same value as one process with all of it.
 """
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
-import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
-from voxtral.codec import mask_samples, valid_mask
+from voxtral.codec import mask_samples
 from voxtral.quantizer import Quantizer
 
 
 @dataclass
 class LossWeights:
-    """The map of weights. A loss of weight 0 that needs something of its own (feature, asr, speaker, match) is not built."""
+    """The map of weights. A loss of weight 0 that needs something of its own (feature, asr, match) is not built."""
 
     l1: float = 1.0  # L1 between waveforms, decaying with gamma^t
     stft: float = 1.0  # L1 between STFT magnitudes, decaying with gamma^t
@@ -28,14 +25,11 @@ class LossWeights:
     feature: float = 0.0  # feature matching through the discriminators (alpha)
     asr: float = 0.0  # Whisper distillation (beta)
     commit: float = 0.1  # commitment of the semantic latent (delta)
-    diversity: float = 0.0  # entropy of the soft codebook assignment (not in the paper)
-    speaker: float = 0.0  # cosine distance of a frozen speaker encoder (not in the paper)
     match: float = 0.3  # statistics of the codes against those of known ones (not in the paper)
     codes: float = 0.0  # clips whose codes are known must give them (not in the paper)
 
 
 DECAYING = ("l1", "stft")  # multiplied by gamma^t
-ON_WAVEFORM = ("l1", "stft", "mel", "feature", "speaker")  # depend on the reconstruction: what a balancer may balance
 LOSS_NAMES = tuple(f.name for f in fields(LossWeights))
 
 
@@ -163,20 +157,6 @@ def codebook_distance(semantic: Tensor, codebook: Tensor) -> Tensor:
     return torch.cdist(x.reshape(1, -1, x.shape[-1]), codebook[None])[0].square()
 
 
-def diversity_loss(semantic: Tensor, codebook: Tensor, scale: Tensor, n_frames: Tensor) -> Tensor:
-    """1 - normalised entropy of the mean soft assignment of the semantic latent [B, D, L] to the codebook [K, D].
-
-    0 when all entries are used alike, 1 when a single one is. `scale` (codebook_scale) is the temperature. The mean
-    assignment is taken over all processes.
-    """
-    weight = (valid_mask(n_frames, semantic.shape[-1]).float() / n_frames[:, None] / len(semantic)).reshape(-1, 1)
-    mean = ((-codebook_distance(semantic, codebook) / scale).softmax(dim=1) * weight).sum(dim=0)
-    if dist.is_initialized():
-        mean = dist_nn.all_reduce(mean) / dist.get_world_size()
-    entropy = -(mean * mean.clamp(min=1e-12).log()).sum()
-    return 1 - entropy / math.log(len(codebook))
-
-
 # ---------------------------------------------------------------- discriminators
 
 
@@ -200,47 +180,3 @@ def discriminator_hinge_loss(real: list[Tensor], fake: list[Tensor], valid_share
         hinge = F.relu(1 - a.float()) + F.relu(1 + b.float())
         losses.append(clip_mean(hinge.transpose(2, 3), valid))
     return torch.stack(losses).mean()
-
-
-# ---------------------------------------------------------------- balancer
-
-
-class Balancer:
-    """EnCodec's loss balancer (Defossez et al. 2022, section 3.4): gradients w.r.t. one tensor, scaled to fixed shares.
-
-    The combined gradient is sum_i w_i / sum(w) * g_i / avg|g_i|, with an exponential average of the gradient norms.
-    Every balanced loss must depend on that tensor: one that does not is an error, never dropped.
-    """
-
-    def __init__(self, decay: float = 0.999):
-        self.decay = decay
-        self.norms: dict[str, Tensor] = {}  # decayed sums of gradient norms
-        self.counts: dict[str, float] = {}  # decayed numbers of steps: their ratio is a bias-free average
-
-    def gradient(self, losses: dict[str, Tensor], weights: dict[str, float], tensor: Tensor) -> Tensor:
-        """Balanced d(losses)/d(tensor); the batch is the first axis of `tensor`."""
-        gradients = {}
-        for name, loss in losses.items():
-            try:
-                gradients[name] = torch.autograd.grad(loss, tensor, retain_graph=True)[0]
-            except RuntimeError as error:
-                raise ValueError(
-                    f"loss.{name} does not depend on the balanced tensor: balancing would drop it."
-                ) from error
-        norms = torch.stack([g.float().flatten(1).norm(dim=1).mean() for g in gradients.values()])
-        if dist.is_initialized():
-            dist.all_reduce(norms)
-            norms /= dist.get_world_size()
-        combined, share = torch.zeros_like(tensor), sum(weights[name] for name in losses)
-        for (name, gradient), norm in zip(gradients.items(), norms):
-            self.norms[name] = self.decay * self.norms.get(name, 0.0) + norm
-            self.counts[name] = self.decay * self.counts.get(name, 0.0) + 1
-            average = (self.norms[name] / self.counts[name]).clamp(min=1e-12)
-            combined += weights[name] / share * gradient / average
-        return combined
-
-    def state_dict(self) -> dict:
-        return {"norms": self.norms, "counts": self.counts}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.norms, self.counts = state["norms"], state["counts"]

@@ -21,7 +21,7 @@ from voxtral.asr import load_whisper
 from voxtral.errors import UserError
 from voxtral.losses import MelDistance, stft_distance
 from voxtral.score_table import ECAPA_MODEL, MAX_SISDR_DB, SCORES
-from voxtral.speaker import SpeakerConfig, SpeakerEncoder
+from voxtral.speaker import SpeakerEncoder
 
 SCORE_RATE = 16000  # Hz, of PESQ, Whisper, ECAPA and DNSMOS
 UNSPACED = ("zh", "ja", "yue", "th", "lo", "my")  # written without spaces: characters count as words, as for Whisper
@@ -60,7 +60,7 @@ class Scorer:
         self.whisper = _named("--whisper", load_whisper, whisper_model, device) if "wer" in names else None
         self.speaker = None
         if "speaker" in names:
-            self.speaker = _named("--speaker-model", SpeakerEncoder, SpeakerConfig(speaker_model), device)
+            self.speaker = _named("--speaker-model", SpeakerEncoder, speaker_model, device)
         self.ecapa = load_ecapa(ecapa_model, device) if "ecapa" in names else None
 
     @torch.no_grad()

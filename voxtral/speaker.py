@@ -1,11 +1,10 @@
-"""Speaker loss: cosine distance of a frozen speaker encoder's embeddings (not in the paper).
+"""Speaker embeddings, by whose cosine the voices of two clips are compared.
 
 The encoder is Resemblyzer's GE2E network (Wan et al. 2018). Only the weights in its PyPI wheel are used, read
 without importing the package, whose webrtcvad and librosa would be needed for nothing else.
 """
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -24,21 +23,15 @@ MIN_COVERAGE = 0.75  # share of a window that must lie inside the clip, except f
 MIN_RMS = 10 ** (-30 / 20)  # quieter clips are raised to -30 dBFS
 
 
-@dataclass
-class SpeakerConfig:
-    """Which weights the speaker loss uses."""
-
-    model: str = "resemblyzer"  # the installed wheel's weights, or the path of its pretrained.pt
-
-
 class SpeakerEncoder(nn.Module):
     """Waveform [B, 1, T] at 24 kHz -> unit-norm embedding [B, 256], as Resemblyzer's `embed_utterance`.
 
     Windows of 1.6 s (the last one padded with silence) are embedded and averaged. Departure: long silences
-    are not cut out first. Frozen, but the gradient reaches the waveform. Raises UserError without weights.
+    are not cut out first. `model`: resemblyzer, the installed wheel's weights, or the path of its pretrained.pt. Raises
+    UserError without weights.
     """
 
-    def __init__(self, config: SpeakerConfig, device):
+    def __init__(self, model: str = "resemblyzer", device="cpu"):
         super().__init__()
         self.resample = torchaudio.transforms.Resample(24_000, 16_000)
         # librosa's default, which the network was trained on: power, Slaney bands, zeros beyond the ends.
@@ -47,8 +40,8 @@ class SpeakerEncoder(nn.Module):
         )
         self.lstm = nn.LSTM(40, 256, num_layers=3, batch_first=True)
         self.linear = nn.Linear(256, 256)
-        self._load(find_weights(config.model))
-        self.requires_grad_(False).to(device)
+        self._load(find_weights(model))
+        self.requires_grad_(False).to(device).eval()
 
     def _load(self, path: Path) -> None:
         try:
@@ -57,13 +50,7 @@ class SpeakerEncoder(nn.Module):
                 own = [key for key in state if key.startswith(f"{name}.")]
                 getattr(self, name).load_state_dict({key.removeprefix(f"{name}."): state[key] for key in own})
         except (LookupError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
-            raise UserError(
-                f"speaker.model: {path} is not Resemblyzer's pretrained.pt; give the file of its wheel."
-            ) from error
-
-    def train(self, mode: bool = True) -> "SpeakerEncoder":
-        """Stays in training mode: cuDNN runs an LSTM backward only in it. Results are the same."""
-        return super().train(True)
+            raise UserError(f"{path} is not Resemblyzer's pretrained.pt; give the file of its wheel.") from error
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> Tensor:
         """`lengths` [B]: valid samples; what lies beyond them does not change the embedding."""
@@ -89,19 +76,12 @@ def find_weights(model: str) -> Path:
     """The path of the weights. Raises UserError when neither the package nor a file of that name is there."""
     if model != "resemblyzer":
         if not Path(model).is_file():
-            raise UserError(
-                f"speaker.model: {model} is neither 'resemblyzer' nor a file; give the path of its pretrained.pt."
-            )
+            raise UserError(f"{model} is neither 'resemblyzer' nor a file; give the path of its pretrained.pt.")
         return Path(model)
     spec = importlib.util.find_spec("resemblyzer")  # finds the package without importing it
     if spec is None:
         raise UserError(
-            "loss.speaker needs the resemblyzer weights: pip install --no-deps resemblyzer, "
-            "or set speaker.model to the path of its pretrained.pt."
+            "likeness of voices needs the resemblyzer weights: pip install --no-deps resemblyzer, or give the path of "
+            "its pretrained.pt."
         )
     return Path(spec.origin).parent / "pretrained.pt"
-
-
-def speaker_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over clips of 1 - cosine between embeddings [B, D]: scalar."""
-    return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
