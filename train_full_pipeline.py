@@ -17,7 +17,6 @@ is to get closer to the base model under true references, and `preset` is to sta
 import json
 import math
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 from voxtral.command_line import training_command_line
@@ -33,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from voxtral.adapters import write_adapter_record
 from voxtral.checkpoint import SafetensorsFile, fingerprint, save_tensors, write_text
 from voxtral.config import FullPipelineConfig, check_full_pipeline_config, checkpoint_folder
-from voxtral.data import BadClipLog, make_loader, steps_per_epoch
+from voxtral.data import make_loader, steps_per_epoch
 from voxtral.distillation import FullPipeline, compare, held_out_losses, native_tensors
 from voxtral.errors import UserError
 from voxtral.frames import Models
@@ -41,18 +40,13 @@ from voxtral.history import metric_rows
 from voxtral.pairs import PairDataset, collate_pairs, fixed_batches, hold_out_texts
 from voxtral.plots import layers_figure, plot_run, save_figure
 from voxtral.processes import Process
-from voxtral.run import Logger, adamw, cosine_with_warmup, set_learning_rate, training_main
+from voxtral.run import Logger, adamw, cosine_with_warmup, due_after, set_learning_rate, training_main
 from voxtral.run_folder import RunFolder, Tensors
 from voxtral.sources import find_clips, split_validation
 from voxtral.tts import load_tokenizer
 
-SHOWN = (
-    "ours_mse_audio",
-    "ours_top1",
-    "preset_top1",
-    "semantic_equal",
-    "levels_equal",
-)  # of a validation, on the terminal
+# Of a validation, on the terminal:
+SHOWN = ("ours_mse_audio", "ours_top1", "preset_top1", "semantic_equal", "levels_equal")
 
 
 def load_models(config: FullPipelineConfig, device: torch.device) -> Models:
@@ -98,26 +92,21 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     model = FullPipeline(models, config).to(process.device).train()
     trained = model.trained()
     autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    wrap = (
-        partial(DistributedDataParallel, broadcast_buffers=False) if process.world_size > 1 else lambda module: module
-    )
-    parallel_model = wrap(model)
+    parallel_model = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
     optimizer = adamw(trained.values(), config.optimizer.learning_rate, config.optimizer)
 
     # ---- 4. run folder, resuming -----------------------------------------------------------------------------------
     run = RunFolder(config.output_dir, config, process, config.resume)
     stateful = {"trained": Tensors(trained), "optimizer": optimizer}
     frozen = {} if "encoder" in settings.trainable or config.reference_sec else models.codec.encoder_tensors()
+    pairs_per_step = config.data.batch_size * settings.accumulation * process.world_size
     facts = {
         "encoder": fingerprint(frozen.values()),
-        "data.batch_size × train.accumulation × processes": config.data.batch_size
-        * settings.accumulation
-        * process.world_size,
+        "data.batch_size × train.accumulation × processes": pairs_per_step,
     }
     before = run.restore(stateful, {}, facts) if config.resume else {}
     start_step, best = before.get("step", 0), before.get("best", math.inf)
     log = Logger(run, max_steps, start_step, settings.max_total_loss)
-    bad_clips = BadClipLog(run.path if process.is_main else None)
     for line in [*left_out, *run.changes]:
         log.say(line)
     log.say(
@@ -125,54 +114,40 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         f"{per_epoch:.1f} steps per epoch; {sum(p.numel() for p in trained.values()):,} trainable parameters "
         f"({', '.join(settings.trainable)}) on {process.device}; steps {start_step} to {max_steps} in {run.path}"
     )
-    bad_clips.add(dataset.bad + held_out.bad)
+    log.bad_clips.add(dataset.bad + held_out.bad)
 
     # ---- 5. validating, saving -------------------------------------------------------------------------------------
-    def validate(step: int) -> float:
-        """The held-out pairs; returns the loss that decides `best`: of a language model from nothing that of the levels,
-        since semantic codes get harder to guess while its speech gets better."""
-        measure = held_out_losses if config.reference_sec else compare
-        with autocast:
-            metrics = measure(model.eval(), fixed, process.device)
-        model.train()
-        log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
-        shown = SHOWN if measure is compare else metrics
-        log.say(
-            f"validation at step {step}: total {metrics['loss/total']:.4g}  "
-            + "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name != "loss/total")
-        )
-        return metrics["loss/flow" if measure is held_out_losses and config.loss.flow else "loss/total"]
+    from_nothing = bool(config.reference_sec)
 
-    def draw() -> None:
-        rows = log.history.rows
-        plot_run(rows, run.path / "plots")
-        if not config.reference_sec:
-            save_figure(
-                layers_figure([row for row in rows if "validation/loss/total" in row]),
-                run.path / "plots" / "layers.png",
-            )
-
-    encoder = (
-        "encoder.safetensors beside it"
-        if "encoder" in settings.trainable
-        else config.encoder or checkpoint_folder(config)
-    )
-
-    def write_weights(folder):
+    def write_weights(folder: Path) -> None:
         if model.adapter:
+            encoder = config.encoder or checkpoint_folder(config)
+            encoder = "encoder.safetensors beside it" if "encoder" in settings.trainable else encoder
             model.adapter.save_pretrained(folder / "adapter")
             write_adapter_record(folder / "adapter", encoder, model.codec.encoder_tensors())
         if "encoder" in settings.trainable:
             save_tensors(folder / "encoder.safetensors", model.codec.encoder_tensors())
-        tensors = native_tensors(model)
-        if tensors:
+        if tensors := native_tensors(model):
             save_tensors(folder / "weights.safetensors", tensors)
 
     def keep_if_best(step: int) -> float:
+        """Validates on the held-out pairs, plots, writes best/; returns the lowest loss so far. Of a language model
+        from nothing it is that of the levels: semantic codes get harder to guess while its speech gets better."""
         with log.timed("validate", step):
-            loss = validate(step)
+            with autocast:
+                metrics = (held_out_losses if from_nothing else compare)(model.eval(), fixed, process.device)
+            model.train()
+            log.write(step, {f"validation/{name}": value for name, value in metrics.items()})
+            shown = {name: metrics[name] for name in (metrics if from_nothing else SHOWN) if name != "loss/total"}
+            values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            log.say(f"validation at step {step}: total {metrics['loss/total']:.4g}  {values}")
         with log.timed("plot", step):
-            draw()
+            rows = log.history.rows
+            plot_run(rows, run.path / "plots")
+            if not from_nothing:
+                figure = layers_figure([row for row in rows if "validation/loss/total" in row])
+                save_figure(figure, run.path / "plots" / "layers.png")
+        loss = metrics["loss/flow" if from_nothing and config.loss.flow else "loss/total"]
         if step and loss < best:
             with log.timed("save", step):
                 run.save_best(write_weights, step=step, loss=loss)
@@ -181,32 +156,21 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     # ---- 6. the loop: step, log, validate, save --------------------------------------------------------------------
     if start_step == 0 and process.is_main:
         keep_if_best(0)
-    process.wait()
-    batches = iter(
-        make_loader(
-            dataset,
-            config.data,
-            config.seed,
-            start_step,
-            process.rank,
-            process.world_size,
-            settings.accumulation,
-            collate_pairs,
-        )
-    )
+    place = start_step, process.rank, process.world_size, settings.accumulation
+    batches = iter(make_loader(dataset, config.data, config.seed, *place, collate_pairs))
     log.restart_clock()
-    n_tokens, bad = 0, []
+    n_tokens = 0
     for step in range(start_step, max_steps):
         factor = cosine_with_warmup(step, config.optimizer.warmup_steps, max_steps)
         set_learning_rate(optimizer, config.optimizer.learning_rate * factor)
         scalars = {}
         for micro in range(settings.accumulation):
             batch = next(batches)
-            bad += batch.bad
+            log.bad += batch.bad
             n_tokens += batch.n_tokens * process.world_size
             seed = hash((config.seed, step, micro, process.rank)) & 0x7FFFFFFF
-            last = micro == settings.accumulation - 1
-            with nullcontext() if last or process.world_size == 1 else parallel_model.no_sync():
+            synchronizes = process.world_size == 1 or micro == settings.accumulation - 1
+            with nullcontext() if synchronizes else parallel_model.no_sync():
                 with autocast:
                     losses = parallel_model(batch.to(process.device, non_blocking=True), seed)
                 total = sum(weights[name] * loss for name, loss in losses.items())
@@ -218,42 +182,24 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         optimizer.zero_grad()
         log.add(step + 1, scalars)
 
-        logging = (step + 1) % settings.log_every_steps == 0 or step + 1 == max_steps
-        stopping, is_due = process.any(process.stopping(), run.is_due(step + 1))
-        ending = stopping or step + 1 == max_steps
-        validating = (step + 1) % settings.validate_every_steps == 0 or step + 1 == max_steps
-        saving = is_due or ending
-        if logging or validating or saving:  # a loss that is not finite is found before anything is kept
-            bad_clips.add(process.gather(bad))
-            bad = []
-            log.flush(
-                {
-                    "optimizer/learning_rate": config.optimizer.learning_rate * factor,
-                    "data/bad_clips": float(bad_clips.count),
-                },
-                n_tokens / len(log.pending),
-                "tokens",
-            )
+        due = due_after(step + 1, max_steps, run)
+        if due.log:
+            extra = {"optimizer/learning_rate": config.optimizer.learning_rate * factor}
+            log.flush(extra, n_tokens / len(log.pending), "tokens")
             n_tokens = 0
-        if validating:
-            if process.is_main:
-                best = keep_if_best(step + 1)
-            process.wait()
+        if due.validate and process.is_main:
+            best = keep_if_best(step + 1)
+        if due.save and process.is_main:
+            with log.timed("save", step + 1):
+                run.save_step(step + 1, write_weights, stateful, max_steps, best=best, facts=facts)
+        if due.validate or due.save:
             log.restart_clock()
-        if saving:
-            if process.is_main:
-                with log.timed("save", step + 1):
-                    run.save_step(step + 1, write_weights, stateful, max_steps, best=best, facts=facts)
-            process.wait()
-            log.restart_clock()
-        if stopping and step + 1 < max_steps:
+        if due.stop:
             log.say(f"stopped after step {step + 1}; go on with resume=true")
             break
     else:
         if process.is_main:
             log.say(write_report(run))
-    if bad_clips.count:
-        log.say(f"{bad_clips.count} bad files were replaced, listed in {bad_clips.path}")
     log.close()
 
 

@@ -16,11 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from make_standin import make_random  # noqa: E402
-from train_encoder import TrainingModel  # noqa: E402
 from voxtral.asr import WhisperTeacher  # noqa: E402
 from voxtral.codec import VoxtralCodec, ceil_div  # noqa: E402
 from voxtral.config import EncoderConfig, check_encoder_config, load_config  # noqa: E402
 from voxtral.data import SAMPLE_RATE  # noqa: E402
+from voxtral.encoder_training import TrainingModel  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.processes import start_process  # noqa: E402
 from voxtral.quantizer import QuantizationDraws  # noqa: E402

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import train_encoder
+from voxtral import encoder_training
 from voxtral.asr import WhisperTeacher
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig
@@ -42,14 +43,14 @@ PARTS = {
     "quantizer": [(Quantizer, "forward")],
     "decoder": [(VoxtralCodec, "decode_latent")],
     "ASR teacher": [(WhisperTeacher, "forward")],
-    "discriminators": [(DiscriminatorLoss, "forward"), (train_encoder, "random_crops"), (train_encoder, "crop")],
-    "loss feature": [(train_encoder, "feature_loss")],
-    "loss l1": [(train_encoder, "l1_loss")],
-    "loss stft": [(train_encoder, "stft_loss")],
+    "discriminators": [(DiscriminatorLoss, "forward"), (encoder_training, "random_crops"), (encoder_training, "crop")],
+    "loss feature": [(encoder_training, "feature_loss")],
+    "loss l1": [(encoder_training, "l1_loss")],
+    "loss stft": [(encoder_training, "stft_loss")],
     "loss mel": [(MelDistance, "forward")],
-    "loss asr": [(train_encoder, "asr_distillation_loss")],
-    "loss commit": [(train_encoder, "commitment_loss")],
-    "loss codes": [(train_encoder, "codes_loss")],
+    "loss asr": [(encoder_training, "asr_distillation_loss")],
+    "loss commit": [(encoder_training, "commitment_loss")],
+    "loss codes": [(encoder_training, "codes_loss")],
     "loss match": [(CodeMatching, "__call__")],
     "gradient clipping": [(nn.utils, "clip_grad_norm_")],
     "weight averaging": [(AveragedModel, "update_parameters")],

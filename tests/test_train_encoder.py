@@ -20,7 +20,7 @@ from conftest import stopped, stopped_by_torchrun
 from safetensors.torch import load_file, save_file
 
 import train_encoder
-from voxtral import history
+from voxtral import encoder_training, history
 from voxtral.codec import CodecOutput, VoxtralCodec
 from voxtral.codes import known_codes
 from voxtral.config import EncoderConfig, load_config
@@ -570,7 +570,9 @@ def refused(arguments, capsys, code=2):
 def test_a_loss_that_is_not_finite_stops_the_run(halfway, command, capsys, monkeypatch, name, broken):
     saved = halfway / "checkpoints" / "step_00000002"
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    monkeypatch.setattr(train_encoder, "commitment_loss", lambda semantic, *others: semantic.square().mean() * broken)
+    monkeypatch.setattr(
+        encoder_training, "commitment_loss", lambda semantic, *others: semantic.square().mean() * broken
+    )
     message = refused(command(halfway, *ONLY_CHEAP, "resume=true", "train.max_steps=4"), capsys, code=1)
     assert message.startswith("training stopped: step 3: ") and str(saved) in message
     assert f"{name} {broken}" in message and "loss/l1 0." in message

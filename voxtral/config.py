@@ -192,9 +192,9 @@ class StandinSizes:
 
 @dataclass
 class LanguageModelConfig(FullPipelineConfig):
-    """The language model of a stand-in: a run of train_full_pipeline.py's loop on the true encoder's codes of the speech
-    that has a text. data.sources are recordings below the data_root of the codec's; make_standin.py puts their codes in
-    their place, and sets checkpoint, output_dir, resume, seed and device."""
+    """The language model of a stand-in: a run of train_full_pipeline.py's loop on the true encoder's codes of the
+    speech that has a text. data.sources are recordings below the data_root of the codec's; make_standin.py puts their
+    codes in their place, and sets checkpoint, output_dir, resume, seed and device."""
 
     speeds: list[float] = field(default_factory=lambda: [1.0])  # each clip is played at; each a speaker of its own
     offsets_ms: list[float] = field(default_factory=lambda: [0.0])  # and begun so much later against the frame grid
@@ -214,7 +214,8 @@ class StandinConfig(EncoderConfig):
 
 
 def load_config(schema: type, path, overrides: list[str]):
-    """YAML at `path` merged into the dataclass `schema`, then `a.b=value` overrides. Returns an instance of `schema`."""
+    """YAML at `path` merged into the dataclass `schema`, then `a.b=value` overrides. Returns an instance of
+    `schema`."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config {path} does not exist: pass --config with one of configs/*.yaml.")

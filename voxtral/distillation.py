@@ -33,8 +33,8 @@ class Pass:
     """What the model makes of a batch: `layers` n_layers tensors [B, S, dim] before the final norm (none without a
     teacher to compare them with); at the positions
     that predict a frame, the last prompt token and all frames: `hidden` [B, L_s + 1, dim] after it, and `logits`
-    [B, L_s + 1, 1 + K] float32 of END_AUDIO and the K semantic codes. `latent` [B, latent_dim, L_r]: the encoder's, if it
-    was at work."""
+    [B, L_s + 1, 1 + K] float32 of END_AUDIO and the K semantic codes. `latent` [B, latent_dim, L_r]: the encoder's, if
+    it was at work."""
 
     layers: list[Tensor]
     hidden: Tensor
@@ -105,7 +105,8 @@ class FullPipeline(nn.Module):
     # ------------------------------------------------------------ passes
 
     def references(self, batch: PairBatch, of_encoder: bool, table: Tensor) -> tuple[Tensor, Tensor | None]:
-        """-> [B, L_r + 1, dim]: rows of the true codes, or of those that the encoder gives for the waveform; its latent."""
+        """-> [B, L_r + 1, dim]: rows of the true codes, or of those that the encoder gives for the waveform; its
+        latent."""
         if not of_encoder:
             return self.codec.voice_rows(batch.reference, batch.n_reference, table), None
         codes, latent = self.encode(batch)
@@ -197,7 +198,8 @@ class FullPipeline(nn.Module):
         return {name: functions[name]() for name in names}
 
     def decode(self, latent: Tensor) -> Tensor:
-        """[B, latent_dim, L] -> [B, 1, L * 1920] float32, what the decoder makes of its codes; straight-through gradient."""
+        """[B, latent_dim, L] -> [B, 1, L * 1920] float32, what the decoder makes of its codes; straight-through
+        gradient."""
         never = latent.new_zeros(len(latent))  # passes through the quantizer unquantized
         mixed, _, _ = self.codec.quantizer(latent, QuantizationDraws(never, never, torch.zeros_like(latent[:, :1])))
         return self.codec.decode_latent(mixed).float()
@@ -253,7 +255,8 @@ def at(rows: Tensor, place: Tensor) -> Tensor:
 
 def soft_rows(codec: VoxtralCodec, latent: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """Latent [B, latent_dim, L] -> [B, L, dim], differentiable: the semantic rows weighed by a softmax over squared
-    distances (in units of `scale`), and between the rows of the two nearest levels of each acoustic channel, linearly."""
+    distances (in units of `scale`), and between the rows of the two nearest levels of each acoustic channel,
+    linearly."""
     params, codebook = codec.params, codec.quantizer.semantic_codebook.embedding.to(latent.dtype)
     semantic, squashed = latent[:, : params.semantic_dim].transpose(1, 2), latent[:, params.semantic_dim :].tanh()
     distance = torch.cdist(semantic, codebook[None]).square()
@@ -347,8 +350,8 @@ def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0
 
 @torch.no_grad()
 def held_out_losses(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0) -> dict:
-    """A language model from nothing on held-out pairs: `loss/...` that have a weight and `loss/total`; `top1`, how often
-    the likeliest semantic id is the next one; `end_top1`, the same where the speech ends."""
+    """A language model from nothing on held-out pairs: `loss/...` that have a weight and `loss/total`; `top1`, how
+    often the likeliest semantic id is the next one; `end_top1`, the same where the speech ends."""
     sums, n_clips = {}, 0
     weights = {name: weight for name, weight in vars(model.config.loss).items() if weight}
     for batch in batches:

@@ -134,9 +134,10 @@ SEMANTIC_SHARE = 0.25  # of the semantic codes in codes_loss, against the levels
 
 
 def codes_loss(latent: Tensor, codes: Tensor, quantizer: Quantizer, scale: Tensor) -> Tensor:
-    """What the latent [B, D, L] lacks to the known codes [B, 1 + acoustic_dim, L], -1 where they are not known: L1 of the
-    levels in units of [-1, 1], and the cross-entropy of the codebook's entries by their squared distance in units of
-    `scale` (codebook_scale). Mean over the known frames of a clip, then over all clips: one without any counts as 0."""
+    """What the latent [B, D, L] lacks to the known codes [B, 1 + acoustic_dim, L], -1 where they are not known: L1 of
+    the levels in units of [-1, 1], and the cross-entropy of the codebook's entries by their squared distance in units
+    of `scale` (codebook_scale). Mean over the known frames of a clip, then over all clips: one without any counts as
+    0."""
     known, squashed, semantic = codes[:, 0] >= 0, quantizer.squash(latent), quantizer.semantic_dim
     wanted = quantizer.decode(codes.clamp(min=0))[:, semantic:]
     distance = codebook_distance(squashed[:, :semantic], quantizer.semantic_codebook.embedding).view(*known.shape, -1)
@@ -146,7 +147,8 @@ def codes_loss(latent: Tensor, codes: Tensor, quantizer: Quantizer, scale: Tenso
 
 
 def codebook_scale(codebook: Tensor) -> Tensor:
-    """Median squared distance of a codebook's entries [K, D] to their nearest neighbour: the natural unit of distances."""
+    """Median squared distance of a codebook's entries [K, D] to their nearest neighbour: the natural unit of
+    distances."""
     distance = torch.cdist(codebook[None], codebook[None])[0].square()
     return distance.fill_diagonal_(torch.inf).amin(dim=1).median()
 
@@ -173,7 +175,8 @@ def feature_matching_loss(real: list[list[Tensor]], fake: list[list[Tensor]], va
 
 
 def discriminator_hinge_loss(real: list[Tensor], fake: list[Tensor], valid_share: Tensor) -> Tensor:
-    """mean(relu(1 - D(real))) + mean(relu(1 + D(fake))) over valid frames, mean over discriminators. Logits [B, 1, frames, bins]."""
+    """mean(relu(1 - D(real))) + mean(relu(1 + D(fake))) over valid frames, mean over discriminators. Logits [B, 1,
+    frames, bins]."""
     losses = []
     for a, b in zip(real, fake, strict=True):
         valid = (valid_share * a.shape[2]).ceil().long()

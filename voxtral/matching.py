@@ -3,8 +3,8 @@
 Many latents make the frozen decoder say the same; sound alone does not tell which of them the true encoder would have
 chosen. But the checkpoint's presets can be turned back into its codes (presets.py), and clips that the model has spoken
 come with theirs (generate_clips.py). Those show how the true encoder's codes are distributed: level by level, with each
-other, and from frame to frame. No clip is compared with its own codes, so the encoder cannot learn to read traces of the
-decoder in place of speech.
+other, and from frame to frame. No clip is compared with its own codes, so the encoder cannot learn to read traces of
+the decoder in place of speech.
 """
 
 from dataclasses import dataclass
@@ -70,8 +70,9 @@ class CodeMatching:
         return self.normalize(self.quantizer.straight_through(self.quantizer.squash(output.latent), output.codes))
 
     def __call__(self, output: CodecOutput, n_frames: Tensor) -> Tensor:
-        """Squared distance of the statistics of what the decoder would see, quantized with straight-through gradient, in
-        units of the known codes' deviation: mean over channels, and over pairs of channels times COVARIANCE_WEIGHT."""
+        """Squared distance of the statistics of what the decoder would see, quantized with straight-through gradient,
+        in units of the known codes' deviation: mean over channels, and over pairs of channels times
+        COVARIANCE_WEIGHT."""
         sums = pair_sums(self.heard(output), valid_mask(n_frames, output.codes.shape[-1]))
         if dist.is_initialized():
             sums = [dist_nn.all_reduce(part) for part in sums]

@@ -1,4 +1,4 @@
-"""What every training script shares: command line, schedules, optimizer, logging."""
+"""What every training script shares: command line, schedule, optimizer, what comes after a step, logging."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from voxtral.config import OptimizerConfig, load_config
+from voxtral.data import BadClipLog
 from voxtral.errors import one_sentence
 from voxtral.processes import TrainingDiverged, training_process
 from voxtral.run_folder import RunFolder, load_run_config
@@ -86,6 +88,33 @@ def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, config: Opti
     )
 
 
+# ---------------------------------------------------------------- after a step
+
+
+@dataclass
+class Due:
+    """What comes after a step; the same in all processes."""
+
+    log: bool  # also before a validation and a checkpoint: a loss that is not finite is found before anything is kept
+    validate: bool
+    save: bool
+    stop: bool  # before the last step, with a checkpoint
+
+
+def is_logged(step: int, max_steps: int, run: RunFolder) -> bool:
+    """Whether train.log_every_steps asks for the scalars of this step; they count from 1."""
+    return step % run.config.train.log_every_steps == 0 or step == max_steps
+
+
+def due_after(step: int, max_steps: int, run: RunFolder) -> Due:
+    """What the configuration asks for after this step, and what a signal does that any process got."""
+    last = step == max_steps
+    told_to_stop, save = run.process.any(run.process.stopping(), run.is_due(step))
+    validate = last or step % run.config.train.validate_every_steps == 0
+    save = save or told_to_stop or last
+    return Due(is_logged(step, max_steps, run) or validate or save, validate, save, told_to_stop and not last)
+
+
 # ---------------------------------------------------------------- logging
 
 
@@ -95,6 +124,7 @@ class Logger:
     Reading a device scalar waits for the device, so it happens once per `log_every_steps` for all of them. Then
     they are averaged over the processes and every step's losses are checked: a NaN, or a total above max_total,
     raises TrainingDiverged with its step. Steps count from 1, so a checkpoint's rows end at its own number.
+    `bad`: clips that had to be replaced since then, (path, reason); bad_files.txt lists those of all processes.
     """
 
     def __init__(self, run: RunFolder, max_steps: int, start_step: int, max_total: float):
@@ -102,6 +132,7 @@ class Logger:
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
         self.started, self.start_step, self.last_flush = time.monotonic(), start_step, time.monotonic()
         self.step_times: list[float] = []
+        self.bad_clips, self.bad = BadClipLog(run.path if self.is_main else None), []
         interactive = self.is_main and sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", disable=not interactive, dynamic_ncols=True)
         if self.is_main:
@@ -121,6 +152,8 @@ class Logger:
         of that unit a step."""
         if not self.pending:
             return
+        self.bad_clips.add(self.run.process.gather(self.bad))
+        self.bad = []
         flat = torch.stack(
             [value.detach().float().reshape(()) for _, scalars in self.pending for value in scalars.values()]
         )
@@ -148,6 +181,7 @@ class Logger:
         row = {
             **rows[-1][1],
             **{name: to_number(value) for name, value in extra.items()},
+            "data/bad_clips": float(self.bad_clips.count),
             "time/step_ms": 1000 * step_sec,
             f"time/{unit}_per_sec": work / step_sec,
         }
@@ -159,7 +193,8 @@ class Logger:
         eta = statistics.median(self.step_times[-20:]) * (self.max_steps - rows[-1][0])
         self.say(
             f"step {rows[-1][0]}/{self.max_steps}  {shown}  lr {row.get('optimizer/learning_rate', 0):.2e}  "
-            f"{row['time/step_ms']:.0f} ms/step  {work / step_sec:.0f} {unit.replace('_sec', ' s')}/s{memory}  eta {duration(eta)}"
+            f"{row['time/step_ms']:.0f} ms/step  {work / step_sec:.0f} {unit.replace('_sec', ' s')}/s{memory}  "
+            f"eta {duration(eta)}"
         )
 
     def write(self, step: int, row: dict) -> None:
@@ -196,10 +231,13 @@ class Logger:
         self.write(step, {f"time/{name}_sec": time.monotonic() - began})
 
     def restart_clock(self) -> None:
-        """Leaves validation and saving out of the step times."""
+        """Waits for all processes, and leaves what they waited for out of the step times."""
+        self.run.process.wait()
         self.last_flush = time.monotonic()
 
     def close(self) -> None:
+        if self.bad_clips.count:
+            self.say(f"{self.bad_clips.count} bad files were replaced, listed in {self.bad_clips.path}")
         self.bar.close()
         if self.is_main:
             self.file.close()

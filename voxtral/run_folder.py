@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -31,7 +32,8 @@ DAMAGE = (LookupError, ValueError, RuntimeError, EOFError, UnpicklingError, Chec
 
 
 class Tensors:
-    """Tensors that are a part of the run state: they keep their place in memory, and what they hold is saved and restored."""
+    """Tensors that are a part of the run state: they keep their place in memory, what they hold is saved and
+    restored."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
@@ -48,14 +50,17 @@ class Tensors:
 
 
 class RunFolder:
-    """output_dir: config.yaml, former_configs/, environment.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, best/, samples/,
-    plots/, tensorboard/. The first process alone reads and writes it, so that several machines need not share it."""
+    """output_dir: config.yaml, former_configs/, environment.json, metrics.jsonl, checkpoints/step_XXXXXXXX/, best/,
+    samples/, plots/, tensorboard/. The first process alone reads and writes it, so that several machines need not share
+    it."""
 
     def __init__(self, path, config, process: Process, resume: bool):
-        """Raises ConfigError when the folder holds another run (resume=false), or when one key of its configuration cannot
-        be another one (resume=true). `changes`: what is different from the run's last configuration, a line each."""
+        """Raises ConfigError when the folder holds another run (resume=false), or when one key of its configuration
+        cannot be another one (resume=true). `changes`: what is different from the run's last configuration, a line
+        each."""
         self.path, self.config, self.process, self.changes = Path(path), config, process, []
         self.saved_at, self.save_sec = time.monotonic(), 0.0
+        self.best: tuple[dict, dict] | None = None  # weights and record of best/ that save_step() is to write
         if process.is_main:
             if self.latest() and not resume:
                 raise ConfigError(
@@ -96,17 +101,22 @@ class RunFolder:
     # ---------------------------------------------------------------- saving
 
     def is_due(self, step: int) -> bool:
-        """Whether it is time for a checkpoint, by train.save_every_steps or by the first process's clock: then saving takes a
-        hundredth of the time at most, however slow the disk."""
+        """Whether it is time for a checkpoint, by train.save_every_steps or by the first process's clock: then saving
+        takes a hundredth of the time at most, however slow the disk."""
         every, minutes = self.config.train.save_every_steps, self.config.train.save_every_minutes
         waited = time.monotonic() - self.saved_at
         by_clock = self.process.is_main and minutes and waited > max(60 * minutes, SAVED_SHARE * self.save_sec)
         return bool(every and step % every == 0 or by_clock)
 
     def save_step(self, step: int, write: Callable[[Path], None], parts: dict, max_steps: int, **record: Any) -> Path:
-        """checkpoints/step_XXXXXXXX/: the weights, by `write(folder)`, and run_state.pt with the state of every part and a
-        record. Of older checkpoints than the last train.keep_last, the first in each of train.milestones equal parts of the
-        run keeps its weights, but for that in the first part; the others go."""
+        """checkpoints/step_XXXXXXXX/: the weights, by `write(folder)`, and run_state.pt with the state of every part
+        and a record. Of older checkpoints than the last train.keep_last, the first in each of train.milestones equal
+        parts of the run keeps its weights, but for that in the first part; the others go. What keep_best() was given is
+        saved before."""
+        if self.best:
+            files, best_record = self.best
+            self.save_best(partial(write_files, files=files), **best_record)
+            self.best = None
         final, began = self.checkpoints / f"step_{step:08d}", time.monotonic()
 
         def write_all(folder: Path) -> None:
@@ -128,6 +138,15 @@ class RunFolder:
             parts.add(part)
         return final
 
+    def keep_best(self, files: dict[str, Tensors], **record: float) -> None:
+        """Copies weights that are the best so far, for best/. They are written with the next checkpoint, as validations
+        come more often."""
+        copies = {
+            name: Tensors({key: tensor.cpu().clone() for key, tensor in part.state_dict().items()})
+            for name, part in files.items()
+        }
+        self.best = copies, record
+
     def save_best(self, write: Callable[[Path], None], **record: float) -> None:
         """best/, filled by `write(folder)`, with `record` as its metrics.json, in place of the one before."""
 
@@ -138,8 +157,8 @@ class RunFolder:
         self._write_folder(self.path / "best", write_all)
 
     def _write_folder(self, final: Path, write: Callable[[Path], None]) -> None:
-        """It appears only when whole. One of that name stands aside until then; _prepare puts it back after a kill. Raises
-        UserError when it cannot be written."""
+        """It appears only when whole. One of that name stands aside until then; _prepare puts it back after a kill.
+        Raises UserError when it cannot be written."""
         temporary, former = (final.with_name(f".{final.name}.{suffix}") for suffix in ("tmp", "former"))
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -165,9 +184,9 @@ class RunFolder:
     # ---------------------------------------------------------------- going on
 
     def restore(self, parts: dict, weights: dict[str, Tensors], facts: dict[str, Any]) -> dict:
-        """Gives every part its state of the newest checkpoint, and `weights` what is in the safetensors files of these names;
-        returns its step and record, or {} without a checkpoint. Raises ConfigError when it is damaged, when a part does not
-        fit, or when one of the record's `facts` (keys that it is about -> value) is not what it was."""
+        """Gives every part its state of the newest checkpoint, and `weights` what is in the safetensors files of these
+        names; returns its step and record, or {} without a checkpoint. Raises ConfigError when it is damaged, when a
+        part does not fit, or when one of the record's `facts` (keys that it is about -> value) is not what it was."""
         state = self._read_newest(weights) if self.process.is_main else None
         record = self.process.of_main(
             state and {name: state[name] for name in state if name not in parts and name not in weights}
@@ -186,8 +205,8 @@ class RunFolder:
                 part.load_state_dict(found)
             except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
                 raise ConfigError(
-                    f"{self.path}: the run state does not fit ({name}: {reason_of(error)}): it was written by another version "
-                    "of these scripts, or with other sizes; choose another output_dir."
+                    f"{self.path}: the run state does not fit ({name}: {reason_of(error)}): it was written by another "
+                    "version of these scripts, or with other sizes; choose another output_dir."
                 ) from error
         return record
 
@@ -234,10 +253,10 @@ def read_checkpoint(folder: Path, names) -> dict:
     return state | {name: SafetensorsFile(folder / name).read() for name in names}
 
 
-def write_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> None:
+def write_files(folder: Path, files: dict[str, Tensors]) -> None:
     """Tensors of each safetensors file, by its name."""
     for name, tensors in files.items():
-        save_tensors(folder / name, tensors)
+        save_tensors(folder / name, tensors.state_dict())
 
 
 def step_folders(output_dir, with_state: bool = True) -> list[Path]:
@@ -260,8 +279,9 @@ def last_step(output_dir) -> int:
 
 
 def load_run_config(schema: type, path, overrides: list[str], name: str = CONFIG):
-    """The configuration of a run: the YAML at `path`, merged into the dataclass `schema`, and overrides. With resume=true,
-    what the run has in its own folder, and the overrides; where the YAML says something else, that is printed."""
+    """The configuration of a run: the YAML at `path`, merged into the dataclass `schema`, and overrides. With
+    resume=true, what the run has in its own folder, and the overrides; where the YAML says something else, that is
+    printed."""
     config = load_config(schema, path, overrides)
     own = Path(config.output_dir) / name
     if not config.resume or not own.is_file() or not step_folders(config.output_dir):

@@ -1,0 +1,204 @@
+"""What train_encoder.py's steps are made of: which parts of the codec learn, and the pass of one micro-batch."""
+
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from voxtral.asr import WhisperTeacher, asr_distillation_loss
+from voxtral.asr_cache import AsrCache
+from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
+from voxtral.config import EncoderConfig
+from voxtral.data import SAMPLE_RATE, Batch
+from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
+from voxtral.losses import DECAYING, MelDistance, codebook_scale, codes_loss, commitment_loss, l1_loss, stft_loss
+from voxtral.matching import CodeMatching
+from voxtral.processes import Process
+from voxtral.quantizer import QuantizationDraws
+from voxtral.run import SideStream
+
+
+class TrainingModel(nn.Module):
+    """The codec, and the projection of its semantic part to Whisper's width that is trained along with it."""
+
+    def __init__(self, codec: VoxtralCodec, whisper_width: int | None):
+        super().__init__()
+        self.codec = codec
+        self.asr_projection = nn.Linear(codec.params.semantic_dim, whisper_width) if whisper_width else nn.Identity()
+
+    def forward(self, waveform, lengths, semantic_draws, acoustic_draws, noise) -> tuple[Tensor, ...]:
+        """-> fields of CodecOutput, projected semantic embeddings [B, whisper_width, L]. Tensors only: it may be a
+        graph."""
+        output = self.codec(waveform, lengths, QuantizationDraws(semantic_draws, acoustic_draws, noise))
+        projected = self.asr_projection(output.semantic_quantized.transpose(1, 2)).transpose(1, 2)
+        return output.reconstruction, output.latent, output.codes, output.semantic_quantized, projected
+
+
+def choose_trainable(codec: VoxtralCodec, parts: list[str]) -> None:
+    """Of encoder and decoder, `parts` require gradients and nothing else does; a codebook follows an average."""
+    codec.requires_grad_(False)
+    parameters = {"encoder": codec.encoder_parameters(), "codebook": []}
+    parameters["decoder"] = [*codec.decoder_blocks.parameters(), *codec.output_proj.parameters()]
+    for parameter in (parameter for part in parts for parameter in parameters[part]):
+        parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def start_codebook(codec: VoxtralCodec, batches: list[Batch], seed: int) -> None:
+    """A codebook that learns starts from latents of all validation clips, so that it does not hang on the batch
+    size."""
+    latent = codec.encode_latent(torch.cat([b.waveform for b in batches]), torch.cat([b.lengths for b in batches]))
+    semantic = latent[:, : codec.params.semantic_dim].transpose(1, 2).flatten(0, 1)
+    codec.quantizer.semantic_codebook.start_from(semantic, torch.Generator().manual_seed(seed))
+
+
+def update_codebook(codec: VoxtralCodec, output: CodecOutput, n_frames: Tensor, step: int) -> None:
+    """Moves the codebook towards the latents of a batch whose clips have n_frames [B]."""
+    semantic = output.latent[:, : codec.params.semantic_dim].transpose(1, 2).flatten(0, 1)
+    valid = valid_mask(n_frames, output.latent.shape[-1]).flatten()
+    codec.quantizer.semantic_codebook.update(semantic, valid, torch.Generator(semantic.device).manual_seed(step))
+
+
+class MicroStep:
+    """Forward and backward of one micro-batch: adds its share to the gradients of model and discriminators.
+
+    On a GPU, codec, discriminators, feature matching and Whisper are one CUDA graph each in place of thousands of small
+    launches, recorded when this is made: before a loader's threads use the GPU, too. `autocast`: without a cache of
+    weights. discriminators, teacher (with its cache) and matching: None where their loss has no weight.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        process: Process,
+        autocast: torch.autocast,
+        model: TrainingModel,
+        discriminators: Discriminators | None,
+        teacher: WhisperTeacher | None,
+        asr_cache: AsrCache | None,
+        matching: CodeMatching | None,
+    ):
+        self.config, self.process, self.autocast, self.model = config, process, autocast, model
+        self.discriminators, self.teacher, self.asr_cache, self.matching = discriminators, teacher, asr_cache, matching
+        self.params, self.quantizer = model.codec.params, model.codec.quantizer
+        self.scale = codebook_scale(self.quantizer.semantic_codebook.embedding)
+        self.mel_distance = MelDistance(self.params.sampling_rate).to(process.device)
+        self.side_stream = SideStream(process.device)
+        self.n_samples = round(config.data.max_sec * SAMPLE_RATE)
+        self.n_frames = ceil_div(self.n_samples, self.params.frame_size)
+        self.crop_samples = round(min(config.discriminator.crop_sec, config.data.max_sec) * SAMPLE_RATE)
+        if discriminators:
+            self.hinge_loss = DiscriminatorLoss(discriminators)
+            self.feature_loss = partial(feature_loss, discriminators)
+        if process.device.type == "cuda":
+            if config.train.compile:
+                model.forward = torch.compile(model.forward, dynamic=False)
+            if config.train.cuda_graphs:
+                self._record_graphs(config.data.batch_size)
+        if process.world_size > 1:
+            self.model = DistributedDataParallel(self.model, broadcast_buffers=False)
+            if discriminators:
+                self.hinge_loss = DistributedDataParallel(self.hinge_loss, broadcast_buffers=False)
+
+    def _record_graphs(self, n_clips: int) -> None:
+        """Puts graphs in the place of the functions. What they are recorded with has the shapes of every batch."""
+        record, device = torch.cuda.make_graphed_callables, self.process.device
+        if self.teacher:
+            self.teacher.record(n_clips)
+        audio = torch.zeros(n_clips, 1, self.n_samples, device=device)
+        audio_crop, lengths = (
+            audio[..., : self.crop_samples].clone(),
+            torch.full((n_clips,), self.n_samples, device=device),
+        )
+        draws = QuantizationDraws.sample(0, n_clips, self.params.acoustic_dim, self.n_frames, device)
+        with self.autocast:
+            self.model = record(self.model, (audio, lengths, *vars(draws).values()))
+            if self.discriminators:
+                share = lengths / self.n_samples
+                self.hinge_loss = record(self.hinge_loss, (audio_crop, audio_crop.clone(), share))
+                maps = [m.detach().clone() for m in self.hinge_loss(audio_crop, audio_crop, share)[1:]]
+                fake = audio_crop.clone().requires_grad_()
+                self.feature_loss = record(self.feature_loss, (fake, share, *maps))
+
+    def __call__(
+        self, step: int, micro: int, batch: Batch, log_zero_weights: bool
+    ) -> tuple[dict[str, Tensor], CodecOutput, Tensor]:
+        """Micro-batch number `micro` of a step -> scalars by the names under which they are logged, the codec's output,
+        frames of each clip [B]. log_zero_weights: cheap losses of weight 0 are among the scalars all the same."""
+        config, settings = self.config, self.config.train
+        seed = hash((config.seed, step, micro)) & 0x7FFFFFFF
+        n_frames = ceil_div(batch.lengths, self.params.frame_size)
+        synchronizes = self.process.world_size == 1 or micro == settings.accumulation - 1
+        with nullcontext() if synchronizes else self.model.no_sync():
+            targets = self.asr_cache and batch.targets
+            asks_teacher = self.teacher and not targets
+            if asks_teacher:  # Whisper hears the batch beside all else
+                with self.side_stream:
+                    targets = self.teacher(batch.waveform, batch.lengths, self.n_frames)
+            output, projected = self._run_codec(batch, seed)
+            reconstruction = mask_samples(output.reconstruction, batch.lengths)
+            decay = settings.reconstruction_decay**step
+            weights = {name: w * (decay if name in DECAYING else 1.0) for name, w in vars(config.loss).items() if w}
+            losses, scalars = {}, {}
+            if self.discriminators:
+                matches = step >= config.discriminator.warmup_steps
+                hinge, losses = self._discriminate(batch, reconstruction, seed + 1, matches)
+                scalars["loss/discriminator"] = hinge.detach().clone()
+            losses |= self._losses(list(weights), batch, reconstruction, output, n_frames)
+            if self.teacher:
+                self.side_stream.wait()
+                losses["asr"] = asr_distillation_loss(projected.float(), targets)
+            total = sum(weights[name] * loss for name, loss in losses.items())
+            (total / settings.accumulation).backward()
+        if self.asr_cache and asks_teacher:
+            self.asr_cache.write(batch.files, targets)
+        if log_zero_weights:
+            idle = [name for name, weight in vars(config.loss).items() if not weight]
+            with torch.no_grad():
+                losses |= self._losses(idle, batch, reconstruction, output, n_frames)
+        scalars |= {f"loss/{name}": loss.detach().clone() for name, loss in losses.items()}  # a graph reuses its memory
+        return {"loss/total": total.detach(), **scalars}, output, n_frames
+
+    def _run_codec(self, batch: Batch, seed: int) -> tuple[CodecOutput, Tensor]:
+        """With stochastic quantization -> its output, projected semantic embeddings [B, whisper_width, L]."""
+        n_clips, process = self.config.data.batch_size, self.process
+        shape = (n_clips, self.params.acoustic_dim, self.n_frames)
+        draws = QuantizationDraws.sample(seed, *shape, process.device, process.rank, process.world_size)
+        with self.autocast:
+            *fields, projected = self.model(batch.waveform, batch.lengths, *vars(draws).values())
+        return CodecOutput(*fields), projected
+
+    def _discriminate(
+        self, batch: Batch, reconstruction: Tensor, seed: int, matches: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Backward of the discriminators on random crops -> their loss, and if the encoder `matches` features, that
+        loss."""
+        process, n_samples = self.process, self.crop_samples
+        starts, share = random_crops(batch.lengths, n_samples, seed, process.rank, process.world_size)
+        fake = crop(reconstruction, starts, n_samples)
+        with self.autocast:
+            hinge, *maps = self.hinge_loss(crop(batch.waveform, starts, n_samples), fake.detach(), share)
+        (hinge / self.config.train.accumulation).backward()
+        if not matches:
+            return hinge, {}
+        with self.autocast:
+            return hinge, {"feature": self.feature_loss(fake, share, *(m.detach() for m in maps))}
+
+    def _losses(
+        self, names: list[str], batch: Batch, reconstruction: Tensor, output: CodecOutput, n_frames: Tensor
+    ) -> dict[str, Tensor]:
+        """Of `names` those that need neither discriminators nor Whisper, and that this run has."""
+        semantic, target, lengths = output.latent[:, : self.params.semantic_dim], batch.waveform, batch.lengths
+        functions = {
+            "l1": lambda: l1_loss(reconstruction, target, lengths),
+            "stft": lambda: stft_loss(reconstruction, target, lengths, self.config.train.stft_fft_sizes),
+            "mel": lambda: self.mel_distance(reconstruction, target, lengths),
+            "commit": lambda: commitment_loss(semantic, output.semantic_quantized, n_frames),
+        }
+        if self.matching:
+            functions["match"] = lambda: self.matching(output, n_frames)
+        if batch.codes is not None:
+            functions["codes"] = lambda: codes_loss(output.latent, batch.codes, self.quantizer, self.scale)
+        return {name: functions[name]() for name in names if name in functions}
