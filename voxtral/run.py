@@ -56,7 +56,11 @@ class SideStream:
             torch.cuda.current_stream().wait_stream(self.stream)
 
 
-# ---------------------------------------------------------------- schedules
+# ---------------------------------------------------------------- learning rate
+
+# A function of the step alone: nothing is saved, and a resumed run may have another train.max_steps or learning rate.
+# torch's schedulers carry on the old ones: after step 10,000 of 20,000 at 5e-4, resumed to 40,000 at 2e-4, SequentialLR
+# gives 2.6e-4 and LambdaLR 4.3e-4, where 1.7e-4 is meant.
 
 
 def cosine_with_warmup(step: int, warmup_steps: int, max_steps: int) -> float:
