@@ -5,8 +5,8 @@
     python benchmarks/full_pipeline.py --seeds 0,1 --steps 150 checkpoint=assets/standin \\
         encoder=runs/imperfect/best/encoder.safetensors 'data.validation.speakers=[casual_male,fr_female]'
 
-Writes OUTPUT/results.json and OUTPUT/table.md: held-out voices and texts, before and after. `ours`: the prompt holds our
-encoder's codes of the reference; `preset`: the true ones. A run that is finished is not repeated.
+Writes OUTPUT/results.json and OUTPUT/table.md: held-out voices and texts, before and after. `ours`: the prompt holds
+our encoder's codes of the reference; `preset`: the true ones. A run that is finished is not repeated.
 """
 
 import argparse

@@ -5,9 +5,9 @@ an encoder against that stand-in, from the same random start, on the same crops 
 train_encoder.py's own loop. Then it is measured as evaluate.py measures, on speakers that neither it nor the stand-in
 has heard. What counts is how many codes equal the true encoder's: codes are what the language model sees.
 
-Each run is a process of its own, one on each GPU at a time. It survives a kill: --resume goes on with it, and skips what
-is finished. OUTPUT gets results.json, table.md, rows.png and curves.png, new after every run, and a folder per run with
-its encoder, log and metrics.
+Each run is a process of its own, one on each GPU at a time. It survives a kill: --resume goes on with it, and skips
+what is finished. OUTPUT gets results.json, table.md, rows.png and curves.png, new after every run, and a folder per run
+with its encoder, log and metrics.
 """
 
 import argparse
@@ -151,7 +151,8 @@ def benchmark(options) -> None:
         limit = f" of {duration(60 * options.minutes)}" if options.minutes < math.inf else ""
         print(
             f"estimate: {duration(len(waiting) * (run_sec + judge.seconds) / at_once)} for {len(waiting)} runs, "
-            f"{at_once} at a time, if all were as slow as this row; {duration(time.monotonic() - started)}{limit} are gone",
+            f"{at_once} at a time, if all were as slow as this row; "
+            f"{duration(time.monotonic() - started)}{limit} are gone",
             flush=True,
         )
 

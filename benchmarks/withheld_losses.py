@@ -1,5 +1,6 @@
-"""Two more ways to learn from clips with known codes, which withheld_encoder.py tries in its rows j and n. Each stands in for
-CodeMatching in train_encoder.py, weighs as loss.match does, and adds to the statistics of known codes, which both keep."""
+"""Two more ways to learn from clips with known codes, which withheld_encoder.py tries in its rows j and n. Each stands
+in for CodeMatching in train_encoder.py, weighs as loss.match does, and adds to the statistics of known codes, which
+both keep."""
 
 import sys
 from pathlib import Path
@@ -38,8 +39,8 @@ class _Windows(CodeMatching):
 class KnownClips(_Windows):
     """Row j: as many clips again, made by the decoder of known codes, from which the encoder must find these codes.
 
-    Semantic: cross-entropy of the codebook's entries by their squared distance, in units of codebook_scale. Acoustic: L1
-    of what tanh gives, in units of [-1, 1].
+    Semantic: cross-entropy of the codebook's entries by their squared distance, in units of codebook_scale. Acoustic:
+    L1 of what tanh gives, in units of [-1, 1].
     """
 
     def __init__(self, codes: list[Tensor], codec: VoxtralCodec, device):
@@ -61,10 +62,10 @@ class KnownClips(_Windows):
 
 
 class Adversary(_Windows):
-    """Row n: a small network learns to tell sequences of the encoder's quantized latents from those of known codes (a step
-    of its own at every call), and the encoder to deceive it; logistic losses, with a penalty on its gradient at the known
-    ones (Mescheder et al. 2018), without which all levels are driven to their ends. It sees channels in units of the known
-    codes' deviation, some 1.2 s at a time."""
+    """Row n: a small network learns to tell sequences of the encoder's quantized latents from those of known codes (a
+    step of its own at every call), and the encoder to deceive it; logistic losses, with a penalty on its gradient at
+    the known ones (Mescheder et al. 2018), without which all levels are driven to their ends. It sees channels in units
+    of the known codes' deviation, some 1.2 s at a time."""
 
     def __init__(self, codes: list[Tensor], codec: VoxtralCodec, device):
         super().__init__(codes, codec, device)

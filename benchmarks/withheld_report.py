@@ -219,8 +219,8 @@ def curves_figure(rows: dict[str, dict], goal: float) -> Figure:
 
 
 def rows_figure(report: dict) -> Figure:
-    """A panel per measurement of interest, a line per row, a dot per seed; beside them the untrained encoder's value, or, of
-    what measures sound, the true one's."""
+    """A panel per measurement of interest, a line per row, a dot per seed; beside them the untrained encoder's value,
+    or, of what measures sound, the true one's."""
     rows = {name: row for name, row in report["rows"].items() if row["seeds"]}
     shown = [name for name in SHOWN if name in report["true"]]
     figure = Figure(figsize=(2.6 * len(shown) + 2.4, 1.2 + 0.26 * len(rows)), layout="constrained")

@@ -20,7 +20,8 @@ class Row:
     start         fresh: as with the released checkpoint; true: the withheld encoder, to see whether training keeps it
     speech        1: all clips; 0.1: every tenth, heard ten times as often
     layers        of the encoder's four stages; own: the stand-in's, as serving builds it
-    known         what loss.match takes from known codes: statistics, as train_encoder.py does; or a loss of withheld_losses.py
+    known         what loss.match takes from known codes: statistics, as train_encoder.py does; or a loss of
+                  withheld_losses.py
     """
 
     what: str
@@ -30,7 +31,8 @@ class Row:
 
 # a to d build the paper's recipe piece by piece, e to t change one thing of it, j and n one of cheap, o and on ask what
 # limits it. Commitment is in all: without it nothing ties the semantic latent to the codebook. The paper's schedule of
-# quantization is a piece as well: a and b quantize always (no key of the config says so: withheld_runs.py swaps the draws), c shows what the schedule is worth.
+# quantization is a piece as well: a and b quantize always (no key of the config says so: withheld_runs.py swaps the
+# draws), c shows what the schedule is worth.
 ROWS = {
     "a": Row(
         "reconstruction only",

@@ -127,8 +127,8 @@ def main() -> None:
 
 
 def stop_with_parent() -> None:
-    """A benchmark that is killed leaves no training behind: its end of this pipe closes. Not sys.stdin.read(): that holds
-    a lock, for which a loader process would wait for ever, since it closes sys.stdin when it is forked."""
+    """A benchmark that is killed leaves no training behind: its end of this pipe closes. Not sys.stdin.read(): that
+    holds a lock, for which a loader process would wait for ever, since it closes sys.stdin when it is forked."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
@@ -144,8 +144,8 @@ def always_quantized(seed: int, batch_size: int, acoustic_dim: int, n_frames: in
 
 
 def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
-    """Trains `run` on the GPU of this number in a process that sees no other, and is told to save and stop at `deadline` or
-    with `stop`; -> its exit code."""
+    """Trains `run` on the GPU of this number in a process that sees no other, and is told to save and stop at
+    `deadline` or with `stop`; -> its exit code."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     seen = {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def rewritten(data: DataConfig, folder: Path, change: Callable[[list[Clip], str]
 
 
 def with_layers(checkpoint: str, layers: str, output: Path) -> str:
-    """A checkpoint folder in OUTPUT that differs in the layers of the encoder's stages only: links, and its params.json."""
+    """A checkpoint folder in OUTPUT of other layers in the encoder's stages: links, and its own params.json."""
     folder = output / f"layers_{layers.replace(',', '_')}"
     params = json.loads((Path(checkpoint) / "params.json").read_text())
     params["multimodal"]["audio_tokenizer_args"]["encoder_transformer_lengths_str"] = layers

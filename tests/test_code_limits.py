@@ -1,4 +1,4 @@
-"""benchmarks/code_limits.py on the embedded stand-in: noise, descent, echo, an encoder that is told, trained encoders."""
+"""benchmarks/code_limits.py on the embedded stand-in: noise, descent, echo, told and trained encoders."""
 
 import json
 from pathlib import Path

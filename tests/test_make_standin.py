@@ -107,7 +107,7 @@ def test_a_codebook_to_be_trained_starts_among_the_latents(made):
 
 
 def test_an_encoder_anew_and_a_decoder_alone_follow_where_they_are_given_steps(config, made, tmp_path):
-    """The encoder that is withheld is the second one; the decoder has moved from the first run's; the codebook has not."""
+    """The withheld encoder is the second one; the decoder has moved from the first run's; the codebook has not."""
     run = tmp_path / "run"
     make_standin.main(
         ["--config", str(config), f"output_dir={run}", "standin.encoder_steps=2", "standin.decoder_steps=2"]

@@ -69,7 +69,7 @@ class PairDataset(SpeechDataset):
         fixed: bool = False,
         reference_sec: Sequence[float] | None = None,
     ):
-        """Raises DataError for clips without codes or text, with reference_sec also for a voice that has one text only."""
+        """Raises DataError for clips without codes or text, with reference_sec also for a voice of one text only."""
         for clip in clips:
             if not clip.codes or not clip.text.strip():
                 raise DataError(
@@ -171,7 +171,7 @@ class PairDataset(SpeechDataset):
         return self.clips[others[int(random.integers(len(others)))]]
 
     def _cropped(self, clip: Clip, random: np.random.Generator) -> Tensor:
-        """A crop [37, L] of a length and at a place drawn at random, or the beginning of a `fixed` clip. Raises BadClip."""
+        """A crop [37, L] of random length and place, or the beginning of a `fixed` clip. Raises BadClip."""
         codes = read_codes(clip.codes, self.params)
         shortest, longest = (max(1, round(sec * self.params.frame_rate_hz)) for sec in self.reference_sec)
         length = min(codes.shape[1], longest if self.fixed else int(random.integers(shortest, longest + 1)))
