@@ -59,11 +59,11 @@ COLUMNS = {
 
 EXAMPLES = """examples:
   # the embedded stand-in, its held-out synthetic voices
-  python benchmarks/code_limits.py --standin assets/standin --withheld assets/standin_withheld_encoder.safetensors \\
+  python research/code_limits.py --standin assets/standin --withheld assets/standin_withheld_encoder.safetensors \\
       --data configs/demo.yaml
 
   # a stand-in of your own, on people, with the losses that it was trained with (those of its config)
-  python benchmarks/code_limits.py --standin runs/standin_mid/released --data configs/standin_mid.yaml \\
+  python research/code_limits.py --standin runs/standin_mid/released --data configs/standin_mid.yaml \\
       --withheld runs/standin_mid/withheld_encoder.safetensors --eval /my/speech/eval.csv data.data_root=/my/speech
 """
 
