@@ -253,8 +253,8 @@ else is the config's: batch, crops, learning rate, discriminators. asr.model=FIL
 examples:
   # two CPU cores, the embedded stand-in, discriminators cut down: does it run?
   python research/withheld_encoder.py --standin assets/standin --data configs/demo.yaml \\
-      --withheld assets/standin_withheld_encoder.safetensors --rows reconstruction,paper+mel --seeds 0 --steps 50 \\
-      --metrics mel,stft asr.model=base discriminator.channels=4 discriminator.crop_sec=0.25
+      --withheld assets/standin_withheld_encoder.safetensors --rows reconstruction,discriminators --seeds 0 \\
+      --steps 50 --metrics mel,stft discriminator.channels=4 discriminator.crop_sec=0.25
 
   # a GPU: a mid-size stand-in, then what ten minutes give, measured on recordings of people
   python make_standin.py --config configs/standin_mid.yaml data.data_root=/my/speech

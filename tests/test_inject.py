@@ -491,6 +491,7 @@ def kill_at_random_moments(attempt, inspect, n=30):
     raise AssertionError(f"only {states.total()} of {3 * n} kills came in time")
 
 
+@pytest.mark.slow
 def test_kills_while_writing_a_folder_leave_none_the_old_or_the_new(mid_size, tmp_path):
     source, output = mid_size / "checkpoint", tmp_path / "out"
     before = snapshot(source)
@@ -522,6 +523,7 @@ def test_kills_while_writing_a_folder_leave_none_the_old_or_the_new(mid_size, tm
     assert snapshot(output) == replaced and not list(tmp_path.glob(".*"))  # what the kills left is gone
 
 
+@pytest.mark.slow
 def test_kills_in_place_leave_the_old_or_the_new_and_eject_undoes_them(mid_size, tmp_path):
     folder = shutil.copytree(mid_size / "checkpoint", tmp_path / "checkpoint")
     encoder = mid_size / "encoder_1.safetensors"
@@ -570,6 +572,7 @@ def test_a_run_after_a_kill_between_weights_and_marker_completes_it(folder, enco
     assert snapshot(folder) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.98])
 def test_a_full_disk_leaves_everything_as_it_was(mid_size, tmp_path, share):
     folder = shutil.copytree(mid_size / "checkpoint", tmp_path / "checkpoint")

@@ -25,6 +25,8 @@ from voxtral.layout import withheld_layout
 from voxtral.params import load_params
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 
+pytestmark = pytest.mark.slow  # nearly each of them trains
+
 ROOT = Path(__file__).parents[1]
 SPEAKERS = ["k_af_heart", "k_am_adam", "m_f12"]
 STEPS = 6
