@@ -1,5 +1,5 @@
 # make demo: everything on two CPU cores. make test: the quick tests, make test-slow: the others. make lint: ruff.
-# make serve-test: the stand-in in the real vLLM-Omni, for which it sets up .venv-serve (2.7 GB). All set up .venv first.
+# make serve-test: the stand-in in the real vLLM-Omni, for which it sets up .venv-serve (3.3 GB). All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
