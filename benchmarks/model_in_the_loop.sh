@@ -2,14 +2,15 @@
 # Does the frozen language model in the loop of phase 1 make an encoder that clones better? Six encoders by
 # model_in_the_loop.py, three at a time on one GPU, and one table of their clones.
 #
-#   benchmarks/model_in_the_loop.sh CHECKPOINT TRUE SPEECH WHISPER OUTPUT [key=value...]
+#   benchmarks/model_in_the_loop.sh CHECKPOINT TRUE SPEECH WHISPER OUTPUT [OPTION or key=value...]
 #
 # CHECKPOINT: a stand-in that talks; TRUE: its true encoder. SPEECH: a folder with talk.csv (columns path, speaker,
 # text) beside its clips. WHISPER: openai-whisper's name of a model, or a local .pt. OUTPUT gets a folder and a log for
-# each arm, and voices/ with the table; what is there is not made again. key=value: changes to configs/demo.yaml, for a
-# mid-size stand-in train.precision=bf16 optimizer.learning_rate=5e-4. STEPS (1600), ARMS (all six).
+# each arm, and voices/ with the table; what is there is not made again. What comes after it is for all arms: options of
+# model_in_the_loop.py and changes to configs/demo.yaml; for a mid-size stand-in train.precision=bf16
+# optimizer.learning_rate=5e-4. STEPS (1600), ARMS (all six).
 set -eu
-[ $# -ge 5 ] || { echo "usage: $0 CHECKPOINT TRUE SPEECH WHISPER OUTPUT [key=value...]" >&2; exit 2; }
+[ $# -ge 5 ] || { echo "usage: $0 CHECKPOINT TRUE SPEECH WHISPER OUTPUT [OPTION or key=value...]" >&2; exit 2; }
 [ -f "$3/talk.csv" ] || { echo "$3: there must be talk.csv in it." >&2; exit 2; }
 mkdir -p "$5"
 checkpoint=$(realpath "$1") true=$(realpath "$2") speech=$(realpath "$3") output=$(realpath "$5")
@@ -40,7 +41,7 @@ arm model --pairs 8
 arm model_without_match --pairs 8 loss.match=0
 arm anchors --anchors 8
 arm model_anchors --pairs 8 --anchors 8
-arm contrast --pairs 8 --contrast
+arm contrast --pairs 8 --contrast --semantic 0.3 --flow 4  # weaker gradients: what the copy has learnt alone
 wait
 
 encoders=()
