@@ -1,12 +1,14 @@
-# make demo: everything on two CPU cores. make test: the test suite. make serve-test: the stand-in in the real
-# vLLM-Omni, for which it sets up .venv-serve (2.7 GB). All set up .venv first.
+# make demo: everything on two CPU cores. make test: the quick tests, make test-slow: the others. make lint: ruff.
+# make serve-test: the stand-in in the real vLLM-Omni, for which it sets up .venv-serve (3.3 GB). All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 SERVE := .venv-serve
+# Two files beside each other, one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: setup demo test serve-test
+.PHONY: setup demo lint test test-slow serve-test
 
 setup: $(READY)
 
@@ -24,8 +26,15 @@ $(TEST_READY): requirements-test.txt $(READY)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
-test: $(TEST_READY)  # files beside each other, one thread each
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
+lint: $(TEST_READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+test: $(TEST_READY)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(TEST_READY)
+	$(PYTEST) -m slow
 
 serve-test: $(TEST_READY)
 	-$(MAKE) --no-print-directory $(SERVE)/.ready

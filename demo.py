@@ -222,7 +222,8 @@ def main(arguments=None) -> None:
         )
         write_report(run / "report", report, rows, items, spoken, audio, intro)
         print(
-            f"\n{intro}\n\n{plain([HEADERS, *table_rows(rows, clones)])}\n\nPhase 1 took {trained_sec / 60:.1f} min and "
+            f"\n{intro}\n\n{plain([HEADERS, *table_rows(rows, clones)])}\n\n"
+            f"Phase 1 took {trained_sec / 60:.1f} min and "
             f"closed {closed:.1%} of the gap in sound; all of it {(time.monotonic() - started) / 60:.1f} min.\n"
             f"{injected} is the checkpoint with our encoder.\n"
             f"Listen: {run}/report/index.html (a plain file for any browser)"

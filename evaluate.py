@@ -3,8 +3,8 @@
 Every clip passes through the codec alone, in fp32. With --reference-encoder (the true encoder of a stand-in checkpoint)
 it also tells which share of the gap between an untrained and the true encoder is closed. Clips of generate_clips.py
 come with the codes that they were decoded from: how many of these the encoder finds is the one truth that there is
-about the real checkpoint. With --degrade it scores known degradations of the clips instead, which shows what each score is
-worth.
+about the real checkpoint. With --degrade it scores known degradations of the clips instead, which shows what each score
+is worth.
 
 OUTPUT gets metrics.json, table.md, clips.csv, plots (png), and the first clips as wavs and spectrograms.
 """

@@ -2,7 +2,8 @@
 
 The checkpoint is copied tensor by tensor (a few hundred MB of memory) and appears under its name when it is whole:
 interrupted at any moment, you have either the old one or the new one. params.json gains the key that serving's request
-gate looks for.
+gate looks for. VOICE_CLONE.md, beside the release's own README.md, says what was injected, its SHA-256, and what it was
+trained on; --eject removes it.
 """
 
 import argparse

@@ -231,8 +231,8 @@ def make_trained(config: StandinConfig) -> None:
     with training_process(config.device) as process:
         if process.world_size != process.n_local:
             raise ConfigError(
-                "make_standin.py trains on one machine, since each stage reads what the one before has written; start it "
-                "with torchrun --nproc-per-node N, without --nnodes."
+                "make_standin.py trains on one machine, since each stage reads what the one before has written; "
+                "start it with torchrun --nproc-per-node N, without --nnodes."
             )
         judge = None
         if config.language_model and process.is_main:  # what it lacks is said before the work

@@ -1,7 +1,8 @@
 """What a checkpoint of phase 1 at full width takes: GB, and seconds to write it in a folder of yours.
 
-Tensors of the real sizes are written by the run folder's own functions (2.4 GB of memory and of disk); what they hold does not
-matter. `before`: what was saved until checkpoints left out what the model's own checkpoint has (computed, not written).
+Tensors of the real sizes are written by the run folder's own functions (2.4 GB of memory and of disk); what they hold
+does not matter. `before`: what was saved until checkpoints left out what the model's own checkpoint has (computed, not
+written).
 """
 
 import argparse
@@ -68,7 +69,8 @@ def main(arguments=None) -> None:
                 [
                     "GB of a run",
                     f"{train.keep_last * before + weights:.1f}",
-                    f"{train.keep_last * after + weights:.1f}, and {train.milestones} milestones {train.milestones * weights:.1f}",
+                    f"{train.keep_last * after + weights:.1f}, "
+                    f"and {train.milestones} milestones {train.milestones * weights:.1f}",
                 ],
                 [
                     "a checkpoint every",

@@ -1,10 +1,10 @@
 """Do the CUDA graphs of train_encoder.py disturb each other when they run at once?
 
-Two graphs that were captured on one stream may share cuBLAS's workspace (pytorch issue 193402), and Whisper's is replayed beside
-the codec's. Here both are recorded as train_encoder.py does it, and replayed on the same inputs first one after the other, then
-at once, as often as asked; every output and every gradient is compared bit for bit. The same comparison of one after the
-other with itself says which tensors differ by chance alone (sums whose order the GPU chooses). Exit code 1: some differ at
-once that never do one after the other.
+Two graphs that were captured on one stream may share cuBLAS's workspace (pytorch issue 193402), and Whisper's is
+replayed beside the codec's. Here both are recorded as train_encoder.py does it, and replayed on the same inputs first
+one after the other, then at once, as often as asked; every output and every gradient is compared bit for bit. The same
+comparison of one after the other with itself says which tensors differ by chance alone (sums whose order the GPU
+chooses). Exit code 1: some differ at once that never do one after the other.
 """
 
 import argparse
@@ -121,7 +121,8 @@ def main(arguments=None) -> None:
     print(f"{len(expected)} tensors, {options.replays} replays each on {name}, PyTorch {torch.__version__}")
     print(f"one after the other: {len(alone)} tensors differ from the first replay {alone or ''}")
     print(
-        f"at once: {len(together)} tensors differ from it, {len(suspicious)} of them never one after the other {suspicious or ''}"
+        f"at once: {len(together)} tensors differ from it, "
+        f"{len(suspicious)} of them never one after the other {suspicious or ''}"
     )
     sys.exit(1 if suspicious else 0)
 

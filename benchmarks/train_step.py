@@ -18,8 +18,8 @@ What is printed
   the table   time of every part's own work, forward and, for what autograd does because of that part, backward. GPU:
               sum of its kernels, so parts that overlap (Whisper has a stream of its own) may add up to more than a
               step. CPU: time on the main thread. A replayed CUDA graph hides what it launches, so the table is made in
-              a second training with train.cuda_graphs=false train.compile=false; the speed above it is the config's own.
-              Waiting for data is measured in the first one, on the host.
+              a second training with train.cuda_graphs=false train.compile=false; the speed above it is the config's
+              own. Waiting for data is measured in the first one, on the host.
 
 Everything is also in OUTPUT/train_step.json; what train_encoder.py says meanwhile is in OUTPUT/train_step.log.
 """
@@ -263,8 +263,8 @@ def speed(options, process: Process, config: EncoderConfig, random_checkpoint: s
         where = "kernels" if process.device.type == "cuda" else "main thread"
         say(
             f"\n{name}: {flops_report(result, options.ceiling_tflops)}\n\nparts of a step with "
-            f"train.cuda_graphs=false train.compile=false ({where}, mean of {N_PROFILED} steps without logging); as configured a step "
-            f"takes {result['step_ms']['median']:.1f} ms\n\n{parts_report(result)}"
+            f"train.cuda_graphs=false train.compile=false ({where}, mean of {N_PROFILED} steps without logging); "
+            f"as configured a step takes {result['step_ms']['median']:.1f} ms\n\n{parts_report(result)}"
         )
     return results
 

@@ -210,7 +210,7 @@ def in_range(part: str, function: Callable) -> Callable:
 
 
 def breakdown(config: EncoderConfig, process: Process, log) -> dict:
-    """FLOP of a step of this process, and ms of every part, of a training without CUDA graphs, compilation and logging."""
+    """FLOP of a step of this process, and ms of its parts, without CUDA graphs, compilation and logging."""
     config = deepcopy(config)
     config.train.cuda_graphs = config.train.compile = False
     config.train.log_every_steps, config.train.max_steps = 10**9, 10**6

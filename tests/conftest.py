@@ -1,4 +1,4 @@
-"""The benchmarks as modules, and tiny random models of other people's formats, for tests that need one end to end."""
+"""Scripts of benchmarks/ and research/, tiny random models of other people's formats, runs that are stopped."""
 
 import base64
 import gzip
@@ -23,10 +23,11 @@ LAST_LAYER_FIRST_HEAD = np.array([[False, False], [True, False]])
 
 
 @pytest.fixture(scope="session")
-def import_benchmark():
-    """import_benchmark(name) -> module of benchmarks/, whose scripts find each other."""
+def import_script():
+    """import_script(name) -> module of benchmarks/ or research/, whose scripts find each other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        for folder in ("benchmarks", "research"):
+            patch.syspath_prepend(Path(__file__).parents[1] / folder)
         yield importlib.import_module
 
 

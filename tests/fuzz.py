@@ -1,8 +1,8 @@
 """Damaged files against every door that files come in by: python tests/fuzz.py --count 5000 --seed 0
 
 Each case is a good small file (audio in a dozen formats, safetensors, .pt, .npy, JSON, tables) with a damaged header. A
-door reads it or refuses it in its own words; any other exception, a hang of 10 s (twice), a crash, a line on stderr or a
-file outside the case's folder is a finding. Prints a table, and the findings; exits with 1 when there is one.
+door reads it or refuses it in its own words; any other exception, a hang of 10 s (twice), a crash, a line on stderr or
+a file outside the case's folder is a finding. Prints a table, and the findings; exits with 1 when there is one.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The door that audio comes in by: levels, channels, headers that lie, reasons, silence on stderr; a short fuzz of all doors."""
+"""The door that audio comes in by: levels, channels, headers that lie, reasons, a silent stderr; a short fuzz."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""benchmarks/clone_needs.py: known errors of codes are what their names say, and a tiny run measures them."""
+"""research/clone_needs.py: known errors of codes are what their names say, and a tiny run measures them."""
 
 import json
 import shutil
@@ -17,8 +17,8 @@ PARAMS = CodecParams(semantic_codebook_size=64)
 
 
 @pytest.fixture(scope="module")
-def benchmark(import_benchmark):
-    return import_benchmark("clone_needs")
+def benchmark(import_script):
+    return import_script("clone_needs")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""benchmarks/clone_recipes.sh: the settings of every command that it runs are ones that exist."""
+"""research/clone_recipes.sh: the settings of every command that it runs are ones that exist."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_every_encoder_is_trained_and_speaks(tmp_path):
     speech.mkdir()
     assert (
         subprocess.run(
-            [ROOT / "benchmarks/clone_recipes.sh", speech, "base", tmp_path / "out"], capture_output=True
+            [ROOT / "research/clone_recipes.sh", speech, "base", tmp_path / "out"], capture_output=True
         ).returncode
         == 2
     )
@@ -40,7 +40,7 @@ def test_every_encoder_is_trained_and_speaks(tmp_path):
     (tmp_path / "python").write_text(STUB.format(python=sys.executable, calls=tmp_path / "calls"))
     (tmp_path / "python").chmod(0o755)
     subprocess.run(
-        [ROOT / "benchmarks/clone_recipes.sh", speech, "base", tmp_path / "out"],
+        [ROOT / "research/clone_recipes.sh", speech, "base", tmp_path / "out"],
         check=True,
         timeout=60,
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},

@@ -1,4 +1,4 @@
-"""benchmarks/code_limits.py on the embedded stand-in: noise, descent, echo, an encoder that is told, trained encoders."""
+"""research/code_limits.py on the embedded stand-in: noise, descent, echo, told and trained encoders."""
 
 import json
 from pathlib import Path
@@ -27,8 +27,8 @@ COMMAND = [
 
 
 @pytest.fixture(scope="module")
-def code_limits(import_benchmark):
-    return import_benchmark("code_limits")
+def code_limits(import_script):
+    return import_script("code_limits")
 
 
 def limits_of(code_limits, n_clips, *overrides):

@@ -278,6 +278,7 @@ print(codes.shape[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts KiB on Linux only")
 def test_ten_minutes_encode_within_4_gb():
     """At a quarter of the full width, whose peak is 3.3 GB (1.1 here). One [T, T] tensor of scores would take 115 GB,

@@ -109,7 +109,7 @@ def test_sine_keeps_frequency_and_amplitude(tmp_path, rate):
 
 @pytest.mark.parametrize("rate, speed", [(22050, 1.2), (24000, 0.84), (44100, 0.9)])
 def test_a_faster_crop_is_higher_and_starts_at_the_same_place(tmp_path, rate, speed):
-    """Past its middle the tone doubles: the crop from the middle on has the second half alone, at `speed` times its pitch."""
+    """Past its middle the tone doubles: the crop from there on has its second half, at `speed` times its pitch."""
     time = np.arange(4 * rate) / rate
     path = write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 1000 * time * np.where(time < 2, 1, 2)), rate, "FLOAT")
     crop, native_rate = load_segment(path, 0.5 / (1 - 0.25 * speed), 1.0, speed)

@@ -209,6 +209,7 @@ def test_dropped_clips_are_counted_and_leave_no_file(checkpoint, texts, whole, c
 # ---------------------------------------------------------------- kills and shares
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_folder(checkpoint, texts, whole, tmp_path):
     output = tmp_path / "clips"
     # As slow as needed to be killed in the middle of it

@@ -146,6 +146,7 @@ def test_phase_1_says_how_many_true_codes_its_encoder_finds(made, tmp_path, caps
     assert "known_semantic_equal" not in tested["folder speech"]
 
 
+@pytest.mark.slow
 def test_a_run_starts_fresh_unless_it_is_told_otherwise(made, tmp_path, capsys):
     fresh, injected = tmp_path / "fresh", tmp_path / "injected"
     train(made, fresh, "optimizer.learning_rate=1e-9")

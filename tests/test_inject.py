@@ -22,11 +22,14 @@ from inject_encoder import changed_shares
 from voxtral.backbone import Backbone
 from voxtral.checkpoint import Checkpoint, SafetensorsFile, save_tensors
 from voxtral.codec import VoxtralCodec
+from voxtral.config import EncoderConfig, dump_config
 from voxtral.inject import BACKUP, INDEX, MARKER, RECORD, eject, inject
 from voxtral.json_edit import remove_json, set_json
 from voxtral.layout import released_layout, withheld_layout
+from voxtral.model_card import CARD
 from voxtral.params import CheckpointError, load_params
 from voxtral.reference import prepare_reference
+from voxtral.sources import DataConfig, SourceConfig
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -488,6 +491,7 @@ def kill_at_random_moments(attempt, inspect, n=30):
     raise AssertionError(f"only {states.total()} of {3 * n} kills came in time")
 
 
+@pytest.mark.slow
 def test_kills_while_writing_a_folder_leave_none_the_old_or_the_new(mid_size, tmp_path):
     source, output = mid_size / "checkpoint", tmp_path / "out"
     before = snapshot(source)
@@ -519,6 +523,7 @@ def test_kills_while_writing_a_folder_leave_none_the_old_or_the_new(mid_size, tm
     assert snapshot(output) == replaced and not list(tmp_path.glob(".*"))  # what the kills left is gone
 
 
+@pytest.mark.slow
 def test_kills_in_place_leave_the_old_or_the_new_and_eject_undoes_them(mid_size, tmp_path):
     folder = shutil.copytree(mid_size / "checkpoint", tmp_path / "checkpoint")
     encoder = mid_size / "encoder_1.safetensors"
@@ -532,7 +537,7 @@ def test_kills_in_place_leave_the_old_or_the_new_and_eject_undoes_them(mid_size,
         if (folder / BACKUP).exists():
             eject(folder)
         shutil.rmtree(folder / f"{BACKUP}.tmp", ignore_errors=True)
-        for leftover in [*folder.glob(".*.tmp"), *folder.glob(RECORD)]:
+        for leftover in [*folder.glob(".*.tmp"), *folder.glob(RECORD), *folder.glob(CARD)]:
             leftover.unlink()
         assert snapshot(folder) == original
 
@@ -567,6 +572,7 @@ def test_a_run_after_a_kill_between_weights_and_marker_completes_it(folder, enco
     assert snapshot(folder) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.98])
 def test_a_full_disk_leaves_everything_as_it_was(mid_size, tmp_path, share):
     folder = shutil.copytree(mid_size / "checkpoint", tmp_path / "checkpoint")
@@ -590,8 +596,61 @@ def test_a_full_disk_leaves_everything_as_it_was(mid_size, tmp_path, share):
         )
         assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
         assert "File too large" in process.stderr and "Traceback" not in process.stderr
-        after = {name: value for name, value in snapshot(folder).items() if not name.startswith((BACKUP, RECORD))}
+        ours = (BACKUP, RECORD, CARD)
+        after = {name: value for name, value in snapshot(folder).items() if not name.startswith(ours)}
         assert after == before and not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+# ---------------------------------------------------------------- the model card
+
+
+def test_the_card_says_what_was_injected_and_trained_on(folder, tmp_path):
+    run = tmp_path / "home" / "runs" / "voices"
+    (run / "best").mkdir(parents=True)
+    encoder = write_encoder(run / "best" / "encoder.safetensors", folder)
+    source = {"kind": "folder", "path": "/home/me/my_speech"}
+    config = EncoderConfig(data=DataConfig(sources=[SourceConfig(**source), SourceConfig("manifest", name="talk")]))
+    config.loss.stft, config.train.max_steps = 0.0, 700
+    dump_config(config, run / "config.yaml")
+    (run / "best" / "metrics.json").write_text('{"step": 650, "mel_distance": 1.25}')
+    write_adapter(tmp_path / "adapter", folder)
+    (folder / "README.md").write_text("The release's own.")
+    output = inject(folder, encoder, tmp_path / "adapter", tmp_path / "out")
+    card = (output / CARD).read_text()
+    assert (output / "README.md").read_text() == "The release's own." and not (folder / CARD).exists()
+    assert f"| the encoder: 114 tensors, {n_millions(encoder)} M parameters, bf16 | `encoder.safetensors` |" in card
+    adapter = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert all(f"`{path.name}` | `{digest(path)}` |" in card for path in (encoder, adapter))
+    assert "rank 4, alpha 12, of k_proj, o_proj, q_proj, v_proj" in card
+    assert (
+        "run `voices`" in card and "- speech, as configured: folder my_speech, talk\n" in card and "700 steps" in card
+    )
+    assert f"l1 {config.loss.l1:g}, " in card and "stft" not in card and "step 650, mel_distance 1.25" in card
+    assert str(tmp_path) not in card and "/home" not in card  # whoever publishes it publishes no paths
+    assert "Delete this folder" in card and "--eject" not in card
+
+
+def n_millions(path):
+    return f"{sum(tensor.numel() for tensor in SafetensorsFile(path).read().values()) / 1e6:.1f}"
+
+
+def test_the_card_of_an_injection_in_place_comes_and_goes_with_it(folder, encoder, pristine):
+    inject(folder, encoder)
+    card = (folder / CARD).read_text()
+    assert "--eject" in card and "Not known" in card and digest(encoder) in card
+    eject(folder)
+    assert snapshot(folder) == snapshot(pristine) and not (folder / CARD).exists()
+    assert CARD in inject_encoder.command_line().format_help()
+
+
+@pytest.mark.parametrize("text", ["data: [", "data: {}", "", "loss: 3"])
+def test_a_damaged_config_of_the_run_is_said_in_the_card(folder, tmp_path, text):
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / "config.yaml").write_text(text)
+    encoder = write_encoder(run / "best" / "encoder.safetensors", folder)
+    inject(folder, encoder)
+    assert "run `run`: not known, since its files cannot be read (" in (folder / CARD).read_text()
 
 
 # ---------------------------------------------------------------- the script

@@ -106,8 +106,9 @@ def test_a_codebook_to_be_trained_starts_among_the_latents(made):
     assert (usage > 0.5 * usage.median()).float().mean() > 0.5
 
 
+@pytest.mark.slow
 def test_an_encoder_anew_and_a_decoder_alone_follow_where_they_are_given_steps(config, made, tmp_path):
-    """The encoder that is withheld is the second one; the decoder has moved from the first run's; the codebook has not."""
+    """The withheld encoder is the second one; the decoder has moved from the first run's; the codebook has not."""
     run = tmp_path / "run"
     make_standin.main(
         ["--config", str(config), f"output_dir={run}", "standin.encoder_steps=2", "standin.decoder_steps=2"]
@@ -294,6 +295,7 @@ def test_the_release_speaks_with_the_language_model_that_was_trained(talked):
     assert 0 < said["seconds"]["value"] <= 2.25 and -1 <= said["own"]["value"] <= 1 and "wer" not in said
 
 
+@pytest.mark.slow
 def test_a_kill_between_stages_goes_on_to_the_same_release(talking, talked, tmp_path, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt

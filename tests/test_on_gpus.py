@@ -1,4 +1,4 @@
-"""benchmarks/on_gpus.sh: which commands it runs where, and that their settings are ones that exist."""
+"""research/on_gpus.sh: which commands it runs where, and that their settings are ones that exist."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def calls_of(tmp_path, gpus, **environment) -> list[list[str]]:
         (tmp_path / name).write_text(STUB.format(python=sys.executable, gpus=gpus, calls=tmp_path / "calls"))
         (tmp_path / name).chmod(0o755)
     subprocess.run(
-        [ROOT / "benchmarks/on_gpus.sh", "speech", "base", "out"],
+        [ROOT / "research/on_gpus.sh", "speech", "base", "out"],
         cwd=tmp_path,
         check=True,
         timeout=60,
@@ -88,7 +88,7 @@ def test_some_stages_alone(tmp_path):
 def test_encoders_are_trained_when_the_standin_is_there_and_as_long_as_the_minutes_last(tmp_path):
     standin, *others = calls_of(tmp_path, 2, STAGES="standin,rows+longer", MINUTES="7")
     assert standin[:2] == ["0", "make_standin.py"] and {(call[0], call[1]) for call in others} == {
-        (gpu, "benchmarks/withheld_encoder.py") for gpu in "01"
+        (gpu, "research/withheld_encoder.py") for gpu in "01"
     }  # beside each other
     assert all(call[call.index("--minutes") + 1] == "7" for call in others)
     assert [call[call.index("--at-once") + 1] for call in others if "--at-once" in call] == [
@@ -103,5 +103,5 @@ def test_rows_alone_take_both_gpus(tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [([], "usage"), (["x", "base", "out"], "x: there must be train.csv")])
 def test_mistakes(tmp_path, arguments, words):
-    done = subprocess.run([ROOT / "benchmarks/on_gpus.sh", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([ROOT / "research/on_gpus.sh", *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr and not (tmp_path / "out").exists()

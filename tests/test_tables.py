@@ -1,4 +1,4 @@
-"""The doors that texts and names come in by: tables of many writers, JSON lines, sentences; folders with links and pipes."""
+"""The doors that texts and names come in by: tables of many writers, JSON lines, sentences; links and pipes."""
 
 import csv
 import io
@@ -168,7 +168,8 @@ def test_a_file_of_json_lines_that_was_torn_goes_on(tmp_path):
 def test_sentences_are_read_as_they_are_written(tmp_path):
     path = tmp_path / "s.tsv"
     path.write_text(
-        "en\tHello one\u2028still one.\r\nen\tA\tB tab.\nNo language,\ttab\npt-BR\tOi\f!\n\u2028 \n\u200b\u200d\n\tbare\n\0\n",
+        "en\tHello one\u2028still one.\r\nen\tA\tB tab.\nNo language,\ttab\n"
+        "pt-BR\tOi\f!\n\u2028 \n\u200b\u200d\n\tbare\n\0\n",
         encoding="utf-8",
         newline="",
     )

@@ -336,8 +336,8 @@ def test_the_graph_equals_eager_steps(folder, requests, monkeypatch):
 # ---------------------------------------------------------------- the benchmark
 
 
-def test_benchmark_reports_a_row_per_batch_size(import_benchmark, folder, capsys, monkeypatch):
-    generation = import_benchmark("generation")
+def test_benchmark_reports_a_row_per_batch_size(import_script, folder, capsys, monkeypatch):
+    generation = import_script("generation")
     generation.main(
         ["--checkpoint", str(folder), "--batch-sizes", "1", "2", "--frames", "5", "--prompt", "12", "--device", "cpu"]
     )
@@ -350,8 +350,8 @@ def test_benchmark_reports_a_row_per_batch_size(import_benchmark, folder, capsys
     assert exit_info.value.code == 2
 
 
-def test_random_models_are_filled_to_the_last_buffer(import_benchmark, monkeypatch):
-    generation = import_benchmark("generation")
+def test_random_models_are_filled_to_the_last_buffer(import_script, monkeypatch):
+    generation = import_script("generation")
     monkeypatch.setattr(generation, "full_params", small_params)
     torch.use_deterministic_algorithms(True)  # memory that nothing was written to is NaN
     try:

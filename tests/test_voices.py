@@ -276,7 +276,7 @@ def test_reference_audio_has_as_many_positions_as_our_embedding_has_rows(folder)
 
 @torch.no_grad()
 def test_prepared_references_agree_where_mistral_common_counts_one_too_many(folder, tmp_path):
-    """7 frames are ceil(13440 / 24000 * 12.5) = 8 to it; of the lengths up to 25 s, 13 whole numbers of frames are so."""
+    """To it 7 frames are ceil(13440 / 24000 * 12.5) = 8; of the lengths up to 25 s, 13 are so."""
     odd = [n for n in range(1920, 24000 * 25 + 1, 1920) if math.ceil(n / 24000 * 12.5) != n // 1920]
     assert odd[0] == 13440 and 105_600 in odd
     codec = VoxtralCodec.from_checkpoint(folder)

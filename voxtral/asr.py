@@ -129,10 +129,26 @@ class WhisperTeacher(nn.Module):
             return AsrTargets(hidden, alignment, valid_mask(n_text, hidden.shape[1]))
 
     def record(self, n_clips: int) -> None:
-        """Makes one CUDA graph of what is otherwise a hundred small launches a token, for batches of n_clips."""
+        """Makes one CUDA graph of what is otherwise a hundred small launches a token, for batches of n_clips.
+
+        It is captured on a stream of its own: graphs of one stream share cuBLAS's workspace (pytorch issue 193402), and
+        this one is replayed beside the codec's, which changed what both computed (benchmarks/README.md).
+        """
         dims = self.model.dims
-        mel = torch.zeros(n_clips, dims.n_mels, 2 * dims.n_audio_ctx, dtype=self.dtype, device=self.model.device)
-        self.recorded = torch.cuda.make_graphed_callables(self.listen, (mel,))
+        static = torch.zeros(n_clips, dims.n_mels, 2 * dims.n_audio_ctx, dtype=self.dtype, device=self.model.device)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(static.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.listen(static)  # lazy initialization must not be captured
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = self.listen(static)
+
+        def replay(mel: Tensor) -> tuple[Tensor, ...]:
+            static.copy_(mel)
+            graph.replay()
+            return outputs
+
+        self.recorded = replay
 
     def mel(self, waveform: Tensor, lengths: Tensor) -> Tensor:
         """[B, 1, T] at 24 kHz -> [B, n_mels, 2 * n_audio_ctx]: the clip and silence after it."""

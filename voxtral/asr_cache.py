@@ -66,12 +66,13 @@ class AsrCache:
         ]
         if changed:
             raise UserError(
-                f"asr.teacher_cache: {folder} was made with other settings ({'; '.join(changed)}); choose another folder."
+                f"asr.teacher_cache: {folder} was made with other settings ({'; '.join(changed)}); "
+                "choose another folder."
             )
 
     def segment(self, path: str, draw: float) -> tuple[float, Path]:
-        """The segment of a clip that `draw` in [0, 1) falls on: its position for load_segment(), the file of its targets.
-        Raises BadClip."""
+        """The segment of a clip that `draw` in [0, 1) falls on: its position for load_segment(), the file of its
+        targets. Raises BadClip."""
         frames, rate, _ = read_header(path)
         wanted = math.ceil(self.max_sec * rate)
         number = int(draw * max(1, math.ceil(frames / wanted)))
@@ -82,7 +83,7 @@ class AsrCache:
 
     @staticmethod
     def read(file: Path) -> tuple[Tensor, Tensor] | None:
-        """Hidden states [n_text, W] and alignment [n_text, n_frames], float32; None if they are not there, or damaged."""
+        """Hidden states [n_text, W] and alignment [n_text, n_frames], float32; None if absent or damaged."""
         try:
             with np.load(file) as arrays:
                 return torch.from_numpy(arrays["hidden"]).float(), torch.from_numpy(arrays["alignment"])

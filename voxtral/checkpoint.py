@@ -1,6 +1,7 @@
-"""Reading and writing checkpoint folders: consolidated.safetensors (single or sharded) and files that must survive a kill.
+"""Checkpoint folders read and written: consolidated.safetensors (single or sharded), files that survive a kill.
 
-A tensor is read only when asked for, and a file is written tensor by tensor, so an 8 GB checkpoint never sits in memory.
+A tensor is read only when asked for, and a file is written tensor by tensor, so an 8 GB checkpoint never sits in
+memory.
 """
 
 import errno

@@ -57,7 +57,8 @@ MAX_SAME_FRAMES = 25  # 2 s of one semantic code: the model is stuck; pauses bet
 
 @dataclass(frozen=True)
 class PlannedClip:
-    """`name`: VOICE/NUMBER, path without suffix, of the folder that file_name() makes of the voice; `seed`: what the noise hangs on."""
+    """`name`: VOICE/NUMBER, a path without suffix in the folder that file_name() makes of the voice; `seed`: what the
+    noise hangs on."""
 
     name: str
     voice: str

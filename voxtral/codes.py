@@ -1,4 +1,4 @@
-"""Known codes: of clips that the model has spoken, from the files beside them (generate_clips.py, python -m voxtral.clips)."""
+"""Known codes of clips that the model has spoken: files of generate_clips.py and python -m voxtral.clips."""
 
 from pathlib import Path
 
@@ -46,8 +46,8 @@ def codes_of_clips(clips: list[Clip], batches: list, params: CodecParams) -> tup
 
 
 def read_coded(clip: Clip, params: CodecParams, max_frames: int | None = None) -> tuple[Tensor, np.ndarray]:
-    """-> codes [1 + acoustic_dim, L] int64 of a generated clip, and its audio [L * frame_size] float32; of a long one the
-    first max_frames. Raises BadClip, also when they do not belong together."""
+    """-> codes [1 + acoustic_dim, L] int64 of a generated clip, and its audio [L * frame_size] float32; of a long one
+    the first max_frames. Raises BadClip, also when they do not belong together."""
     codes = read_codes(clip.codes, params)
     n_frames = min(codes.shape[1], max_frames or codes.shape[1])
     n_samples, is_cut = n_frames * params.frame_size, n_frames < codes.shape[1]

@@ -65,8 +65,8 @@ class SpeechDataset(Dataset):
     A bad clip is replaced by another one, drawn from the same random stream, and reported. With `fixed`,
     crops start at 0 and bad clips are left out from the beginning, listed in `bad`. Otherwise each is played at a speed
     between the two of `speed`. With `params`, clips whose codes are known come with them: cut at a code frame, at their
-    own speed. Raises DataError if no clip is left, or after too many bad ones in a row. A subclass says what else a clip
-    is read into.
+    own speed. Raises DataError if no clip is left, or after too many bad ones in a row. A subclass says what else a
+    clip is read into.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Multi-scale STFT discriminators (EnCodec's architecture; FFT sizes of Stable Codec, as the Voxtral paper cites it)."""
+"""Multi-scale STFT discriminators: EnCodec's architecture, FFT sizes of Stable Codec, which the Voxtral paper cites."""
 
 from dataclasses import dataclass, field
 
@@ -20,8 +20,8 @@ class DiscriminatorConfig:
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution as nn.Conv2d computes it, padded to "same", in the shape that tensor cores like. [B, C, frames, bins]
-    in channels_last memory.
+    """A convolution as nn.Conv2d computes it, padded to "same", in the shape that tensor cores like.
+    [B, C, frames, bins] in channels_last memory.
 
     `fold` neighbouring outputs along the bins become channels (and so do the inputs between their starts), which in
     channels_last costs no copy: 8 times 2 -> 32 channels with a kernel of 9 bins are 16 -> 256 with one of 3. Frames
@@ -39,7 +39,7 @@ class FoldedConv2d(nn.Conv2d):
     ):
         padding = (dilation * (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
         super().__init__(in_channels, out_channels, kernel, (1, stride), padding, (dilation, 1))
-        # Output r of a group reads tap k at bin r * stride + k - padding, counted from the start of its own `width` bins.
+        # Output r of a group reads tap k at bin r * stride + k - padding, from the start of its own `width` bins.
         self.fold, self.width = fold, fold * stride
         bins = torch.arange(fold)[:, None] * stride + torch.arange(kernel[1]) - padding[1]
         self.reach = -(-padding[1] // self.width)  # neighbouring groups that it reads on either side
@@ -67,7 +67,7 @@ class FoldedConv2d(nn.Conv2d):
 
 
 class StftDiscriminator(nn.Module):
-    """Convolutions over one complex spectrogram: [B, 2, frames, bins] -> list of feature maps; the last one is the logits.
+    """Convolutions over one complex spectrogram: [B, 2, frames, bins] -> list of feature maps, logits last.
 
     Time is never strided, so a feature map's frames are the spectrogram's.
     """
@@ -98,7 +98,7 @@ class StftDiscriminator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """One StftDiscriminator per FFT size. [B, 1, T] -> list (per discriminator) of lists of feature maps, logits last."""
+    """One StftDiscriminator per FFT size. [B, 1, T] -> a list of feature maps for each of them, logits last."""
 
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
@@ -122,7 +122,7 @@ class Discriminators(nn.Module):
 
 class DiscriminatorLoss(nn.Module):
     """What the discriminators learn from. Target and reconstruction [B, 1, T], valid share of each [B] ->
-    (hinge loss, then the feature maps of the target, which feature_loss() wants). The reconstruction gets no gradient."""
+    (hinge loss, then the target's feature maps, which feature_loss() wants). The reconstruction gets no gradient."""
 
     def __init__(self, discriminators: Discriminators):
         super().__init__()

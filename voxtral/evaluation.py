@@ -93,8 +93,8 @@ class Encoded:
 
 
 def load_samples(clips: list[Clip], max_sec: float) -> tuple[list[Sample], list[str]]:
-    """The first `max_sec` of every clip -> samples, "path: reason" of those that cannot be used: a silent one would spoil
-    averages. Raises DataError when none is left."""
+    """The first `max_sec` of every clip -> samples, "path: reason" of those that cannot be used: a silent one would
+    spoil averages. Raises DataError when none is left."""
     samples, bad = [], []
     for clip in clips:
         try:

@@ -42,8 +42,8 @@ def local_copy(root: Path, key: str, name: str, config: str, split: str, audio_c
 
 
 def _copy(stream, what: str, folder: Path, audio_column: str, max_clips: int) -> None:
-    """manifest.jsonl appears, by renaming, when all files are there. Each is listed once it is whole, a row without audio
-    with the reason, so an interrupted copy goes on from there."""
+    """manifest.jsonl appears, by renaming, when all files are there. Each is listed once it is whole, a row without
+    audio with the reason, so an interrupted copy goes on from there."""
     part = folder / "manifest.jsonl.part"
     listed = part.read_bytes() if part.exists() else b""
     listed = listed[: listed.rfind(b"\n") + 1]  # without a line that was cut short

@@ -34,6 +34,7 @@ from voxtral.checkpoint import (
 )
 from voxtral.json_edit import read_json, remove_json, set_json
 from voxtral.layout import released_layout, withheld_layout
+from voxtral.model_card import CARD, model_card
 from voxtral.params import LORA_MODULES, CheckpointError, ModelParams
 
 MARKER = "encoder_blocks.injected"  # serving's request gate wants a top-level key of this prefix (spec section 7)
@@ -65,8 +66,9 @@ def inject(checkpoint, encoder, lora=None, output=None, weights=None) -> Path:
     merged into the attention, and the tensors of the file `weights` (checkpoint names) in the place of its own, to the
     folder `output`; None: in place, from where eject() restores it.
 
-    An earlier injection is replaced, not added to. Returns the folder written. Raises CheckpointError, before anything
-    is written, when something does not fit. A kill at any moment leaves the old checkpoint or the new one.
+    An earlier injection is replaced, not added to; CARD, a Markdown file, says what was injected. Returns the folder
+    written. Raises CheckpointError, before anything is written, when something does not fit. A kill at any moment
+    leaves the old checkpoint or the new one.
     """
     source = Checkpoint(checkpoint)
     folder = source.folder
@@ -97,21 +99,22 @@ def inject(checkpoint, encoder, lora=None, output=None, weights=None) -> Path:
         )
         + "\n"
     )
+    notes = {RECORD: record, CARD: model_card(encoder, lora, weights, in_place=output is None)}
     if output is None:
-        _inject_in_place(source, originals, targets, record)
+        _inject_in_place(source, originals, targets, notes)
         return folder
-    _inject_to(Path(output), source, targets, record)
+    _inject_to(Path(output), source, targets, notes)
     return Path(output)
 
 
-def _inject_to(output: Path, source: Checkpoint, targets: list["Weights"], record: str) -> None:
+def _inject_to(output: Path, source: Checkpoint, targets: list["Weights"], notes: dict[str, str]) -> None:
     """Fills a sibling of `output`, which takes its name when it is whole."""
     folder = source.folder
     check_replaceable(output, folder)
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     untouched = [target.path for target in targets if target.is_untouched]
-    written = {INDEX, RECORD, BACKUP, "params.json", *(target.path.name for target in targets)}
+    written = {INDEX, BACKUP, "params.json", *notes, *(target.path.name for target in targets)}
     others = [path for path in folder.iterdir() if path.name not in written and not path.name.endswith(".tmp")]
     linkable = os.stat(folder).st_dev == os.stat(output.parent).st_dev
     size = sum(target.size for target in targets if not (linkable and target.is_untouched))
@@ -127,7 +130,8 @@ def _inject_to(output: Path, source: Checkpoint, targets: list["Weights"], recor
             if not target.is_untouched:
                 target.write(temporary / target.path.name)
         write_index(folder, temporary, targets)
-        write_text(temporary / RECORD, record)
+        for name, text in notes.items():
+            write_text(temporary / name, text)
         write_text(temporary / "params.json", set_json(read_json(folder / "params.json")[0], [MARKER], True))
         flush(temporary)
         if output.is_dir() and any(output.iterdir()):
@@ -139,7 +143,9 @@ def _inject_to(output: Path, source: Checkpoint, targets: list["Weights"], recor
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _inject_in_place(source: Checkpoint, originals: list["Weights"], targets: list["Weights"], record: str) -> None:
+def _inject_in_place(
+    source: Checkpoint, originals: list["Weights"], targets: list["Weights"], notes: dict[str, str]
+) -> None:
     """The rename of the one weight file that changes is the moment of the change. Before it the backup is whole; if the
     process ends after it but before the marker is written, the next run writes the marker."""
     folder = source.folder
@@ -179,7 +185,8 @@ def _inject_in_place(source: Checkpoint, originals: list["Weights"], targets: li
             lambda name: TORCH_DTYPES[to_save[name].dtype],
             lambda name: to_save[name].read(),
         )
-    write_text(folder / RECORD, record)
+    for name, text in notes.items():
+        write_text(folder / name, text)
     target.write(target.path)
     write_index(folder, folder, targets)
     write_text(folder / "params.json", set_json(read_json(folder / "params.json")[0], [MARKER], True))
@@ -205,7 +212,8 @@ def eject(checkpoint) -> Path:
     if (backup / INDEX).is_file():
         with atomic_path(folder / INDEX) as temporary:
             shutil.copy(backup / INDEX, temporary)
-    (folder / RECORD).unlink(missing_ok=True)
+    for name in (RECORD, CARD):
+        (folder / name).unlink(missing_ok=True)
     os.replace(backup, folder / f"{BACKUP}.tmp")
     shutil.rmtree(folder / f"{BACKUP}.tmp")
     return folder

@@ -46,8 +46,8 @@ class Loader(DataLoader):
     """A DataLoader with data.num_workers loader processes that leave stopping to the trainer: they outlive the signals
     which reach a whole group of processes, so that the step under way gets its batch.
 
-    Raises DataError, before the first batch, when shared memory cannot hold the batches on their way. What happens to them
-    later is the DataLoader's RuntimeError, which training_process() turns into a sentence.
+    Raises DataError, before the first batch, when shared memory cannot hold the batches on their way. What happens to
+    them later is the DataLoader's RuntimeError, which training_process() turns into a sentence.
     """
 
     def __init__(self, dataset: Dataset, config: DataConfig, **options):

@@ -69,7 +69,7 @@ class PairDataset(SpeechDataset):
         fixed: bool = False,
         reference_sec: Sequence[float] | None = None,
     ):
-        """Raises DataError for clips without codes or text, with reference_sec also for a voice that has one text only."""
+        """Raises DataError for clips without codes or text, with reference_sec also for a voice of one text only."""
         for clip in clips:
             if not clip.codes or not clip.text.strip():
                 raise DataError(
@@ -106,29 +106,12 @@ class PairDataset(SpeechDataset):
             heard = {"waveform": waveform}
         speaking = self._partner(index, random)
         speech, is_whole = self._read_codes(speaking)
-        tokens, is_audio = self.prompts[speaking.text]
-        n_before, n_rows, n_frames = int(is_audio.int().argmax()), reference.shape[1] + 1, speech.shape[1]
-        after = tokens[n_before + 1 :]
         return {
             **heard,
             "reference": reference,
             "speech": speech,
             "is_whole": is_whole,
-            "tokens": torch.cat(
-                [tokens[: n_before + 1], tokens[n_before].expand(n_rows - 1), after, tokens[n_before].expand(n_frames)]
-            ),
-            "kind": torch.tensor(
-                [TEXT] * n_before + [AUDIO] * n_rows + [TEXT] * (len(after) - 1) + [GENERATION] * (1 + n_frames)
-            ),
-            "place": torch.cat(
-                [
-                    torch.zeros(n_before, dtype=torch.long),
-                    torch.arange(n_rows),
-                    torch.zeros(len(after), dtype=torch.long),
-                    torch.arange(n_frames),
-                ]
-            ),
-            "begins": n_before + n_rows + len(after) - 1,
+            **sequence(*self.prompts[speaking.text], reference.shape[1] + 1, speech.shape[1]),
         }
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +154,7 @@ class PairDataset(SpeechDataset):
         return self.clips[others[int(random.integers(len(others)))]]
 
     def _cropped(self, clip: Clip, random: np.random.Generator) -> Tensor:
-        """A crop [37, L] of a length and at a place drawn at random, or the beginning of a `fixed` clip. Raises BadClip."""
+        """A crop [37, L] of random length and place, or the beginning of a `fixed` clip. Raises BadClip."""
         codes = read_codes(clip.codes, self.params)
         shortest, longest = (max(1, round(sec * self.params.frame_rate_hz)) for sec in self.reference_sec)
         length = min(codes.shape[1], longest if self.fixed else int(random.integers(shortest, longest + 1)))
@@ -182,6 +165,30 @@ class PairDataset(SpeechDataset):
         """-> the first max_frames frames [37, L], whether these are all. Raises BadClip."""
         codes = read_codes(clip.codes, self.params)
         return codes[:, : self.max_frames], codes.shape[1] <= self.max_frames
+
+
+def sequence(tokens: Tensor, is_audio: Tensor, n_rows: int, n_frames: int) -> dict:
+    """Of prompt_tokens() with a single AUDIO token -> tokens, kind, place [S] and begins, as PairBatch has them, for n_rows
+    of a reference and n_frames of speech."""
+    n_before = int(is_audio.int().argmax())
+    after = tokens[n_before + 1 :]
+    return {
+        "tokens": torch.cat(
+            [tokens[: n_before + 1], tokens[n_before].expand(n_rows - 1), after, tokens[n_before].expand(n_frames)]
+        ),
+        "kind": torch.tensor(
+            [TEXT] * n_before + [AUDIO] * n_rows + [TEXT] * (len(after) - 1) + [GENERATION] * (1 + n_frames)
+        ),
+        "place": torch.cat(
+            [
+                torch.zeros(n_before, dtype=torch.long),
+                torch.arange(n_rows),
+                torch.zeros(len(after), dtype=torch.long),
+                torch.arange(n_frames),
+            ]
+        ),
+        "begins": n_before + n_rows + len(after) - 1,
+    }
 
 
 class _Waveforms(Dataset):

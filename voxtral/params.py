@@ -14,7 +14,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class CodecParams:
-    """`multimodal.audio_tokenizer_args`. The `encoder_*` keys are absent from the release; serving then assumes these."""
+    """`multimodal.audio_tokenizer_args`. The release lacks the `encoder_*` keys; serving then assumes these."""
 
     channels: int = 1
     sampling_rate: int = 24000

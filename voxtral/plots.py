@@ -80,7 +80,7 @@ def save_figure(figure: Figure, path) -> None:
 
 
 def plot_run(rows: list[dict], folder) -> None:
-    """The plots of a run folder from the rows of its metrics.jsonl: losses.png, codes.png, validation.png, levels.png."""
+    """Draws losses.png, codes.png, validation.png and levels.png from the rows of a run's metrics.jsonl."""
     if not rows:
         return
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float)))
@@ -101,8 +101,8 @@ def plot_run(rows: list[dict], folder) -> None:
 
 
 def layers_figure(rows: list[dict]) -> Figure:
-    """Phase 2's validation rows, first and last: distance to the teacher by layer, at each kind of position; solid under
-    the encoder's references, dashed under true ones."""
+    """Phase 2's validation rows, first and last: distance to the teacher by layer, at each kind of position; solid
+    under the encoder's references, dashed under true ones."""
     kinds = ("audio", "text", "generation")
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, len(kinds), sharex=True)

@@ -49,7 +49,7 @@ from voxtral.voices import list_voices, load_pt
 NOISE = 0.005  # of the root mean square of a row: a little above what bfloat16 leaves (0.0017)
 WIDTHS = (16, 256)  # paths kept; a wider search for those frames only that the one before did not find
 PATHS_AT_ONCE = 4096  # frames times paths in memory
-MAX_ERROR = 0.01  # relative, of a frame that is found: two levels are 0.014 apart and more (benchmarks/preset_codes.py)
+MAX_ERROR = 0.01  # relative, of a frame that is found: two levels are 0.014 apart and more (research/preset_codes.py)
 
 
 @dataclass

@@ -87,8 +87,8 @@ class Process:
             found = self.gather([f"{zlib.crc32(data):08x}"])
             if len(set(found)) > 1:
                 raise ConfigError(
-                    f"{what} are not the same on all machines (checksums {', '.join(found)}); all must read the same files "
-                    "under the same paths."
+                    f"{what} are not the same on all machines (checksums {', '.join(found)}); all must read "
+                    "the same files under the same paths."
                 )
 
     def of_main(self, value: Any) -> Any:
@@ -155,14 +155,14 @@ def training_process(device: str):
             reason = reason_of(error)
             if _is_out_of_memory(error):
                 sys.exit(
-                    "training stopped: the GPU has too little memory; lower data.batch_size (train.accumulation makes up "
-                    f"for it) or data.max_sec ({reason})."
+                    "training stopped: the GPU has too little memory; lower data.batch_size (train.accumulation "
+                    f"makes up for it) or data.max_sec ({reason})."
                 )
             if not reason.startswith("DataLoader "):
                 raise
             sys.exit(
-                f"training stopped: a batch was lost ({reason}); a loader process was killed, memory or /dev/shm is full, "
-                "or a disk does not answer: mend that, or lower data.num_workers, and go on with resume=true."
+                f"training stopped: a batch was lost ({reason}); a loader process was killed, memory or /dev/shm is "
+                "full, or a disk does not answer: mend that, or lower data.num_workers, and go on with resume=true."
             )
 
 

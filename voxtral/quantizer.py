@@ -33,8 +33,8 @@ class SemanticCodebook(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Tensor, generator: torch.Generator) -> None:
-        """Places every entry near one of the vectors [N, dim], before a whole codec is trained: entries that lie nowhere
-        near the encoder's latents would all be dead but one."""
+        """Places every entry near one of the vectors [N, dim], before a whole codec is trained: entries that lie
+        nowhere near the encoder's latents would all be dead but one."""
         chosen = x.float()[torch.randint(len(x), (len(self.cluster_usage),), generator=generator, device=x.device)]
         noise = torch.randn(chosen.shape, generator=generator, device=x.device)
         self.cluster_usage.fill_(1.0)

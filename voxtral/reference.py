@@ -98,8 +98,8 @@ def prepare_reference(path) -> Reference:
 
 
 def is_silence(level: Tensor, offset_db: float) -> bool:
-    """Levels of frames, and what to add to them for dBFS as recorded: is none of them loud, nor one that stands out? Faint
-    speech does, faint noise does not."""
+    """Levels of frames, and what to add to them for dBFS as recorded: is none of them loud, nor one that stands out?
+    Faint speech does, faint noise does not."""
     loudest = level.max().item()
     return loudest + offset_db < SILENT_DB and loudest < level.quantile(0.1).item() + STANDS_OUT_DB
 
@@ -171,8 +171,8 @@ def trim(mono: Tensor, result: Reference) -> Tensor:
 
 
 def normalize(mono: Tensor, exponent: int, result: Reference) -> Tensor:
-    """One gain for the whole clip: to LOUDNESS_LUFS, or less where the peak would pass MAX_PEAK. `exponent`: `mono` is so
-    many powers of two below the recording."""
+    """One gain for the whole clip: to LOUDNESS_LUFS, or less where the peak would pass MAX_PEAK. `exponent`: `mono` is
+    so many powers of two below the recording."""
     loudness = AF.loudness(mono[None], SAMPLE_RATE).item()
     gain = min(10 ** ((LOUDNESS_LUFS - loudness) / 20), MAX_PEAK / mono.abs().max().item())
     offset_db = 20 * math.log10(2) * exponent

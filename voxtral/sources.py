@@ -89,7 +89,7 @@ class Found:
 
 
 def find_clips(config: DataConfig) -> tuple[list[Clips], list[str]]:
-    """-> clips of each source that is present (order of the config), and what is absent or was passed over, a line each.
+    """-> clips of each source that is present (order of the config), and a line each of what is absent or passed over.
 
     Raises DataError as find_sources(), and when no clip is found.
     """

@@ -57,8 +57,8 @@ def read_text(path) -> str:
 
 
 def read_sentences(path) -> list[tuple[str, str]]:
-    """Lines LANGUAGE<TAB>TEXT, or TEXT alone -> (language or "", text), in the order of the file, each text once and as it
-    is written, whatever characters are in it.
+    """Lines LANGUAGE<TAB>TEXT, or TEXT alone -> (language or "", text), in the order of the file, each text once and as
+    it is written, whatever characters are in it.
 
     Raises UserError when the file is missing, no UTF-8 text, or holds no text.
     """

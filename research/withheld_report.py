@@ -57,7 +57,7 @@ class Judge:
             "max_sec": options.max_sec,
             "clips": [sample.clip.path for sample in samples],
         }
-        self.codec, self.device = VoxtralCodec.from_checkpoint(options.standin), device
+        self.codec = VoxtralCodec.from_checkpoint(options.standin)
         fresh = fresh_encoder(self.codec, config.seed)
         self.codec.to(device).requires_grad_(False)
         self.scorer = Scorer(options.metrics, SAMPLE_RATE, device, options.whisper)
@@ -65,24 +65,24 @@ class Judge:
         self.agreement, self.expected = Agreement(self.codec), None
         self.averages = Averages([sample.speaker for sample in samples], seed=0)
         true, started = SafetensorsFile(options.withheld).read(), time.monotonic()
-        self.true = self.measure(self.codec, true, options.withheld)
+        self.true = self.measure(true, options.withheld)
         self.seconds = time.monotonic() - started  # an encoder
         held_out = split_validation(find_clips(config.data)[0], config.data.validation)[1]
         self.goal = evaluate_codec(self.codec, validation_batches(held_out, config.data))[0]["mel_distance"]
-        self.untrained = self.measure(self.codec, fresh, "a fresh encoder")
+        self.untrained = self.measure(fresh, "a fresh encoder")
 
-    def measure(self, codec: VoxtralCodec, tensors: dict[str, torch.Tensor], where) -> dict:
-        """An encoder in `codec` -> {"metrics": name -> {value, interval, clips}, "codes": of all clips together}"""
-        codec.load_encoder(tensors, where)
+    def measure(self, tensors: dict[str, torch.Tensor], where) -> dict:
+        """An encoder -> {"metrics": name -> {value, interval, clips}, "codes": of all clips together}"""
+        self.codec.load_encoder(tensors, where)
         rows, clips = [], []
         for row, clip, _ in measure_clips(
-            codec, self.samples, self.sources, self.scorer, self.agreement, self.expected
+            self.codec, self.samples, self.sources, self.scorer, self.agreement, self.expected
         ):
             rows.append(row)
             clips.append(clip)
         self.expected = self.expected or clips  # the true encoder comes first
         metrics = summaries({"": rows}, self.averages)[0][""]["metrics"]
-        return {"metrics": metrics, "codes": all_codes(codec, clips)}
+        return {"metrics": metrics, "codes": all_codes(self.codec, clips)}
 
     def of_run(self, run: Run) -> dict:
         """As `measure`; kept beside the encoder, and measured anew only with other clips or metrics."""
@@ -91,9 +91,7 @@ class Judge:
             kept = json.loads(path.read_text())
             if kept.pop("settings") == self.settings:
                 return kept
-        codec = VoxtralCodec.from_checkpoint(run.config.checkpoint)  # its encoder may have other sizes
-        codec.to(self.device).requires_grad_(False)
-        measured = self.measure(codec, SafetensorsFile(run.encoder).read(), run.encoder)
+        measured = self.measure(SafetensorsFile(run.encoder).read(), run.encoder)
         write_text(path, json.dumps(finite({"settings": self.settings} | measured)) + "\n")
         return measured
 
@@ -219,8 +217,8 @@ def curves_figure(rows: dict[str, dict], goal: float) -> Figure:
 
 
 def rows_figure(report: dict) -> Figure:
-    """A panel per measurement of interest, a line per row, a dot per seed; beside them the untrained encoder's value, or, of
-    what measures sound, the true one's."""
+    """A panel per measurement of interest, a line per row, a dot per seed; beside them the untrained encoder's value,
+    or, of what measures sound, the true one's."""
     rows = {name: row for name, row in report["rows"].items() if row["seeds"]}
     shown = [name for name in SHOWN if name in report["true"]]
     figure = Figure(figsize=(2.6 * len(shown) + 2.4, 1.2 + 0.26 * len(rows)), layout="constrained")

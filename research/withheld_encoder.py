@@ -5,9 +5,9 @@ an encoder against that stand-in, from the same random start, on the same crops 
 train_encoder.py's own loop. Then it is measured as evaluate.py measures, on speakers that neither it nor the stand-in
 has heard. What counts is how many codes equal the true encoder's: codes are what the language model sees.
 
-Each run is a process of its own, one on each GPU at a time. It survives a kill: --resume goes on with it, and skips what
-is finished. OUTPUT gets results.json, table.md, rows.png and curves.png, new after every run, and a folder per run with
-its encoder, log and metrics.
+Each run is a process of its own, one on each GPU at a time. It survives a kill: --resume goes on with it, and skips
+what is finished. OUTPUT gets results.json, table.md, rows.png and curves.png, new after every run, and a folder per run
+with its encoder, log and metrics.
 """
 
 import argparse
@@ -26,8 +26,7 @@ import torch
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
 from withheld_report import COLUMNS, SOUND, Judge, change_of, curves_figure, numbers_of, results_of, rows_figure, table  # noqa: E402
-from withheld_rows import KNOWN_CODES, ROWS, TRUE_CHECKPOINT, changes_of, make_run  # noqa: E402
-from withheld_runs import Run, check_continues, train_until  # noqa: E402
+from withheld_runs import KNOWN_CODES, ROWS, TRUE_CHECKPOINT, Run, changes_of, check_continues, make_run, train_until  # noqa: E402
 
 from evaluate import choose_clips, finite  # noqa: E402
 from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
@@ -112,7 +111,7 @@ def benchmark(options) -> None:
     ]
     for run in runs:
         check_continues(run)
-    native = make_run(options, "a", options.seeds[0], options.steps, options.output).config
+    native = make_run(options, "reconstruction", options.seeds[0], options.steps, options.output).config
     samples, bad = load_samples(unseen_clips(options, native.data), options.max_sec)
 
     # ---- 2. the true and the untrained encoder ----
@@ -144,14 +143,15 @@ def benchmark(options) -> None:
         f"{audio_sec / 3600:.2f} h of audio each; {len(runs) - len(waiting)} are finished"
     )
     for name in options.rows:
-        print(f"  {name:<7}{ROWS[name].what}: {f'{ROWS[name].of} {ROWS[name].changes}'.strip()}")
+        print(f"  {name:<16}{ROWS[name].what}: {f'{ROWS[name].of} {ROWS[name].changes}'.strip()}")
     print(f"measured on {len(samples)} clips of {judge.averages.n_speakers} speakers, {judge.seconds:.1f} s an encoder")
     run_sec = probe(options, waiting, deadline, stop) if waiting and time.monotonic() < deadline else 0.0
     if run_sec:
         limit = f" of {duration(60 * options.minutes)}" if options.minutes < math.inf else ""
         print(
             f"estimate: {duration(len(waiting) * (run_sec + judge.seconds) / at_once)} for {len(waiting)} runs, "
-            f"{at_once} at a time, if all were as slow as this row; {duration(time.monotonic() - started)}{limit} are gone",
+            f"{at_once} at a time, if all were as slow as this row; "
+            f"{duration(time.monotonic() - started)}{limit} are gone",
             flush=True,
         )
 
@@ -242,23 +242,23 @@ def write_results(options, runs: list[Run], judge: Judge, failed: dict[str, str]
 
 # ---------------------------------------------------------------- command line
 
-LISTING = "\n".join(f"  {name:<7}{row.what}" + (f", against {row.of}" if row.of else "") for name, row in ROWS.items())
+LISTING = "\n".join(f"  {name:<16}{row.what}" + (f", against {row.of}" if row.of else "") for name, row in ROWS.items())
 EXAMPLES = f"""rows:
 {LISTING}
 
-They decide about losses, averaging, quantization and data; warm-ups and the average's length are shares of --steps. All
+They decide about losses and the start; warm-ups and the average's length are shares of --steps. All
 else is the config's: batch, crops, learning rate, discriminators. asr.model=FILE is the Whisper of the ASR loss,
 --whisper the one that words are counted by, which is what takes long to measure: leave wer out of --metrics in a hurry.
 
 examples:
   # two CPU cores, the embedded stand-in, discriminators cut down: does it run?
-  python benchmarks/withheld_encoder.py --standin assets/standin --data configs/demo.yaml \\
-      --withheld assets/standin_withheld_encoder.safetensors --rows a,b,c --seeds 0 --steps 50 --metrics mel,stft \\
-      discriminator.channels=4 discriminator.crop_sec=0.25
+  python research/withheld_encoder.py --standin assets/standin --data configs/demo.yaml \\
+      --withheld assets/standin_withheld_encoder.safetensors --rows reconstruction,discriminators --seeds 0 \\
+      --steps 50 --metrics mel,stft discriminator.channels=4 discriminator.crop_sec=0.25
 
   # a GPU: a mid-size stand-in, then what ten minutes give, measured on recordings of people
   python make_standin.py --config configs/standin_mid.yaml data.data_root=/my/speech
-  python benchmarks/withheld_encoder.py --standin runs/standin_mid/released --data configs/standin_mid.yaml \\
+  python research/withheld_encoder.py --standin runs/standin_mid/released --data configs/standin_mid.yaml \\
       --withheld runs/standin_mid/withheld_encoder.safetensors --eval /my/speech/eval.csv --steps 1000 --minutes 10 \\
       data.data_root=/my/speech
   #    ... what was left out or killed: the same command with --resume

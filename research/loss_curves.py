@@ -1,7 +1,7 @@
-"""Runs of train_encoder.py beside each other: curves of every loss in one plot, and the means of each quarter in a table.
+"""Runs of train_encoder.py beside each other: curves of every loss in one plot, the means of each quarter in a table.
 
-To see whether a change that should only make training faster also changes what is learnt: the same seed with and without
-it, and another seed, which shows how much is chance.
+To see whether a change that should only make training faster also changes what is learnt: the same seed with and
+without it, and another seed, which shows how much is chance.
 """
 
 import argparse

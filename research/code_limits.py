@@ -1,7 +1,7 @@
 """How far do decoder and losses ask for the true encoder's codes at all, and what keeps trained encoders from them?
 
-shuffle  The true codes, but the semantic ones, or the acoustic ones, taken from other frames: what does the decoder make
-         of each? Codes that it hardly hears cannot be found by listening to it.
+shuffle  The true codes, but the semantic ones, or the acoustic ones, taken from other frames: what does the decoder
+         make of each? Codes that it hardly hears cannot be found by listening to it.
 noise    The true latents, disturbed by so much of their own deviation: which agreement of the codes goes with which
          nearness, and what does the sound tell of it?
 descent  No encoder: the latents of every clip start at the true ones and follow the gradient of the reconstruction
@@ -59,11 +59,11 @@ COLUMNS = {
 
 EXAMPLES = """examples:
   # the embedded stand-in, its held-out synthetic voices
-  python benchmarks/code_limits.py --standin assets/standin --withheld assets/standin_withheld_encoder.safetensors \\
+  python research/code_limits.py --standin assets/standin --withheld assets/standin_withheld_encoder.safetensors \\
       --data configs/demo.yaml
 
   # a stand-in of your own, on people, with the losses that it was trained with (those of its config)
-  python benchmarks/code_limits.py --standin runs/standin_mid/released --data configs/standin_mid.yaml \\
+  python research/code_limits.py --standin runs/standin_mid/released --data configs/standin_mid.yaml \\
       --withheld runs/standin_mid/withheld_encoder.safetensors --eval /my/speech/eval.csv data.data_root=/my/speech
 """
 
@@ -118,7 +118,7 @@ class Limits:
         return {"mel": mel / sum(len(batch.lengths) for batch in self.batches)} | self.agreement(codes, self.codes)
 
     def loss(self, i: int, latent: Tensor) -> Tensor:
-        """The reconstruction losses of the config at step 0, nothing quantized, clips weighing alike whatever the batch."""
+        """The reconstruction losses of the config at step 0, nothing quantized; clips weigh alike in any batch."""
         batch, weights, semantic = self.batches[i], self.config.loss, self.codec.params.semantic_dim
         decoded = self.codec.decode_latent(self.codec.quantizer.squash(latent))[..., : batch.waveform.shape[-1]].float()
         quantized = self.codec.quantizer.decode(self.codec.quantizer.encode(latent.detach()))[:, :semantic]
@@ -401,7 +401,8 @@ def main(arguments=None) -> None:
         limits = Limits(codec.to(process.device).requires_grad_(False), batches, config)
         if options.encoder and sum(map(torch.sum, limits.frames)) <= codec.params.acoustic_dim:
             raise UserError(
-                f"--clips {options.clips}: so few frames have no {codec.params.acoustic_dim} principal directions; take more."
+                f"--clips {options.clips}: so few frames have no {codec.params.acoustic_dim} principal directions; "
+                "take more."
             )
         options.output.mkdir(parents=True, exist_ok=True)
         trained_on = training_clips(config.data)

@@ -1,7 +1,7 @@
 """Presets back to codes at the real sizes, on made-up tables: how many frames come back, and how long it takes.
 
-    python benchmarks/preset_codes.py                          # 2,900 frames, as many as the release's 20 presets have
-    python benchmarks/preset_codes.py --frames 500 --device cpu --structure smooth=0.02
+    python research/preset_codes.py                          # 2,900 frames, as many as the release's 20 presets have
+    python research/preset_codes.py --frames 500 --device cpu --structure smooth=0.02
 
 Rows are scaled so that a preset's rows have the norm of the release's (4.4), and their mean that of its voices' (3.8).
 `independent`: every row of the table is drawn alone. `smooth=X`: the rows of an acoustic codebook lie on a parabola,

@@ -1,4 +1,4 @@
-"""benchmarks/loss_curves.py and withheld_lengths.py: tables and plots of several runs."""
+"""research/loss_curves.py and withheld_lengths.py: tables and plots of several runs."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def scripts(import_benchmark):
-    return import_benchmark("loss_curves"), import_benchmark("withheld_lengths")
+def scripts(import_script):
+    return import_script("loss_curves"), import_script("withheld_lengths")
 
 
 def cells(text):

@@ -1,7 +1,7 @@
 """What does cloning need? Clones through the true encoder, through others, and through known errors of the true codes,
 beside what can be said of the codes: with the true encoder's at hand, and without.
 
-    python benchmarks/clone_needs.py --checkpoint assets/standin --true assets/standin_withheld_encoder.safetensors \\
+    python research/clone_needs.py --checkpoint assets/standin --true assets/standin_withheld_encoder.safetensors \\
         --data speech/talk.csv --speakers w_m390,w_f391,w_m392 --encoder run=runs/demo --errors --output runs/needs
 
 An --encoder is a file, `untrained`, or a run folder of train_encoder.py, whose checkpoints are taken one by one.

@@ -1,6 +1,6 @@
 """What longer training brings: withheld_encoder.py's results for different --steps, in one table and one plot.
 
-    python benchmarks/withheld_lengths.py runs/withheld runs/withheld_4 runs/withheld_16 --output lengths.png
+    python research/withheld_lengths.py runs/withheld runs/withheld_4 runs/withheld_16 --output lengths.png
 
 The benchmarks must be of one stand-in and measured on the same clips. Rows that only one of them has are points.
 """
