@@ -39,7 +39,7 @@ def save(run, step, max_steps=100):
     value = {"a": torch.full((1000,), float(step))}
     return run.save_step(
         step,
-        partial(write_files, files={FILE: value}),
+        partial(write_files, files={FILE: Tensors(value)}),
         {"part": Tensors(value)},
         max_steps,
         best=0.5,
