@@ -56,8 +56,8 @@ def main(arguments=None) -> None:
         }
         averages = filled(encoder)
         began = time.monotonic()
-        run.save_best(partial(write_files, files={"encoder.safetensors": averages.state_dict()}))
-        run.save_step(1, partial(write_files, files={"encoder.safetensors": averages.state_dict()}), parts, max_steps=1)
+        run.save_best(partial(write_files, files={"encoder.safetensors": averages}))
+        run.save_step(1, partial(write_files, files={"encoder.safetensors": averages}), parts, max_steps=1)
         seconds = time.monotonic() - began
         written = sum(path.stat().st_size for path in run.latest().iterdir()) / 1e9
     train = config.train

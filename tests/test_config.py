@@ -67,7 +67,8 @@ def written(content, prefix=""):
 
 
 def test_encoder_yaml_names_every_key_and_states_the_defaults():
-    """Only where the data lies, how it is read, and that a real run has clips for its end, is not a default of the dataclasses."""
+    """Only where the data lies, how it is read, and that a real run has clips for its end, is not a default of the
+    dataclasses."""
     content = yaml.safe_load((CONFIGS / "encoder.yaml").read_text())
     defaults = dict(leaves(EncoderConfig()))
     shipped = dict(leaves(load_config(EncoderConfig, CONFIGS / "encoder.yaml", [])))

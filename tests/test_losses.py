@@ -53,7 +53,8 @@ def test_stft_loss_of_a_scaled_signal():
 
 
 def test_mel_and_stft_distance_of_a_scaled_signal():
-    """Halving the amplitude moves log10(m^2) by log10(4) everywhere; the linear part adds half of the mean magnitude."""
+    """Halving the amplitude moves log10(m^2) by log10(4) everywhere; the linear part adds half of the mean
+    magnitude."""
     x = noise(1, 1, 48000)
     lengths = torch.tensor([48000])
     mel = MelDistance(24000)

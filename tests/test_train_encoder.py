@@ -365,7 +365,7 @@ def test_a_stop_request_to_torchrun_saves(command, tmp_path):
 
 
 def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, settings, tmp_path):
-    """The whole set of losses, balanced, two micro-batches a step: sums over processes differ by rounding only. So do the
+    """The whole set of losses, two micro-batches a step: sums over processes differ by rounding only. So do the
     bad files, which either of them meets."""
     shutil.copytree(Path(settings["data"]["data_root"]) / "speech", tmp_path / "speech")
     for i in range(6):
@@ -408,7 +408,8 @@ def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, 
 
 
 def test_two_machines_need_not_share_the_run_folder(command, tmp_path):
-    """One torchrun on each, started in a folder of its own: the first keeps the run, and tells the other where to go on."""
+    """One torchrun on each, started in a folder of its own: the first keeps the run, and tells the other where to go
+    on."""
     few = [
         *ONLY_CHEAP,
         "data.batch_size=1",
@@ -653,7 +654,7 @@ def test_codes_are_learnt_from_clips_that_have_them(command, tmp_path, capsys):
     soundfile.write(folder / "0.flac", 0.1 * np.random.default_rng(0).standard_normal(10 * 1920), 24000)
     np.save(folder / "0.npy", np.full((37, 10), 3, np.int16))
     (tmp_path / "generated" / "manifest.jsonl").write_text(
-        '{"path": "alpha/0.flac", "codes": "alpha/0.npy", "voice": "alpha", "language": "", "text": "one", "seconds": 0.8}\n'
+        '{"path": "alpha/0.flac", "codes": "alpha/0.npy", "voice": "alpha", "text": "one", "seconds": 0.8}\n'
     )
     train_encoder.main(
         command(
@@ -662,7 +663,8 @@ def test_codes_are_learnt_from_clips_that_have_them(command, tmp_path, capsys):
             "loss.codes=1",
             "train.max_steps=1",
             "data.validation.speakers=[speech]",
-            f"data.sources=[{{kind: generated, path: {tmp_path / 'generated'}, weight: 50}}, {{kind: folder, path: speech}}]",
+            f"data.sources=[{{kind: generated, path: {tmp_path / 'generated'}, weight: 50}}, "
+            "{kind: folder, path: speech}]",
         )
     )
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss/codes"] > 0.1
@@ -741,8 +743,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graph
     ],
 )
 def test_recorded_and_compiled_kernels_give_the_same_losses(command, settings, tmp_path, monkeypatch, device, change):
-    """Everything but the kernels and their launch is equal: data, draws, weights. One of these fourteen frames whose semantic
-    code rounds the other way moves `match` by 5 to 15 %, so that is held to what the run's own codes make it on the CPU."""
+    """Everything but the kernels and their launch is equal: data, draws, weights. One of these fourteen frames whose
+    semantic code rounds the other way moves `match` by 5 to 15 %, so that is held to what the run's own codes make it
+    on the CPU."""
 
     class Listening(CodeMatching):
         def __call__(self, output, n_frames):

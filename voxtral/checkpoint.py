@@ -301,9 +301,8 @@ def write_items(path, items: dict[str, Item], metadata: dict | None, header: byt
 class BlockWriter:
     """A new file, written from front to back in large blocks by a few threads, past the page cache where that can be.
 
-    Through the cache, 8 GB are throttled by the kernel half-way and have still to be flushed at the end: 2 GB took 4 and
-    6 s so, and 28 and 40 s by plain writes and fsync, in turns on the disk of a busy two-core virtual machine.
-    """
+    Through the cache, 8 GB are throttled by the kernel half-way and have still to be flushed at the end: 2 GB took 4
+    and 6 s so, and 28 and 40 s by plain writes and fsync, in turns on the disk of a busy two-core virtual machine."""
 
     def __init__(self, path):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

@@ -1,8 +1,8 @@
 """One value of a JSON file changed, every other byte kept: what a folder goes back to must be what it was.
 
-json.dumps of what json.loads has read is no way there: none of 16 settings of it (indent, escapes, separators) gives the
-bytes of Mistral's own tekken_240718.json (mistral-common) again; and as voices come and go in any order, a copy of the
-file kept aside is none either.
+json.dumps of what json.loads has read is no way there: none of 16 settings of it (indent, escapes, separators) gives
+the bytes of Mistral's own tekken_240718.json (mistral-common) again; and as voices come and go in any order, a copy of
+the file kept aside is none either.
 """
 
 import json

@@ -168,8 +168,8 @@ class PairDataset(SpeechDataset):
 
 
 def sequence(tokens: Tensor, is_audio: Tensor, n_rows: int, n_frames: int) -> dict:
-    """Of prompt_tokens() with a single AUDIO token -> tokens, kind, place [S] and begins, as PairBatch has them, for n_rows
-    of a reference and n_frames of speech."""
+    """Of prompt_tokens() with a single AUDIO token -> tokens, kind, place [S] and begins, as PairBatch has them, for
+    n_rows of a reference and n_frames of speech."""
     n_before = int(is_audio.int().argmax())
     after = tokens[n_before + 1 :]
     return {
