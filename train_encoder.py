@@ -33,12 +33,11 @@ from voxtral.asr_cache import AsrCache, SegmentDataset
 from voxtral.checkpoint import CODEC_PREFIX, fingerprint, write_text
 from voxtral.clip_list import Clips
 from voxtral.codec import VoxtralCodec
-from voxtral.codes import codes_of_clips
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
 from voxtral.data import SpeechDataset, collate, make_loader, steps_per_epoch, validation_batches
 from voxtral.discriminator import Discriminators
 from voxtral.encoder_training import MicroStep, TrainingModel, choose_trainable, start_codebook, update_codebook
-from voxtral.matching import CodeMatching
+from voxtral.known_codes import CodeMatching, codes_of_clips
 from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run
 from voxtral.presets import codes_to_match

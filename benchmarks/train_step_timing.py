@@ -28,8 +28,8 @@ from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig
 from voxtral.data import Batch
 from voxtral.discriminator import DiscriminatorLoss
+from voxtral.known_codes import CodeMatching
 from voxtral.losses import MelDistance
-from voxtral.matching import CodeMatching
 from voxtral.processes import Process
 from voxtral.quantizer import Quantizer
 

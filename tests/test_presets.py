@@ -10,7 +10,7 @@ import torch
 from voxtral import presets
 from voxtral.checkpoint import EMBEDDING_NAME, Checkpoint
 from voxtral.codec import VoxtralCodec
-from voxtral.matching import MatchConfig
+from voxtral.known_codes import MatchConfig
 from voxtral.presets import codes_to_match, preset_codes, recover
 from voxtral.sources import DataError
 from voxtral.standin import small_params, write_random_checkpoint

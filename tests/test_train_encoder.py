@@ -22,13 +22,12 @@ from safetensors.torch import load_file, save_file
 import train_encoder
 from voxtral import encoder_training, history
 from voxtral.codec import CodecOutput, VoxtralCodec
-from voxtral.codes import known_codes
 from voxtral.config import EncoderConfig, load_config
 from voxtral.data import validation_batches
 from voxtral.history import read_metrics
+from voxtral.known_codes import CodeMatching, known_codes
 from voxtral.layout import withheld_layout
 from voxtral.losses import LOSS_NAMES
-from voxtral.matching import CodeMatching
 from voxtral.params import load_params
 from voxtral.quantizer import QuantizationDraws
 from voxtral.run import Logger

@@ -20,8 +20,8 @@ from voxtral.asr import AsrConfig
 from voxtral.data import SAMPLE_RATE, DataConfig
 from voxtral.discriminator import DiscriminatorConfig
 from voxtral.errors import UserError, reason_of
+from voxtral.known_codes import MatchConfig
 from voxtral.losses import LossWeights
-from voxtral.matching import MatchConfig
 from voxtral.params import LORA_MODULES
 from voxtral.sources import CODEC_FRAME_SEC, check_config
 from voxtral.tracking import TRACKERS, is_installed

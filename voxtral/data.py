@@ -44,8 +44,8 @@ from yaml import YAMLError
 from voxtral.audio import SAMPLE_RATE, BadClip, Header, complaints, load_segment, read_header
 from voxtral.clip_list import Clips
 from voxtral.codec import ceil_div
-from voxtral.codes import read_coded
 from voxtral.errors import one_sentence, reason_of, shown
+from voxtral.known_codes import read_coded
 from voxtral.loader import Loader, TensorBatch
 from voxtral.params import CodecParams
 from voxtral.remarks import Remarks

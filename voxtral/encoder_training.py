@@ -13,8 +13,8 @@ from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, val
 from voxtral.config import EncoderConfig
 from voxtral.data import SAMPLE_RATE, Batch
 from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
+from voxtral.known_codes import CodeMatching
 from voxtral.losses import DECAYING, MelDistance, codebook_scale, codes_loss, commitment_loss, l1_loss, stft_loss
-from voxtral.matching import CodeMatching
 from voxtral.processes import Process
 from voxtral.quantizer import QuantizationDraws
 from voxtral.run import SideStream

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from voxtral.audio import BadClip, is_silent, load_segment
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.codes import read_codes
 from voxtral.errors import shown
+from voxtral.known_codes import read_codes
 from voxtral.losses import codebook_scale
 from voxtral.metrics import code_agreement, code_statistics
 from voxtral.params import CodecParams

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from voxtral.audio import BadClip
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.codes import read_coded, read_codes
 from voxtral.data import SpeechDataset
+from voxtral.known_codes import read_coded, read_codes
 from voxtral.loader import Loader, TensorBatch
 from voxtral.params import CodecParams
 from voxtral.sources import Clip, DataConfig, DataError

@@ -39,9 +39,8 @@ from torch import Tensor
 
 from voxtral.checkpoint import atomic_path
 from voxtral.codec import VoxtralCodec, codebook_offsets
-from voxtral.codes import known_codes
 from voxtral.errors import UserError, one_sentence
-from voxtral.matching import PRESETS
+from voxtral.known_codes import PRESETS, known_codes
 from voxtral.params import N_SPECIAL_IDS, CodecParams
 from voxtral.sources import DataError
 from voxtral.voices import list_voices, load_pt

@@ -12,8 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from voxtral.checkpoint import SafetensorsFile
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
-from voxtral.codes import codes_of_clips
 from voxtral.data import Batch, validation_batches
+from voxtral.known_codes import codes_of_clips
 from voxtral.losses import MelDistance, stft_distance
 from voxtral.metrics import code_agreement, code_statistics
 from voxtral.plots import save_figure, spectrogram_figure

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from voxtral.codec import CodecOutput, VoxtralCodec
-from voxtral.codes import known_codes
-from voxtral.matching import COVARIANCE_WEIGHT, DECAY, CodeMatching, mean_and_covariance, pair_sums
+from voxtral.known_codes import COVARIANCE_WEIGHT, DECAY, CodeMatching, known_codes, mean_and_covariance, pair_sums
 from voxtral.params import parse_params
 from voxtral.sources import DataError
 from voxtral.standin import small_params
