@@ -105,7 +105,7 @@ from voxtral.evaluation import (
     METRICS,
     Agreement,
     Averages,
-    Encoded,
+    EncodedClip,
     Sample,
     all_codes,
     compare_voices,
@@ -233,7 +233,7 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
 
 
 def measure_voices(
-    options, codec: VoxtralCodec, encoded: dict[str, list[Encoded]], systems: dict, presets: list, speakers: list
+    options, codec: VoxtralCodec, encoded: dict[str, list[EncodedClip]], systems: dict, presets: list, speakers: list
 ) -> dict:
     """Adds `voices` to every system, plots them, and returns the same numbers of the presets."""
     rms = math.sqrt(sum(p.square().sum().item() for p in presets) / sum(p.numel() for p in presets))

@@ -32,13 +32,13 @@ from voxtral.asr import WhisperTeacher
 from voxtral.asr_cache import AsrCache, SegmentDataset
 from voxtral.checkpoint import CODEC_PREFIX, fingerprint, write_text
 from voxtral.clip_list import Clips
+from voxtral.code_metrics import code_statistics
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
 from voxtral.data import SpeechDataset, collate, make_loader, steps_per_epoch, validation_batches
 from voxtral.discriminator import Discriminators
 from voxtral.encoder_training import MicroStep, TrainingModel, choose_trainable, start_codebook, update_codebook
 from voxtral.known_codes import CodeMatching, codes_of_clips
-from voxtral.metrics import code_statistics
 from voxtral.plots import plot_run
 from voxtral.presets import codes_to_match
 from voxtral.processes import Process

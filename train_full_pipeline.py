@@ -35,7 +35,7 @@ from voxtral.config import FullPipelineConfig, check_full_pipeline_config, check
 from voxtral.data import make_loader, steps_per_epoch
 from voxtral.distillation import FullPipeline, compare, held_out_losses, native_tensors
 from voxtral.errors import UserError
-from voxtral.frames import Models
+from voxtral.generation import Models
 from voxtral.history import metric_rows
 from voxtral.pairs import PairDataset, collate_pairs, fixed_batches, hold_out_texts
 from voxtral.plots import layers_figure, plot_run, save_figure

@@ -23,7 +23,7 @@ from voxtral.backbone import Backbone  # noqa: E402
 from voxtral.cached_backbone import CachedBackbone  # noqa: E402
 from voxtral.codec import VoxtralCodec  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.frames import FrameLoop, Models, graphed  # noqa: E402
+from voxtral.generation import FrameLoop, Models, graphed  # noqa: E402
 from voxtral.params import N_SPECIAL_IDS, parse_params  # noqa: E402
 from voxtral.processes import start_process  # noqa: E402
 from voxtral.standin import full_params  # noqa: E402

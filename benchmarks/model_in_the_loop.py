@@ -62,16 +62,16 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.audio import BadClip, load_segment
 from voxtral.checkpoint import SafetensorsFile, save_tensors
+from voxtral.code_metrics import code_agreement
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
 from voxtral.config import EncoderConfig, check_encoder_config, load_config
 from voxtral.data import SAMPLE_RATE, SpeechDataset, make_loader
 from voxtral.distillation import at, masked_mean, soft_rows
 from voxtral.errors import UserError, one_sentence
-from voxtral.frames import Models
+from voxtral.generation import Models
 from voxtral.known_codes import CodeMatching, read_codes
 from voxtral.loader import TensorBatch
 from voxtral.losses import DECAYING, MelDistance, codebook_distance, commitment_loss, l1_loss, stft_loss
-from voxtral.metrics import code_agreement
 from voxtral.pairs import AUDIO, GENERATION, sequence
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS, CodecParams
 from voxtral.presets import codes_to_match

@@ -20,12 +20,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.checkpoint import write_text  # noqa: E402
 from voxtral.clones import Judge, System, items_of_manifest, read_system, speak_and_score, summarize  # noqa: E402
+from voxtral.code_metrics import code_agreement  # noqa: E402
 from voxtral.codec import VoxtralCodec  # noqa: E402
 from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.evaluation import finite  # noqa: E402
 from voxtral.evaluation_report import cell, markdown, number  # noqa: E402
 from voxtral.losses import MelDistance  # noqa: E402
-from voxtral.metrics import code_agreement  # noqa: E402
 from voxtral.params import CodecParams  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
 from voxtral.processes import start_process  # noqa: E402

@@ -33,6 +33,7 @@ from withheld_encoder import training_clips, unseen_clips  # noqa: E402
 
 from evaluate import finite  # noqa: E402
 from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
+from voxtral.code_metrics import code_agreement  # noqa: E402
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask  # noqa: E402
 from voxtral.config import EncoderConfig, StandinConfig, load_config  # noqa: E402
 from voxtral.data import Batch, SpeechDataset, make_loader, validation_batches  # noqa: E402
@@ -40,7 +41,6 @@ from voxtral.errors import UserError, one_sentence  # noqa: E402
 from voxtral.evaluation import fresh_encoder  # noqa: E402
 from voxtral.evaluation_report import markdown  # noqa: E402
 from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss  # noqa: E402
-from voxtral.metrics import code_agreement  # noqa: E402
 from voxtral.plots import save_figure  # noqa: E402
 from voxtral.processes import start_process  # noqa: E402
 from voxtral.run import cosine_with_warmup, set_learning_rate  # noqa: E402

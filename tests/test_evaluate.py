@@ -24,7 +24,7 @@ from voxtral.evaluation import (
     METRICS,
     Agreement,
     Averages,
-    Encoded,
+    EncodedClip,
     Sample,
     all_codes,
     clip_codes,
@@ -289,7 +289,7 @@ def test_codes_of_all_clips_together(codec):
     codes[0] = torch.tensor([1, 1, 2, 2])
     more = codes[:, :2].clone()
     more[1:] = 20
-    result = all_codes(codec, [Encoded(torch.zeros(1), codes), Encoded(torch.zeros(1), more)])
+    result = all_codes(codec, [EncodedClip(torch.zeros(1), codes), EncodedClip(torch.zeros(1), more)])
     assert (result["frames"], result["semantic_used"], result["semantic_dead_share"]) == (6, 2, 1 - 2 / 64)
     entropy = -(4 / 6 * math.log(4 / 6) + 2 / 6 * math.log(2 / 6))
     assert result["semantic_perplexity"] == pytest.approx(math.exp(entropy))
@@ -304,7 +304,7 @@ def test_agreement_by_hand(codec):
     def clip(semantic, level):
         acoustic = torch.atanh(torch.tensor(level * 2 / 20 - 1)) * torch.ones(36, 1)
         latent = torch.cat([codebook[semantic][:, None], acoustic]).repeat(1, 3)
-        return Encoded(latent, codec.quantizer.encode(latent[None])[0])
+        return EncodedClip(latent, codec.quantizer.encode(latent[None])[0])
 
     own, reference = clip(5, 12.0), clip(third, 11.0)
     perfect = {

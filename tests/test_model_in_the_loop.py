@@ -10,7 +10,7 @@ import train_encoder
 from voxtral.checkpoint import SafetensorsFile, fingerprint
 from voxtral.clips import resynthesize
 from voxtral.codec import VoxtralCodec
-from voxtral.frames import Models
+from voxtral.generation import Models
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips
 from voxtral.tts import load_tokenizer
 

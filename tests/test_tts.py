@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from voxtral import frames
+from voxtral import generation
 from voxtral.acoustic import AcousticTransformer
 from voxtral.backbone import Backbone
 from voxtral.cached_backbone import CachedBackbone
 from voxtral.codec import VoxtralCodec
-from voxtral.frames import FrameLoop, Models
+from voxtral.generation import FrameLoop, Models
 from voxtral.params import CheckpointError, parse_params
 from voxtral.standin import small_params, write_random_checkpoint
 from voxtral.streaming import StreamingDecoder, decode_batch, left_context
@@ -310,7 +310,7 @@ class OnOneDevice(TorchDispatchMode):
 
 def test_a_step_can_be_captured_as_a_cuda_graph(monkeypatch):
     """Fake tensors have shapes and devices but no values: reading a value, as .item() and nonzero do, raises."""
-    monkeypatch.setattr(frames, "graphed", lambda step, rewind: step)
+    monkeypatch.setattr(generation, "graphed", lambda step, rewind: step)
     params = parse_params(small_params())
     with FakeTensorMode(), torch.no_grad():
         with torch.device("cuda"):
@@ -327,7 +327,7 @@ def test_a_step_can_be_captured_as_a_cuda_graph(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_the_graph_equals_eager_steps(folder, requests, monkeypatch):
     graphed = TTS(folder, Models.from_checkpoint(folder, "cuda", torch.float32)).generate(requests, 30)
-    monkeypatch.setattr(frames, "graphed", lambda step, rewind: step)
+    monkeypatch.setattr(generation, "graphed", lambda step, rewind: step)
     eager = TTS(folder, Models.from_checkpoint(folder, "cuda", torch.float32)).generate(requests, 30)
     for one, other in zip(graphed, eager):
         assert torch.equal(one.codes, other.codes) and one.ended == other.ended

@@ -107,7 +107,7 @@ class EncoderConfig:
 
 
 @dataclass
-class LoraConfig:
+class AdapterConfig:
     """peft's LoRA of the backbone."""
 
     rank: int = 8
@@ -173,7 +173,7 @@ class FullPipelineConfig:
     reference_sec: list[float] | None = None  # [shortest, longest]: references are random crops of their own true codes
     train: FullPipelineTrainConfig = field(default_factory=FullPipelineTrainConfig)
     optimizer: OptimizerConfig = field(default_factory=_phase_2_optimizer)
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
     loss: FullPipelineLosses = field(default_factory=FullPipelineLosses)
 
 

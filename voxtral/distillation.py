@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from voxtral.acoustic import PREFIX as ACOUSTIC_PREFIX
 from voxtral.checkpoint import EMBEDDING_NAME
+from voxtral.code_metrics import code_agreement
 from voxtral.codec import VoxtralCodec, codebook_offsets, valid_mask
 from voxtral.config import DISTILLATION, PRESET, FullPipelineConfig
-from voxtral.frames import Models
+from voxtral.generation import Models
 from voxtral.losses import MelDistance, codebook_scale
-from voxtral.metrics import code_agreement
 from voxtral.pairs import AUDIO, GENERATION, KINDS, PADDING, PairBatch
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS
 from voxtral.quantizer import QuantizationDraws

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from voxtral.audio import BadClip, is_silent, load_segment
+from voxtral.code_metrics import code_agreement, code_statistics
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.errors import shown
 from voxtral.known_codes import read_codes
 from voxtral.losses import codebook_scale
-from voxtral.metrics import code_agreement, code_statistics
 from voxtral.params import CodecParams
 from voxtral.score_table import SCORES, Metric
 from voxtral.scores import Scorer, Source
@@ -85,7 +85,7 @@ class Sample:
 
 
 @dataclass
-class Encoded:
+class EncodedClip:
     """One clip through the encoder, on the CPU (L frames)."""
 
     latent: Tensor  # [latent_dim, L] before quantization
@@ -122,7 +122,7 @@ def read_true_codes(samples: list[Sample], params: CodecParams) -> list[str]:
 
 
 @torch.no_grad()
-def encode_all(codec: VoxtralCodec, samples: list[Sample]) -> Iterator[tuple[Encoded, Tensor]]:
+def encode_all(codec: VoxtralCodec, samples: list[Sample]) -> Iterator[tuple[EncodedClip, Tensor]]:
     """Each clip encoded alone as serving does, and decoded in the codec's dtype without TF32; decoded [T] is cut to the
     source.
 
@@ -138,7 +138,7 @@ def encode_all(codec: VoxtralCodec, samples: list[Sample]) -> Iterator[tuple[Enc
             codes = codec.quantizer.encode(latent)
             decoded = codec.decode(codes)[0, 0, : len(sample.waveform)].float()
         n_frames = ceil_div(len(sample.waveform), codec.params.frame_size)
-        yield Encoded(latent[0, :, :n_frames].float().cpu(), codes[0, :, :n_frames].cpu()), decoded.cpu()
+        yield EncodedClip(latent[0, :, :n_frames].float().cpu(), codes[0, :, :n_frames].cpu()), decoded.cpu()
 
 
 def fresh_encoder(codec: VoxtralCodec, seed: int) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def fresh_encoder(codec: VoxtralCodec, seed: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def clip_codes(codec: VoxtralCodec, encoded: Encoded) -> dict[str, float]:
+def clip_codes(codec: VoxtralCodec, encoded: EncodedClip) -> dict[str, float]:
     """CODES of one clip, and its number of frames."""
     levels = encoded.codes[1:]
     norm = codec.embed_codes(encoded.codes[None].to(codec.audio_embedding.device)).float().norm(dim=-1).mean()
@@ -165,8 +165,8 @@ def clip_codes(codec: VoxtralCodec, encoded: Encoded) -> dict[str, float]:
     }
 
 
-def all_codes(codec: VoxtralCodec, encoded: list[Encoded]) -> dict:
-    """Over all clips together: frames, semantic_used, semantic_perplexity, level_histogram (voxtral.metrics), and
+def all_codes(codec: VoxtralCodec, encoded: list[EncodedClip]) -> dict:
+    """Over all clips together: frames, semantic_used, semantic_perplexity, level_histogram (voxtral.code_metrics), and
     semantic_dead_share, the part of the codebook that no frame used (fewer frames than codes cannot use them all)."""
     codes = torch.cat([clip.codes for clip in encoded], dim=1)[None]
     size = codec.params.semantic_codebook_size
@@ -176,7 +176,7 @@ def all_codes(codec: VoxtralCodec, encoded: list[Encoded]) -> dict:
     return {"frames": codes.shape[-1], "semantic_dead_share": 1 - result["semantic_used"] / size} | result
 
 
-def known_codes_agreement(codec: VoxtralCodec, sample: Sample, encoded: Encoded) -> dict[str, float]:
+def known_codes_agreement(codec: VoxtralCodec, sample: Sample, encoded: EncodedClip) -> dict[str, float]:
     """KNOWN of one clip; NaN where its codes are not known."""
     if sample.true_codes is None:
         return dict.fromkeys(KNOWN, math.nan)
@@ -193,7 +193,7 @@ class Agreement:
         self.scale = codebook_scale(self.codebook).item()
 
     @torch.no_grad()
-    def __call__(self, own: Encoded, reference: Encoded) -> dict[str, float]:
+    def __call__(self, own: EncodedClip, reference: EncodedClip) -> dict[str, float]:
         params, device = self.codec.params, self.codebook.device
         codes, expected = own.codes[None].to(device), reference.codes[None].to(device)
         result = {
@@ -223,8 +223,8 @@ def measure_clips(
     sources: list[Source],
     scorer: Scorer,
     agreement: Agreement | None = None,
-    expected: list[Encoded] | None = None,
-) -> Iterator[tuple[dict, Encoded, Tensor]]:
+    expected: list[EncodedClip] | None = None,
+) -> Iterator[tuple[dict, EncodedClip, Tensor]]:
     """Each clip through `codec` as it is: what is measured of it (METRICS by name), its codes, its audio [T].
 
     sources: the samples as `scorer` heard them; with `agreement`, the codes are compared with those of the reference

@@ -17,7 +17,7 @@ from torch import Tensor
 from voxtral.acoustic import CFG_ALPHA
 from voxtral.cached_backbone import CachedBackbone
 from voxtral.errors import UserError, reason_of, shown
-from voxtral.frames import FrameLoop, Models, prompt_slots
+from voxtral.generation import FrameLoop, Models, prompt_slots
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS, CheckpointError
 from voxtral.streaming import decode_batch
 from voxtral.tables import is_unicode

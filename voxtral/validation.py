@@ -11,17 +11,17 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 
 from voxtral.checkpoint import SafetensorsFile
+from voxtral.code_metrics import code_agreement, code_statistics
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
 from voxtral.data import Batch, validation_batches
 from voxtral.known_codes import codes_of_clips
 from voxtral.losses import MelDistance, stft_distance
-from voxtral.metrics import code_agreement, code_statistics
 from voxtral.plots import save_figure, spectrogram_figure
 from voxtral.sources import Clip, DataConfig, source_name
 
 
 @dataclass
-class Encoded:
+class DecodedBatch:
     """One batch of clips through a codec, on the CPU."""
 
     waveform: Tensor  # [B, 1, T] source
@@ -34,9 +34,9 @@ class Encoded:
 def evaluate_codec(
     codec: VoxtralCodec,
     batches: list[Batch],
-    reference: list[Encoded] | None = None,
+    reference: list[DecodedBatch] | None = None,
     true_codes: list[Tensor | None] | None = None,
-) -> tuple[dict, list[Encoded]]:
+) -> tuple[dict, list[DecodedBatch]]:
     """Encodes every clip as if it were alone, decodes its codes, and measures.
 
     Returns (metrics: mel_distance, stft_distance (audiotools' definitions), semantic_used, semantic_perplexity,
@@ -58,7 +58,7 @@ def evaluate_codec(
         for name, value in distances.items():
             sums[name] = sums.get(name, 0.0) + value.item() * len(batch.lengths)
         n_clips += len(batch.lengths)
-        encoded.append(Encoded(batch.waveform.cpu(), reconstruction.cpu(), codes.cpu(), batch.lengths.cpu()))
+        encoded.append(DecodedBatch(batch.waveform.cpu(), reconstruction.cpu(), codes.cpu(), batch.lengths.cpu()))
     metrics = {name: value / n_clips for name, value in sums.items()}
     codes, n_frames = stacked(encoded, codec.params.frame_size)
     statistics = code_statistics(
@@ -97,7 +97,7 @@ def test_weights(codec: VoxtralCodec, folder: Path, clips: list[Clip], config: D
 
 
 def write_samples(
-    folder: Path, encoded: list[Encoded], n_clips: int, sampling_rate: int, board: SummaryWriter, step: int
+    folder: Path, encoded: list[DecodedBatch], n_clips: int, sampling_rate: int, board: SummaryWriter, step: int
 ) -> None:
     """The first clips as audio and spectrogram, in folder/step_XXXXXXXX and on the board; their sources once."""
     place = folder / f"step_{step:08d}"
@@ -131,7 +131,7 @@ def known_agreement(codes: Tensor, n_whole: Tensor, true_codes: list[Tensor | No
     return {f"known_{name}": value.item() for name, value in code_agreement(codes[known], wanted, n_frames).items()}
 
 
-def stacked(encoded: list[Encoded], frame_size: int) -> tuple[Tensor, Tensor]:
+def stacked(encoded: list[DecodedBatch], frame_size: int) -> tuple[Tensor, Tensor]:
     """All codes [N, 1 + acoustic_dim, L] and frame counts [N] of several batches."""
     return torch.cat([e.codes for e in encoded]), ceil_div(torch.cat([e.lengths for e in encoded]), frame_size)
 
