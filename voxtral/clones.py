@@ -336,7 +336,7 @@ def speak_and_score(
             )
             audio[system.name] = []
             progress = tqdm(spoken, system.name, len(items), unit="clip", disable=None)
-            for (clone, ended, heard), item in zip(progress, items, strict=True):
+            for (clone, ended, codec_embedding), item in zip(progress, items, strict=True):
                 embedding = judge.embed(clone)
                 similar = references.compare(item, embedding)
                 rows.append(
@@ -348,7 +348,7 @@ def speak_and_score(
                         "text": item.text,
                         **judge.words(item.text, clone),
                         **similar,
-                        "own_codec": (heard @ embedding).item(),
+                        "own_codec": (codec_embedding @ embedding).item(),
                         "ended": float(ended),
                         "seconds": len(clone) / SAMPLE_RATE,
                     }

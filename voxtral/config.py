@@ -371,10 +371,10 @@ def check_full_pipeline_config(config: FullPipelineConfig) -> None:
             raise ConfigError(
                 f"reference_sec is {config.reference_sec}: it must be two lengths in seconds, the shorter first."
             )
-        asked = [name for name in (*DISTILLATION, "mel") if getattr(config.loss, name)]
-        if asked or {"lora", "encoder"} & set(config.train.trainable):
+        encoder_losses = [name for name in (*DISTILLATION, "mel") if getattr(config.loss, name)]
+        if encoder_losses or {"lora", "encoder"} & set(config.train.trainable):
             raise ConfigError(
-                f"reference_sec is for a language model from nothing: {', '.join(asked) or 'lora and encoder'} "
+                f"reference_sec is for a language model from nothing: {', '.join(encoder_losses) or 'lora and encoder'} "
                 "needs the encoder's own references, so leave reference_sec at null."
             )
 

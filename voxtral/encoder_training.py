@@ -133,8 +133,8 @@ class MicroStep:
         synchronizes = self.process.world_size == 1 or micro == settings.accumulation - 1
         with nullcontext() if synchronizes else self.model.no_sync():
             targets = self.asr_cache and batch.targets
-            asks_teacher = self.teacher and not targets
-            if asks_teacher:  # Whisper hears the batch beside all else
+            needs_teacher = self.teacher and not targets
+            if needs_teacher:  # Whisper hears the batch beside all else
                 with self.side_stream:
                     targets = self.teacher(batch.waveform, batch.lengths, self.n_frames)
             output, projected = self._run_codec(batch, seed)
@@ -152,7 +152,7 @@ class MicroStep:
                 losses["asr"] = asr_distillation_loss(projected.float(), targets)
             total = sum(weights[name] * loss for name, loss in losses.items())
             (total / settings.accumulation).backward()
-        if self.asr_cache and asks_teacher:
+        if self.asr_cache and needs_teacher:
             self.asr_cache.write(batch.files, targets)
         if log_zero_weights:
             idle = [name for name, weight in vars(config.loss).items() if not weight]

@@ -97,17 +97,17 @@ class PairDataset(SpeechDataset):
         BadClip."""
         if self.reference_sec:
             reference = self._cropped(self.clips[index], random)
-            heard = {"encoded": reference}
+            student_input = {"encoded": reference}
         elif self.encoded:
             reference, _ = self._read_codes(self.clips[index])
-            heard = {"encoded": self.encoded[index].long()}
+            student_input = {"encoded": self.encoded[index].long()}
         else:
             reference, waveform = self.read(index)
-            heard = {"waveform": waveform}
+            student_input = {"waveform": waveform}
         speaking = self._partner(index, random)
         speech, is_whole = self._read_codes(speaking)
         return {
-            **heard,
+            **student_input,
             "reference": reference,
             "speech": speech,
             "is_whole": is_whole,

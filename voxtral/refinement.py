@@ -28,8 +28,8 @@ def refined_codes(codec: VoxtralCodec, waveform: Tensor, seconds: float) -> tupl
     for _ in range(MAX_STEPS + 1):
         latent = torch.cat([semantic, acoustic], dim=1)
         codes = codec.quantizer.encode(latent.detach())
-        heard = codec.quantizer.straight_through(codec.quantizer.squash(latent), codes)
-        loss = mel_distance(codec.decode_latent(heard).float()[..., : waveform.shape[-1]], waveform, length)
+        quantized = codec.quantizer.straight_through(codec.quantizer.squash(latent), codes)
+        loss = mel_distance(codec.decode_latent(quantized).float()[..., : waveform.shape[-1]], waveform, length)
         distances.append(loss.item())
         if len(distances) > MAX_STEPS or time.monotonic() - started > seconds:
             break

@@ -286,9 +286,9 @@ def load_run_config(schema: type, path, overrides: list[str], name: str = CONFIG
     own = Path(config.output_dir) / name
     if not config.resume or not own.is_file() or not step_folders(config.output_dir):
         return config
-    told = config
-    config = load_config(schema, own, [*overrides, f"output_dir={told.output_dir}", "resume=true"])
-    for key, before, now in differences(told, config):
+    from_yaml = config
+    config = load_config(schema, own, [*overrides, f"output_dir={from_yaml.output_dir}", "resume=true"])
+    for key, before, now in differences(from_yaml, config):
         print(f"{key} is {now}, as the run had it ({path}: {before}; override it to change it)", flush=True)
     return config
 
