@@ -374,8 +374,9 @@ def check_full_pipeline_config(config: FullPipelineConfig) -> None:
         encoder_losses = [name for name in (*DISTILLATION, "mel") if getattr(config.loss, name)]
         if encoder_losses or {"lora", "encoder"} & set(config.train.trainable):
             raise ConfigError(
-                f"reference_sec is for a language model from nothing: {', '.join(encoder_losses) or 'lora and encoder'} "
-                "needs the encoder's own references, so leave reference_sec at null."
+                "reference_sec is for a language model from nothing: "
+                f"{', '.join(encoder_losses) or 'lora and encoder'} needs the encoder's own references, so leave "
+                "reference_sec at null."
             )
 
 
