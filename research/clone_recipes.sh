@@ -31,9 +31,9 @@ encoder() {  # encoder NAME key=value...: two checkpoints of it
         train.save_every_steps=$((steps / 2)) train.n_samples=0 train.compile=false \
         train.max_total_loss=1e6 "output_dir=$output/$1" "${@:2}"
 }
-many() {  # many NAME key=value...: 24 clips a step, of the 405 voices of SPEECH
+many() {  # many NAME key=value...: 24 clips a step, of the voices of SPEECH but those that are judged
     encoder "$1" "data.data_root=$speech" 'data.sources=[{kind: manifest, path: talk.csv}]' data.batch_size=24 \
-        train.ema_decay=0.99 loss.codes=0 "${@:2}"
+        "data.validation.speakers=[$speakers]" train.ema_decay=0.99 loss.codes=0 "${@:2}"
 }
 few() {  # few NAME key=value...: 8 clips a step, half as many steps, the demo's 56 voices
     steps=$((steps / 2)) encoder "$1" "${@:2}"

@@ -1,4 +1,4 @@
-"""benchmarks/model_in_the_loop.py: without pairs it is train_encoder.py; with them each term reaches the encoder."""
+"""research/model_in_the_loop.py: without pairs it is train_encoder.py; with them each term reaches the encoder."""
 
 import json
 from pathlib import Path
@@ -31,8 +31,8 @@ FEW = [
 
 
 @pytest.fixture(scope="module")
-def benchmark(import_benchmark):
-    return import_benchmark("model_in_the_loop")
+def benchmark(import_script):
+    return import_script("model_in_the_loop")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Phase 1 with the frozen language model as a second teacher: does it raise what sound leaves open?
 
-    python benchmarks/model_in_the_loop.py --checkpoint assets/standin --output runs/loop --pairs 8 \\
+    python research/model_in_the_loop.py --checkpoint assets/standin --output runs/loop --pairs 8 \\
         --true assets/standin_withheld_encoder.safetensors loss.codes=0 match.codes=presets \\
         data.data_root=speech 'data.sources=[{kind: manifest, path: talk.csv}]'
 
@@ -22,7 +22,7 @@ divergence of our codes from the model's, given text, voice and past, and is non
 Every --log-every steps comes a line: means of the losses, perplexity of the semantic codes, norms of the gradients that
 each term sends to the encoder, and of held-out pairs through the averaged encoder how surprised the model is by our
 codes (nll, nats a frame; flow), beside the true encoder's: below those, ours have collapsed to likely codes. OUTPUT's
-checkpoints are laid out as train_encoder.py's, for benchmarks/clone_needs.py --encoder NAME=OUTPUT.
+checkpoints are laid out as train_encoder.py's, for research/clone_needs.py --encoder NAME=OUTPUT.
 
 Predictions for model_in_the_loop.sh on the embedded stand-in, written before any run on a GPU, after 20 steps on a CPU
 (from an encoder of 150 steps, --semantic 0.1 --flow 1, gradients half as large as mel's each): held-out nll fell from

@@ -2,7 +2,7 @@
 # Does the frozen language model in the loop of phase 1 make an encoder that clones better? Six encoders by
 # model_in_the_loop.py, three at a time on one GPU, and one table of their clones.
 #
-#   benchmarks/model_in_the_loop.sh CHECKPOINT TRUE SPEECH WHISPER OUTPUT [OPTION or key=value...]
+#   research/model_in_the_loop.sh CHECKPOINT TRUE SPEECH WHISPER OUTPUT [OPTION or key=value...]
 #
 # CHECKPOINT: a stand-in that talks; TRUE: its true encoder. SPEECH: a folder with talk.csv (columns path, speaker,
 # text) beside its clips. WHISPER: openai-whisper's name of a model, or a local .pt. OUTPUT gets a folder and a log for
@@ -26,7 +26,7 @@ last=checkpoints/step_$(printf %08d "$steps")/encoder.safetensors
 arm() {  # arm NAME OPTIONS...: in the background, as soon as fewer than three others are at work
     [[ " $arms " != *" $1 "* || -f $output/$1/$last ]] && return
     while [ "$(jobs -rp | wc -l)" -ge 3 ]; do wait -n || true; done
-    python benchmarks/model_in_the_loop.py --checkpoint "$checkpoint" --true "$true" --output "$output/$1" \
+    python research/model_in_the_loop.py --checkpoint "$checkpoint" --true "$true" --output "$output/$1" \
         --generated "$output/generated" device=auto "data.data_root=$speech" data.batch_size=24 data.num_workers=3 \
         'data.sources=[{kind: manifest, path: talk.csv}]' "data.validation.speakers=[$speakers]" \
         data.validation.clips=32 train.ema_decay=0.99 train.max_steps="$steps" \
@@ -49,5 +49,5 @@ for arm in $arms; do
     tail -n 1 "$output/$arm.log"
     [ -f "$output/$arm/$last" ] && encoders+=(--encoder "$arm=$output/$arm")
 done
-python benchmarks/clone_needs.py --checkpoint "$checkpoint" --true "$true" --data "$speech/talk.csv" \
+python research/clone_needs.py --checkpoint "$checkpoint" --true "$true" --data "$speech/talk.csv" \
     --speakers $speakers --per-voice 2 --whisper "$whisper" "${encoders[@]}" --output "$output/voices"
