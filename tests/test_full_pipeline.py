@@ -449,6 +449,7 @@ def test_a_stop_request_to_all_processes_saves(command, tmp_path, stop_at, capsy
     assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()
 
 
+@pytest.mark.slow
 def test_a_stop_request_to_torchrun_saves(command, tmp_path):
     out = stopped_by_torchrun(
         tmp_path,
@@ -460,6 +461,7 @@ def test_a_stop_request_to_torchrun_saves(command, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
 
 
+@pytest.mark.slow
 def test_accumulation_is_a_larger_batch(command, tmp_path):
     weights = []
     for batch_size, accumulation in ((4, 1), (2, 2)):
@@ -472,6 +474,7 @@ def test_accumulation_is_a_larger_batch(command, tmp_path):
     assert weights[1] == pytest.approx(weights[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one_with_twice_the_batch(command, tmp_path):
     train_full_pipeline.main(command(tmp_path / "one", "data.batch_size=4", "train.max_steps=3"))
     subprocess.run(

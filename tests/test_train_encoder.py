@@ -292,6 +292,7 @@ def assert_same_run(folder, whole):
         assert (folder / file).read_bytes() == (whole / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(whole, command, tmp_path):
     """Killed with data workers at step 5, of which the metrics hold 4; goes on from the checkpoint after step 3."""
     folder = tmp_path / "run"
@@ -326,6 +327,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, command, tm
     assert [step for step, row in metrics(folder)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resuming_loses_nothing(whole, command, tmp_path, monkeypatch, capsys, stop_at):
     """Which a terminal sends to the loader processes, too."""
     folder = tmp_path / "run"
@@ -338,6 +340,7 @@ def test_ctrl_c_saves_and_resuming_loses_nothing(whole, command, tmp_path, monke
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
 def test_a_stop_request_to_torchrun_saves(command, tmp_path):
     folder = tmp_path / "run"
     out = stopped_by_torchrun(
@@ -363,6 +366,7 @@ def test_a_stop_request_to_torchrun_saves(command, tmp_path):
 # ---------------------------------------------------------------- processes
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, settings, tmp_path):
     """The whole set of losses, two micro-batches a step: sums over processes differ by rounding only. So do the
     bad files, which either of them meets."""
@@ -406,6 +410,7 @@ def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(command, 
     assert all((a[name] - b[name]).norm() <= 1e-4 * a[name].norm() for name in a)
 
 
+@pytest.mark.slow
 def test_two_machines_need_not_share_the_run_folder(command, tmp_path):
     """One torchrun on each, started in a folder of its own: the first keeps the run, and tells the other where to go
     on."""
@@ -702,6 +707,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(halfway, command, settings, cap
     assert all(path.read_bytes() == before[path] for path in untouched)
 
 
+@pytest.mark.slow
 def test_with_a_teacher_cache_whisper_is_asked_once(command, tmp_path, monkeypatch, capsys):
     """The first run fills the cache; the second one, which never asks, has the same losses."""
 
@@ -733,6 +739,7 @@ def test_a_mistake_in_a_real_process_has_no_traceback(command, tmp_path):
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and compiled kernels need a GPU")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "device, change",
     [
