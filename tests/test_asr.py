@@ -1,5 +1,6 @@
 """Whisper distillation: loss and alignment by hand, the teacher end to end with a random tiny Whisper."""
 
+from contextlib import contextmanager, nullcontext
 from itertools import count
 
 import pytest
@@ -249,3 +250,46 @@ def test_clip_longer_than_announced(teacher):
 def test_unknown_language(whisper_checkpoint):
     with pytest.raises(ValueError, match=r"asr\.language is 'english'"):
         WhisperTeacher(AsrConfig(model=whisper_checkpoint, language="english"), 4.0, "cpu")
+
+
+# ---------------------------------------------------------------- CUDA graph
+
+
+def test_its_graph_is_captured_on_a_stream_of_its_own(teacher, monkeypatch):
+    """Of the default stream, which all other graphs are captured on, it would share cuBLAS's workspace."""
+    captured = []
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, stream):
+            pass
+
+    @contextmanager
+    def graph(cuda_graph, stream=None):
+        captured.append(stream)
+        yield
+
+    for name, fake in (("CUDAGraph", object), ("Stream", Stream), ("graph", graph), ("current_stream", Stream)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(teacher, "recorded", None)
+    teacher.record(2)
+    assert len(captured) == 1 and isinstance(captured[0], Stream)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="two CUDA graphs at once need a GPU")
+def test_beside_the_codec_it_computes_what_it_does_alone(import_script, tmp_path):
+    """At full size, with random weights: smaller products may not use the workspace."""
+    dims = {"n_mels": 80, "n_vocab": 51865, "n_audio_ctx": 1500, "n_text_ctx": 448}
+    dims |= {
+        f"n_{part}_{key}": n for part in ("audio", "text") for key, n in (("state", 512), ("head", 8), ("layer", 6))
+    }
+    model = whisper.model.Whisper(whisper.ModelDimensions(**dims))
+    torch.save({"dims": dims, "model_state_dict": model.state_dict()}, tmp_path / "base.pt")
+    with pytest.raises(SystemExit) as ended:
+        import_script("graphs_beside").main(
+            ["--replays", "300", f"asr.model={tmp_path / 'base.pt'}", "train.compile=false"]
+        )
+    assert ended.value.code == 0
