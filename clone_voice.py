@@ -6,13 +6,14 @@ inject_encoder.py put into the checkpoint.
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
+
+from voxtral.command_line import script_parser
 
 EXAMPLES = """examples:
   # a sentence in the voice of a recording (3 to 25 s of one clean speaker)
@@ -30,15 +31,7 @@ EXAMPLES = """examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        default=os.environ.get("VOXTRAL_CKPT"),
-        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
-    )
+    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--reference", metavar="FILE", help="recording of the voice; needs an injected encoder")
     who.add_argument("--voice", metavar="NAME", help="voice of the checkpoint; patch_tokenizer.py --list shows them")

@@ -16,8 +16,11 @@ from pathlib import Path
 CONFIG = "configs/demo.yaml"
 
 
+from voxtral.command_line import script_parser
+
+
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument(
         "--whisper",
         metavar="MODEL",

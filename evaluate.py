@@ -12,12 +12,13 @@ OUTPUT gets metrics.json, table.md, clips.csv, plots (png), and the first clips 
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 
 from voxtral.score_table import DEFAULT_SCORES, ECAPA_MODEL, SCORES
 
 NEEDS = "\n".join(f"  {name:<8} {metric.install}" for name, metric in SCORES.items() if metric.install)
+from voxtral.command_line import script_parser
+
 EXAMPLES = f"""scores that need more than requirements.txt:
 {NEEDS}
 
@@ -38,15 +39,7 @@ examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        default=os.environ.get("VOXTRAL_CKPT"),
-        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
-    )
+    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
     parser.add_argument("--encoder", metavar="FILE", help="encoder .safetensors (default: the checkpoint's own)")
     parser.add_argument("--reference-encoder", metavar="FILE", help="the true encoder, to compare with")
     parser.add_argument("--degrade", action="store_true", help="score known degradations; no checkpoint is read")

@@ -10,9 +10,10 @@ OUTPUT gets index.html to listen to, metrics.json, table.md, clips.csv, clones.p
 import argparse
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
+
+from voxtral.command_line import script_parser
 
 EXAMPLES = """examples:
   # the voices of a manifest say sentences of each other
@@ -31,15 +32,7 @@ EXAMPLES = """examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        default=os.environ.get("VOXTRAL_CKPT"),
-        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
-    )
+    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--system",

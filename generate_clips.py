@@ -6,10 +6,11 @@ its share.
 """
 
 import argparse
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from voxtral.command_line import script_parser
 
 EXAMPLES = """examples:
   # 100 clips of every voice, about 6 s each
@@ -25,15 +26,7 @@ SENTENCES = Path(__file__).parent / "assets" / "sentences.tsv"
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        default=os.environ.get("VOXTRAL_CKPT"),
-        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
-    )
+    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of clips and manifest.jsonl")
     parser.add_argument("--per-voice", metavar="N", type=int, required=True, help="clips of every voice")
     parser.add_argument("--voices", metavar="NAME", nargs="+", help="which voices (default: all of the checkpoint)")

@@ -7,9 +7,10 @@ trained on; --eject removes it.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
+
+from voxtral.command_line import script_parser
 
 EXAMPLES = """examples:
   # a new folder beside the checkpoint; what does not change is hard-linked
@@ -26,15 +27,7 @@ EXAMPLES = """examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        default=os.environ.get("VOXTRAL_CKPT"),
-        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
-    )
+    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
     parser.add_argument(
         "--encoder",
         metavar="FILE",

@@ -16,6 +16,8 @@ from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 
+from voxtral.command_line import script_parser
+
 EXAMPLES = """examples:
   # the embedded stand-in (assets/standin), from a folder that holds train.csv and its clips
   python make_standin.py --config configs/standin_small.yaml data.data_root=/my/speech
@@ -28,9 +30,7 @@ EXAMPLES = """examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     parser.add_argument("--config", metavar="YAML", help="train a stand-in with these settings")
     parser.add_argument("--random", action="store_true", help="write random weights, nothing is trained")
     parser.add_argument(

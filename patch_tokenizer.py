@@ -10,6 +10,8 @@ import math
 import os
 from pathlib import Path
 
+from voxtral.command_line import script_parser
+
 EXAMPLES = """examples:
   # every recording and embedding of a folder; a file's name is the voice's name
   VOXTRAL_VOICE_DIR=my_voices python patch_tokenizer.py --checkpoint Voxtral-clone
@@ -23,15 +25,7 @@ EXAMPLES = """examples:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        default=os.environ.get("VOXTRAL_CKPT"),
-        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
-    )
+    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
     parser.add_argument(
         "--voice-dir",
         metavar="DIR",

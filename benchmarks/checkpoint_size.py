@@ -5,7 +5,6 @@ does not matter. `before`: what was saved until checkpoints left out what the mo
 written).
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -15,15 +14,16 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES  # noqa: E402
-from voxtral.codec import VoxtralCodec  # noqa: E402
-from voxtral.config import EncoderConfig  # noqa: E402
-from voxtral.discriminator import Discriminators  # noqa: E402
-from voxtral.evaluation_report import markdown  # noqa: E402
-from voxtral.params import parse_params  # noqa: E402
-from voxtral.processes import Process  # noqa: E402
-from voxtral.run_folder import RunFolder, Tensors, write_files  # noqa: E402
-from voxtral.standin import full_params  # noqa: E402
+from voxtral.checkpoint import CODEC_PREFIX, ENCODER_PREFIXES
+from voxtral.codec import VoxtralCodec
+from voxtral.command_line import script_parser
+from voxtral.config import EncoderConfig
+from voxtral.discriminator import Discriminators
+from voxtral.evaluation_report import markdown
+from voxtral.params import parse_params
+from voxtral.processes import Process
+from voxtral.run_folder import RunFolder, Tensors, write_files
+from voxtral.standin import full_params
 
 
 def gigabytes(*groups: dict[str, torch.Tensor]) -> float:
@@ -31,7 +31,7 @@ def gigabytes(*groups: dict[str, torch.Tensor]) -> float:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("folder", type=Path, help="where a checkpoint is written, and deleted again")
     options = parser.parse_args(arguments)
     config = EncoderConfig()

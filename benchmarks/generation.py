@@ -4,9 +4,7 @@ END_AUDIO is overlooked, so every run makes the same number of frames. Prompts a
 takes less than a millisecond, is left out. 12.5 frames are one second of audio.
 """
 
-import argparse
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,17 +16,18 @@ import torch
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from voxtral.acoustic import AcousticTransformer  # noqa: E402
-from voxtral.backbone import Backbone  # noqa: E402
-from voxtral.cached_backbone import CachedBackbone  # noqa: E402
-from voxtral.codec import VoxtralCodec  # noqa: E402
-from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.generation import FrameLoop, Models, graphed  # noqa: E402
-from voxtral.params import N_SPECIAL_IDS, parse_params  # noqa: E402
-from voxtral.processes import start_process  # noqa: E402
-from voxtral.standin import full_params  # noqa: E402
-from voxtral.streaming import CHUNK_FRAMES, StreamingDecoder, left_context  # noqa: E402
-from voxtral.tts import BLOCK, FIRST_BLOCK  # noqa: E402
+from voxtral.acoustic import AcousticTransformer
+from voxtral.backbone import Backbone
+from voxtral.cached_backbone import CachedBackbone
+from voxtral.codec import VoxtralCodec
+from voxtral.command_line import script_parser
+from voxtral.errors import UserError, one_sentence
+from voxtral.generation import FrameLoop, Models, graphed
+from voxtral.params import N_SPECIAL_IDS, parse_params
+from voxtral.processes import start_process
+from voxtral.standin import full_params
+from voxtral.streaming import CHUNK_FRAMES, StreamingDecoder, left_context
+from voxtral.tts import BLOCK, FIRST_BLOCK
 
 EXAMPLES = """examples:
   python benchmarks/generation.py --random-full
@@ -176,15 +175,7 @@ HEAD = [
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        default=os.environ.get("VOXTRAL_CKPT"),
-        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
-    )
+    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
     parser.add_argument(
         "--random-full", action="store_true", help="random weights of the released sizes, no checkpoint"
     )

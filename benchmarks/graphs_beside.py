@@ -7,7 +7,6 @@ comparison of one after the other with itself says which tensors differ by chanc
 chooses). Exit code 1: some differ at once that never do one after the other.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -15,16 +14,17 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from make_standin import make_random  # noqa: E402
-from voxtral.asr import WhisperTeacher  # noqa: E402
-from voxtral.codec import VoxtralCodec, ceil_div  # noqa: E402
-from voxtral.config import EncoderConfig, check_encoder_config, load_config  # noqa: E402
-from voxtral.data import SAMPLE_RATE  # noqa: E402
-from voxtral.encoder_training import TrainingModel  # noqa: E402
-from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.processes import start_process  # noqa: E402
-from voxtral.quantizer import QuantizationDraws  # noqa: E402
-from voxtral.run import SideStream  # noqa: E402
+from make_standin import make_random
+from voxtral.asr import WhisperTeacher
+from voxtral.codec import VoxtralCodec, ceil_div
+from voxtral.command_line import script_parser
+from voxtral.config import EncoderConfig, check_encoder_config, load_config
+from voxtral.data import SAMPLE_RATE
+from voxtral.encoder_training import TrainingModel
+from voxtral.errors import UserError, one_sentence
+from voxtral.processes import start_process
+from voxtral.quantizer import QuantizationDraws
+from voxtral.run import SideStream
 
 EXAMPLES = """examples:
   # the codec at full width with random weights beside Whisper base, 300 times, some minutes on one GPU
@@ -90,9 +90,7 @@ def differing(graphs: Graphs, expected: dict[str, torch.Tensor], n_replays: int,
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--config", metavar="YAML", default="configs/encoder.yaml", help="as of train_encoder.py (default: %(default)s)"
     )

@@ -24,7 +24,6 @@ What is printed
 Everything is also in OUTPUT/train_step.json; what train_encoder.py says meanwhile is in OUTPUT/train_step.log.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -41,18 +40,19 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from train_step_timing import N_PROFILED, breakdown, measure  # noqa: E402
+from train_step_timing import N_PROFILED, breakdown, measure
 
-from make_standin import make_random  # noqa: E402
-from voxtral.checkpoint import write_text  # noqa: E402
-from voxtral.config import EncoderConfig, check_encoder_config, load_config  # noqa: E402
-from voxtral.data import SAMPLE_RATE, SpeechDataset, make_loader  # noqa: E402
-from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.evaluation_report import markdown  # noqa: E402
-from voxtral.plots import save_figure  # noqa: E402
-from voxtral.processes import Process, training_process  # noqa: E402
-from voxtral.run_folder import environment  # noqa: E402
-from voxtral.sources import find_clips, split_validation  # noqa: E402
+from make_standin import make_random
+from voxtral.checkpoint import write_text
+from voxtral.command_line import script_parser
+from voxtral.config import EncoderConfig, check_encoder_config, load_config
+from voxtral.data import SAMPLE_RATE, SpeechDataset, make_loader
+from voxtral.errors import UserError, one_sentence
+from voxtral.evaluation_report import markdown
+from voxtral.plots import save_figure
+from voxtral.processes import Process, training_process
+from voxtral.run_folder import environment
+from voxtral.sources import find_clips, split_validation
 
 EXAMPLES = """examples:
   # a batch of 16 x 4 s with all losses of the paper, full widths with random weights, on the demo's speech
@@ -311,9 +311,7 @@ def loader_alone(options, config: EncoderConfig) -> dict:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--config", default="configs/encoder.yaml", help="YAML of train_encoder.py (default: %(default)s)"
     )

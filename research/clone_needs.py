@@ -8,7 +8,6 @@ An --encoder is a file, `untrained`, or a run folder of train_encoder.py, whose 
 OUTPUT gets table.md, rows.json and clone_needs.png: the share of the voice that is kept against each measure of codes.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,19 +17,20 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from voxtral.checkpoint import write_text  # noqa: E402
-from voxtral.clones import Judge, System, items_of_manifest, read_system, speak_and_score, summarize  # noqa: E402
-from voxtral.code_metrics import code_agreement  # noqa: E402
-from voxtral.codec import VoxtralCodec  # noqa: E402
-from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.evaluation import finite  # noqa: E402
-from voxtral.evaluation_report import cell, markdown, number  # noqa: E402
-from voxtral.losses import MelDistance  # noqa: E402
-from voxtral.params import CodecParams  # noqa: E402
-from voxtral.plots import save_figure  # noqa: E402
-from voxtral.processes import start_process  # noqa: E402
-from voxtral.reference import prepare_reference  # noqa: E402
-from voxtral.tts import TTS  # noqa: E402
+from voxtral.checkpoint import write_text
+from voxtral.clones import Judge, System, items_of_manifest, read_system, speak_and_score, summarize
+from voxtral.code_metrics import code_agreement
+from voxtral.codec import VoxtralCodec
+from voxtral.command_line import script_parser
+from voxtral.errors import UserError, one_sentence
+from voxtral.evaluation import finite
+from voxtral.evaluation_report import cell, markdown, number
+from voxtral.losses import MelDistance
+from voxtral.params import CodecParams
+from voxtral.plots import save_figure
+from voxtral.processes import start_process
+from voxtral.reference import prepare_reference
+from voxtral.tts import TTS
 
 MEASURES = {
     "levels_within_1": "levels within one of the true ones",
@@ -222,7 +222,7 @@ def run(options) -> None:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a stand-in that talks")
     parser.add_argument("--true", metavar="FILE", required=True, help="its true encoder")
     parser.add_argument(

@@ -18,7 +18,6 @@ Needs a stand-in checkpoint and its withheld encoder, minutes on two CPU cores. 
 limits.png (with --encoder also errors.png).
 """
 
-import argparse
 import json
 import sys
 from copy import deepcopy
@@ -29,23 +28,24 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
-from withheld_encoder import training_clips, unseen_clips  # noqa: E402
+from withheld_encoder import training_clips, unseen_clips
 
-from evaluate import finite  # noqa: E402
-from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
-from voxtral.code_metrics import code_agreement  # noqa: E402
-from voxtral.codec import VoxtralCodec, ceil_div, valid_mask  # noqa: E402
-from voxtral.config import EncoderConfig, StandinConfig, load_config  # noqa: E402
-from voxtral.data import Batch, SpeechDataset, make_loader, validation_batches  # noqa: E402
-from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.evaluation import fresh_encoder  # noqa: E402
-from voxtral.evaluation_report import markdown  # noqa: E402
-from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss  # noqa: E402
-from voxtral.plots import save_figure  # noqa: E402
-from voxtral.processes import start_process  # noqa: E402
-from voxtral.run import cosine_with_warmup, set_learning_rate  # noqa: E402
-from voxtral.run_folder import environment  # noqa: E402
-from voxtral.sources import Clip  # noqa: E402
+from evaluate import finite
+from voxtral.checkpoint import SafetensorsFile, write_text
+from voxtral.code_metrics import code_agreement
+from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
+from voxtral.command_line import script_parser
+from voxtral.config import EncoderConfig, StandinConfig, load_config
+from voxtral.data import Batch, SpeechDataset, make_loader, validation_batches
+from voxtral.errors import UserError, one_sentence
+from voxtral.evaluation import fresh_encoder
+from voxtral.evaluation_report import markdown
+from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss
+from voxtral.plots import save_figure
+from voxtral.processes import start_process
+from voxtral.run import cosine_with_warmup, set_learning_rate
+from voxtral.run_folder import environment
+from voxtral.sources import Clip
 
 NOISE = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the deviation of every latent channel
 N_SHOWN = 6  # points of a descent
@@ -350,9 +350,7 @@ def errors_figure(rows: list[dict]) -> Figure:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     parser.add_argument("--standin", metavar="DIR", required=True, help="checkpoint without encoder (make_standin.py)")
     parser.add_argument("--withheld", metavar="FILE", required=True, help="its true encoder")
     parser.add_argument(

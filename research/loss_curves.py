@@ -4,16 +4,16 @@ To see whether a change that should only make training faster also changes what 
 without it, and another seed, which shows how much is chance.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.evaluation_report import markdown  # noqa: E402
-from voxtral.history import read_metrics  # noqa: E402
-from voxtral.plots import curves_figure, save_figure  # noqa: E402
+from voxtral.command_line import script_parser
+from voxtral.errors import UserError, one_sentence
+from voxtral.evaluation_report import markdown
+from voxtral.history import read_metrics
+from voxtral.plots import curves_figure, save_figure
 
 N_PARTS = 4  # of a run, each with a mean of its own
 
@@ -38,7 +38,7 @@ def table(runs: dict[str, list[dict]], names: list[str]) -> str:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="output_dir of a run")
     parser.add_argument(
         "--output", metavar="PNG", default="runs/loss_curves.png", help="the plot (default: %(default)s)"

@@ -40,7 +40,6 @@ weights are a third of those. (A young encoder's few codes are likely ones: with
 - contrast: nll and flow not below the true encoder's, perplexity the highest, levels within one as model's or better.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -64,6 +63,7 @@ from voxtral.audio import BadClip, load_segment
 from voxtral.checkpoint import SafetensorsFile, save_tensors
 from voxtral.code_metrics import code_agreement
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
+from voxtral.command_line import script_parser
 from voxtral.config import EncoderConfig, check_encoder_config, load_config
 from voxtral.data import SAMPLE_RATE, SpeechDataset, make_loader
 from voxtral.distillation import at, masked_mean, soft_rows
@@ -474,7 +474,7 @@ def gradient_norms(losses: dict[str, Tensor], weights: dict[str, float], paramet
 
 
 def main(arguments=None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a checkpoint whose language model talks")
     parser.add_argument("--true", metavar="FILE", help="its true encoder: measured against, never learnt from")
     parser.add_argument("--start", metavar="FILE", help="encoder to start from (default: fresh weights)")

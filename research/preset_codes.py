@@ -8,7 +8,6 @@ Rows are scaled so that a preset's rows have the norm of the release's (4.4), an
 and a share X of their deviation is their own, so that neighbouring levels are hard to tell apart.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from voxtral.codec import codebook_offsets  # noqa: E402
-from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.layout import meta_codec  # noqa: E402
-from voxtral.params import N_SPECIAL_IDS, ModelParams, parse_params  # noqa: E402
-from voxtral.presets import recover  # noqa: E402
-from voxtral.processes import start_process  # noqa: E402
-from voxtral.standin import full_params  # noqa: E402
+from voxtral.codec import codebook_offsets
+from voxtral.command_line import script_parser
+from voxtral.errors import UserError, one_sentence
+from voxtral.layout import meta_codec
+from voxtral.params import N_SPECIAL_IDS, ModelParams, parse_params
+from voxtral.presets import recover
+from voxtral.processes import start_process
+from voxtral.standin import full_params
 
 ROW_NORM, MEAN_NORM = 4.4, 3.8  # of a frame, and of a voice's mean frame, in the release's presets
 SEMANTIC_SHARE = 0.1  # of the variance of a frame
@@ -74,7 +74,7 @@ def summed(params: ModelParams, codes: Tensor, table: Tensor) -> Tensor:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--frames", type=int, default=2900, help="(default: 2900)")
     parser.add_argument(
         "--structure", action="append", default=[], help=f"repeatable (default: {', '.join(STRUCTURES)})"

@@ -10,7 +10,6 @@ what is finished. OUTPUT gets results.json, table.md, rows.png and curves.png, n
 with its encoder, log and metrics.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -25,23 +24,24 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
-from withheld_report import COLUMNS, SOUND, Judge, change_of, curves_figure, numbers_of, results_of, rows_figure, table  # noqa: E402
-from withheld_runs import KNOWN_CODES, ROWS, TRUE_CHECKPOINT, Run, changes_of, check_continues, make_run, train_until  # noqa: E402
+from withheld_report import COLUMNS, SOUND, Judge, change_of, curves_figure, numbers_of, results_of, rows_figure, table
+from withheld_runs import KNOWN_CODES, ROWS, TRUE_CHECKPOINT, Run, changes_of, check_continues, make_run, train_until
 
-from evaluate import choose_clips, finite  # noqa: E402
-from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
-from voxtral.clips import resynthesize  # noqa: E402
-from voxtral.codec import VoxtralCodec  # noqa: E402
-from voxtral.config import StandinConfig, load_config  # noqa: E402
-from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.evaluation import METRICS, load_samples  # noqa: E402
-from voxtral.inject import inject  # noqa: E402
-from voxtral.plots import save_figure  # noqa: E402
-from voxtral.processes import StopSignal, start_process  # noqa: E402
-from voxtral.run import duration  # noqa: E402
-from voxtral.run_folder import environment  # noqa: E402
-from voxtral.scores import check_scores, not_measured  # noqa: E402
-from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation  # noqa: E402
+from evaluate import choose_clips, finite
+from voxtral.checkpoint import SafetensorsFile, write_text
+from voxtral.clips import resynthesize
+from voxtral.codec import VoxtralCodec
+from voxtral.command_line import script_parser
+from voxtral.config import StandinConfig, load_config
+from voxtral.errors import UserError, one_sentence
+from voxtral.evaluation import METRICS, load_samples
+from voxtral.inject import inject
+from voxtral.plots import save_figure
+from voxtral.processes import StopSignal, start_process
+from voxtral.run import duration
+from voxtral.run_folder import environment
+from voxtral.scores import check_scores, not_measured
+from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips, split_validation
 
 PROBE_STEPS = 30
 N_NAMED = 8  # speakers in a message, at most
@@ -266,9 +266,7 @@ examples:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__, EXAMPLES)
     parser.add_argument("--standin", metavar="DIR", required=True, help="checkpoint without encoder (make_standin.py)")
     parser.add_argument("--withheld", metavar="FILE", required=True, help="its true encoder")
     parser.add_argument(

@@ -5,7 +5,6 @@
 The benchmarks must be of one stand-in and measured on the same clips. Rows that only one of them has are points.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -14,11 +13,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
-from withheld_report import COLUMNS, STEP_MS, cell  # noqa: E402
+from withheld_report import COLUMNS, STEP_MS, cell
 
-from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.evaluation_report import arrow, markdown  # noqa: E402
-from voxtral.plots import save_figure  # noqa: E402
+from voxtral.command_line import script_parser
+from voxtral.errors import UserError, one_sentence
+from voxtral.evaluation_report import arrow, markdown
+from voxtral.plots import save_figure
 
 CODES = ("semantic_equal", "levels_equal", "levels_within_1", "embedding_cosine")
 
@@ -78,7 +78,7 @@ def lengths_figure(reports: list[dict]) -> Figure:
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("outputs", metavar="OUTPUT", nargs="+", type=Path, help="--output of a withheld_encoder.py")
     parser.add_argument(
         "--output", metavar="PNG", default="runs/withheld_lengths.png", help="the plot (default: %(default)s)"

@@ -12,18 +12,18 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from withheld_runs import Run  # noqa: E402
+from withheld_runs import Run
 
-from evaluate import finite, summaries  # noqa: E402
-from voxtral.checkpoint import SafetensorsFile, write_text  # noqa: E402
-from voxtral.codec import VoxtralCodec  # noqa: E402
-from voxtral.config import EncoderConfig  # noqa: E402
-from voxtral.data import SAMPLE_RATE, validation_batches  # noqa: E402
-from voxtral.evaluation import Agreement, Averages, Sample, all_codes, fresh_encoder, gap_closed, measure_clips  # noqa: E402
-from voxtral.evaluation_report import arrow, markdown, number  # noqa: E402
-from voxtral.scores import Scorer  # noqa: E402
-from voxtral.sources import find_clips, split_validation  # noqa: E402
-from voxtral.validation import evaluate_codec  # noqa: E402
+from evaluate import finite, summaries
+from voxtral.checkpoint import SafetensorsFile, write_text
+from voxtral.codec import VoxtralCodec
+from voxtral.config import EncoderConfig
+from voxtral.data import SAMPLE_RATE, validation_batches
+from voxtral.evaluation import Agreement, Averages, Sample, all_codes, fresh_encoder, gap_closed, measure_clips
+from voxtral.evaluation_report import arrow, markdown, number
+from voxtral.scores import Scorer
+from voxtral.sources import find_clips, split_validation
+from voxtral.validation import evaluate_codec
 
 COLUMNS = {
     "mel": "mel",

@@ -12,12 +12,12 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_encoder  # noqa: E402
-from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, dump_config, load_config  # noqa: E402
-from voxtral.errors import UserError, one_sentence  # noqa: E402
-from voxtral.history import read_metrics  # noqa: E402
-from voxtral.processes import StopSignal, training_process  # noqa: E402
-from voxtral.run_folder import differences  # noqa: E402
+import train_encoder
+from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, dump_config, load_config
+from voxtral.errors import UserError, one_sentence
+from voxtral.history import read_metrics
+from voxtral.processes import StopSignal, training_process
+from voxtral.run_folder import differences
 
 # What may differ between a run and its continuation.
 PLACES = ("output_dir", "resume", "device", "data.data_root", "data.num_workers", "data.sources")

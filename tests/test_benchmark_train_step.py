@@ -20,15 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import train_step  # noqa: E402
-import train_step_timing as timing  # noqa: E402
+import train_step
+import train_step_timing as timing
 
-import train_encoder  # noqa: E402
-from voxtral.config import EncoderConfig, load_config  # noqa: E402
-from voxtral.history import read_metrics  # noqa: E402
-from voxtral.losses import LOSS_NAMES  # noqa: E402
-from voxtral.processes import Process  # noqa: E402
-from voxtral.standin import small_params, write_random_checkpoint  # noqa: E402
+import train_encoder
+from voxtral.config import EncoderConfig, load_config
+from voxtral.history import read_metrics
+from voxtral.losses import LOSS_NAMES
+from voxtral.processes import Process
+from voxtral.standin import small_params, write_random_checkpoint
 
 CPU = Process(0, 1, torch.device("cpu"))
 CHEAP = ["loss.feature=0", "loss.asr=0", "loss.mel=0"]

@@ -5,22 +5,16 @@ in the checkpoint. `python -m voxtral.presets` shows which frames come back, and
 """
 
 import argparse
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from voxtral.command_line import script_parser
+
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m voxtral.presets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        default=os.environ.get("VOXTRAL_CKPT"),
-        help="folder of the checkpoint (default: $VOXTRAL_CKPT)",
-    )
+    parser = script_parser(__doc__, checkpoint=True)
+    parser.prog = "python -m voxtral.presets"
     parser.add_argument(
         "--output",
         metavar="DIR",
