@@ -14,7 +14,13 @@ from voxtral.evaluation import fresh_encoder
 from voxtral.sources import find_clips, split_validation
 
 ROOT = Path(__file__).parents[1]
-OVERRIDES = [f"data.data_root={ROOT / 'assets/speech'}", "data.max_sec=0.8", "data.batch_size=3", "data.num_workers=0"]
+OVERRIDES = [
+    "data.sources=[{kind: manifest, path: talk.csv}]",  # not what a demo may have generated here
+    f"data.data_root={ROOT / 'assets/speech'}",
+    "data.max_sec=0.8",
+    "data.batch_size=3",
+    "data.num_workers=0",
+]
 COMMAND = [
     "--standin",
     str(ROOT / "assets/standin"),
