@@ -62,21 +62,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.audio import BadClip, load_segment
 from voxtral.checkpoint import SafetensorsFile, save_tensors
 from voxtral.code_metrics import code_agreement
-from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
+from voxtral.codec import VoxtralCodec, ceil_div, mask_samples, valid_mask
 from voxtral.command_line import script_parser
 from voxtral.config import EncoderConfig, check_encoder_config, load_config
 from voxtral.data import SAMPLE_RATE, SpeechDataset, make_loader
 from voxtral.distillation import at, masked_mean, soft_rows
-from voxtral.errors import UserError, one_sentence
+from voxtral.encoder_training import MicroStep, TrainingModel, choose_trainable
+from voxtral.errors import UserError, one_sentence, shown
 from voxtral.generation import Models
 from voxtral.known_codes import CodeMatching, read_codes
 from voxtral.loader import TensorBatch
-from voxtral.losses import DECAYING, MelDistance, codebook_distance, commitment_loss, l1_loss, stft_loss
+from voxtral.losses import DECAYING, codebook_distance
 from voxtral.pairs import AUDIO, GENERATION, sequence
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS, CodecParams
 from voxtral.presets import codes_to_match
 from voxtral.processes import start_process
-from voxtral.quantizer import QuantizationDraws
 from voxtral.run import adamw, cosine_with_warmup, set_learning_rate
 from voxtral.sources import Clip, DataError, SourceConfig, find_clips, split_validation
 from voxtral.tts import load_tokenizer, prompt_tokens
@@ -112,18 +112,21 @@ class TextedPairs(Dataset):
         self.params, self.seed = params, seed
         max_frames = int(max_sec * params.frame_rate_hz)
 
-        def read(clip: Clip) -> tuple[Tensor, Tensor | None] | None:
+        def read(clip: Clip) -> tuple[Tensor, Tensor | None] | BadClip:
             try:
                 waveform, _ = load_segment(clip.path, 0.0, max_frames * params.frame_size / SAMPLE_RATE)
                 return torch.from_numpy(waveform), read_codes(clip.codes, params)[
                     :, :max_frames
                 ] if clip.codes else None
-            except BadClip:
-                return None
+            except BadClip as error:
+                return error
 
         with ThreadPool(4) as pool:
             found = pool.map(read, clips)
-        texts, pairs = {}, [(clip, one) for clip, one in zip(clips, found) if one and clip.text.strip()]
+        for error in (one for one in found if isinstance(one, BadClip)):
+            print(shown(f"left out: {error}"))
+        heard = [(clip, one) for clip, one in zip(clips, found) if not isinstance(one, BadClip)]
+        texts, pairs = {}, [(clip, one) for clip, one in heard if clip.text.strip()]
         for clip, _ in pairs:
             texts.setdefault(clip.speaker, set()).add(clip.text)
         pairs = [(clip, one) for clip, one in pairs if len(texts[clip.speaker]) > 1]
@@ -317,18 +320,19 @@ def train(options) -> list[dict]:
     settings, weights = config.train, {name: weight for name, weight in vars(config.loss).items() if weight}
     if set(weights) - set(LEARNED):
         raise UserError(f"only {', '.join(LEARNED)} are known here: set loss.{min(set(weights) - set(LEARNED))}=0.")
-    device = start_process(config.device).device
+    settings.cuda_graphs = settings.compile = False  # gradients of the losses are asked for one by one
+    process = start_process(config.device)
+    device = process.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False)
     torch.manual_seed(config.seed)
     codec, origin = VoxtralCodec.start(options.checkpoint, options.start)
     known = codes_to_match(config.match.codes, codec, options.checkpoint, device)[0] if "match" in weights else None
     matching = CodeMatching(known, codec, device) if known else None
-    codec.requires_grad_(False).to(device).train()
+    codec.to(device).train()
+    choose_trainable(codec, ["encoder"])
     params, encoder = codec.params, codec.encoder_parameters()
-    for parameter in encoder:
-        parameter.requires_grad_(True)
+    crops_step = MicroStep(config, process, autocast, TrainingModel(codec, None), None, None, None, matching)
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
-    mel_distance = MelDistance(params.sampling_rate).to(device)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = FrozenModel(Models.from_checkpoint(options.checkpoint, device, dtype), options.temperature)
     contrast = Contrast(model) if options.contrast else None
@@ -365,7 +369,6 @@ def train(options) -> list[dict]:
         true, true_codes = examine(model, true_codec, held_out)
         true = {f"true_{name}": value.item() for name, value in true.items()}
         del true_codec
-    n_frames = ceil_div(round(config.data.max_sec * SAMPLE_RATE), params.frame_size)
     weights |= {prefix + name: getattr(options, name) for prefix in taught for name in ("semantic", "flow")}
     print("".join(f"{line}\n" for line in left_out), end="")
     print(
@@ -389,20 +392,9 @@ def train(options) -> list[dict]:
         seed = hash((config.seed, step, 0)) & 0x7FFFFFFF  # as train_encoder.py
         batch = next(crops).to(device, non_blocking=True)
         lengths, frames = batch.lengths, ceil_div(batch.lengths, params.frame_size)
-        draws = QuantizationDraws.sample(seed, len(lengths), params.acoustic_dim, n_frames, device)
-        with autocast:
-            output_of_crops: CodecOutput = codec(batch.waveform, lengths, draws)
+        output_of_crops, _ = crops_step.run_codec(batch, seed)
         reconstruction = mask_samples(output_of_crops.reconstruction, lengths)
-        functions = {
-            "l1": lambda: l1_loss(reconstruction, batch.waveform, lengths),
-            "stft": lambda: stft_loss(reconstruction, batch.waveform, lengths, settings.stft_fft_sizes),
-            "mel": lambda: mel_distance(reconstruction, batch.waveform, lengths),
-            "commit": lambda: commitment_loss(
-                output_of_crops.latent[:, : params.semantic_dim], output_of_crops.semantic_quantized, frames
-            ),
-            "match": lambda: matching(output_of_crops, frames),
-        }
-        losses = {name: functions[name]() for name in weights if name in functions}
+        losses = crops_step.codec_losses(list(weights), batch, reconstruction, output_of_crops, frames)
         seen = []  # by the copy of the flow head
         for prefix, batches in taught.items() if step >= options.after else ():
             pairs = next(batches).to(device, non_blocking=True)

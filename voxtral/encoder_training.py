@@ -137,7 +137,7 @@ class MicroStep:
             if needs_teacher:  # Whisper hears the batch beside all else
                 with self.side_stream:
                     targets = self.teacher(batch.waveform, batch.lengths, self.n_frames)
-            output, projected = self._run_codec(batch, seed)
+            output, projected = self.run_codec(batch, seed)
             reconstruction = mask_samples(output.reconstruction, batch.lengths)
             decay = settings.reconstruction_decay**step
             weights = {name: w * (decay if name in DECAYING else 1.0) for name, w in vars(config.loss).items() if w}
@@ -146,7 +146,7 @@ class MicroStep:
                 matches = step >= config.discriminator.warmup_steps
                 hinge, losses = self._discriminate(batch, reconstruction, seed + 1, matches)
                 scalars["loss/discriminator"] = hinge.detach().clone()
-            losses |= self._losses(list(weights), batch, reconstruction, output, n_frames)
+            losses |= self.codec_losses(list(weights), batch, reconstruction, output, n_frames)
             if self.teacher:
                 self.side_stream.wait()
                 losses["asr"] = asr_distillation_loss(projected.float(), targets)
@@ -157,11 +157,11 @@ class MicroStep:
         if log_zero_weights:
             idle = [name for name, weight in vars(config.loss).items() if not weight]
             with torch.no_grad():
-                losses |= self._losses(idle, batch, reconstruction, output, n_frames)
+                losses |= self.codec_losses(idle, batch, reconstruction, output, n_frames)
         scalars |= {f"loss/{name}": loss.detach().clone() for name, loss in losses.items()}  # a graph reuses its memory
         return {"loss/total": total.detach(), **scalars}, output, n_frames
 
-    def _run_codec(self, batch: Batch, seed: int) -> tuple[CodecOutput, Tensor]:
+    def run_codec(self, batch: Batch, seed: int) -> tuple[CodecOutput, Tensor]:
         """With stochastic quantization -> its output, projected semantic embeddings [B, whisper_width, L]."""
         n_clips, process = self.config.data.batch_size, self.process
         shape = (n_clips, self.params.acoustic_dim, self.n_frames)
@@ -186,7 +186,7 @@ class MicroStep:
         with self.autocast:
             return hinge, {"feature": self.feature_loss(fake, share, *(m.detach() for m in maps))}
 
-    def _losses(
+    def codec_losses(
         self, names: list[str], batch: Batch, reconstruction: Tensor, output: CodecOutput, n_frames: Tensor
     ) -> dict[str, Tensor]:
         """Of `names` those that need neither discriminators nor Whisper, and that this run has."""
