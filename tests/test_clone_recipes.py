@@ -1,5 +1,6 @@
 """research/clone_recipes.sh: the settings of every command that it runs are ones that exist."""
 
+import csv
 import json
 import os
 import subprocess
@@ -67,3 +68,9 @@ def test_every_encoder_is_trained_and_speaks(tmp_path):
     assert all(len(config.data.sources) == 1 + bool(config.loss.codes) for config in trained.values())
     needs = next(words for script, *words in calls if script.endswith("clone_needs.py"))
     assert needs.count("--encoder") == len(trained) + 1
+    judged = set(needs[needs.index("--speakers") + 1].split(","))
+    with (ROOT / "assets/speech/talk.csv").open() as file:  # what `few` encoders hear
+        in_the_demo = {row["speaker"] for row in csv.DictReader(file)}
+    for config in trained.values():
+        heard = in_the_demo if config.data.data_root == "assets/speech" else judged
+        assert judged & heard <= set(config.data.validation.speakers)  # nothing was trained on a voice that is judged

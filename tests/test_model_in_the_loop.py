@@ -113,6 +113,13 @@ def test_every_term_reaches_the_encoder_and_nothing_else_changes(benchmark, mode
     VoxtralCodec.from_checkpoint(STANDIN).load_encoder(written)
 
 
+def test_a_clip_that_cannot_be_read_is_left_out_and_named(benchmark, models, clips, tmp_path, capsys):
+    gone = Clip(str(tmp_path / "gone.wav"), clips[0].speaker, 0, "It is gone.")
+    found = benchmark.TextedPairs([gone, *clips[:8]], load_tokenizer(Path(STANDIN)), models.codec.params, 3.2, seed=0)
+    assert gone not in found.clips and len(found) == 8
+    assert capsys.readouterr().out.startswith(f"left out: {gone.path}")
+
+
 def test_a_padded_pair_is_what_it_is_alone(benchmark, models, model, pairs):
     items = [pairs[0, 0], pairs[1, 5]]
     with torch.no_grad():
