@@ -58,15 +58,15 @@ def errors_of_codes(params: CodecParams, seed: int) -> dict:
         codes[:, 0] = integers(params.semantic_codebook_size, codes[:, 0].shape, generator)
         return codes
 
-    def off(codes: Tensor, step: Tensor) -> Tensor:
-        codes[:, 1:] = (codes[:, 1:] + step).clamp(0, top)
-        return codes
+    def off_by(steps: int, always: bool = False):
+        """At random; always: the same error in every frame of every clip, another one for each channel."""
 
-    def off_by(steps: int):  # random errors
-        return drawn(lambda codes, g: off(codes, steps * (2 * integers(2, codes[:, 1:].shape, g) - 1)))
+        def off(codes: Tensor, generator) -> Tensor:
+            shape = (1, codes.shape[1] - 1, 1) if always else codes[:, 1:].shape
+            codes[:, 1:] = (codes[:, 1:] + steps * (2 * integers(2, shape, generator) - 1)).clamp(0, top)
+            return codes
 
-    def biased_by(steps: int):  # the same error in every frame of every clip: another one for each channel
-        return drawn(lambda codes, g: off(codes, steps * (2 * integers(2, (1, codes.shape[1] - 1, 1), g) - 1)))
+        return drawn(off)
 
     def all_random(codes: Tensor, generator) -> Tensor:
         codes = semantic_random(codes, generator)
@@ -78,8 +78,8 @@ def errors_of_codes(params: CodecParams, seed: int) -> dict:
         "levels off by one, at random": off_by(1),
         "off by two": off_by(2),
         "off by four": off_by(4),
-        "each channel off by one, always the same way": biased_by(1),
-        "off by two, so": biased_by(2),
+        "each channel off by one, always the same way": off_by(1, always=True),
+        "off by two, so": off_by(2, always=True),
         "all codes random": drawn(all_random),
     }
 
@@ -133,37 +133,25 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    with_words = "wer" in rows[0]["clones"]
-    header = [
-        "reference through",
-        "levels within one",
-        "levels' correlation",
-        "clip means' correlation",
-        "semantic equal",
-        "mel distance",
-        "like its reference",
-        "like other voices",
-        "margin",
-        "margin kept",
-        *["word errors"] * with_words,
-    ]
     lines = []
     for row in rows:
         clones = row["clones"]
-        line = [
-            row["system"],
-            f"{row['levels_within_1']:.1%}",
-            number(row["levels_correlation"]),
-            number(row["clip_correlation"]),
-            f"{row['semantic_equal']:.1%}",
-            number(row["mel_distance"]),
-            number(clones["own"]["value"]),
-            number(clones["others"]["value"]),
-            cell(clones["margin"]),
-            cell(row["kept"], 100) + " %",
-        ]
-        lines.append(line + [cell(clones["wer"], 100) + " %"] if with_words else line)
-    return markdown(header, lines)
+        cells = {
+            "reference through": row["system"],
+            "levels within one": f"{row['levels_within_1']:.1%}",
+            "levels' correlation": number(row["levels_correlation"]),
+            "clip means' correlation": number(row["clip_correlation"]),
+            "semantic equal": f"{row['semantic_equal']:.1%}",
+            "mel distance": number(row["mel_distance"]),
+            "like its reference": number(clones["own"]["value"]),
+            "like other voices": number(clones["others"]["value"]),
+            "margin": cell(clones["margin"]),
+            "margin kept": cell(row["kept"], 100) + " %",
+        }
+        if "wer" in clones:
+            cells["word errors"] = cell(clones["wer"], 100) + " %"
+        lines.append(cells)
+    return markdown(list(lines[0]), [list(cells.values()) for cells in lines])
 
 
 def figure(rows: list[dict]) -> Figure:
@@ -171,13 +159,8 @@ def figure(rows: list[dict]) -> Figure:
     drawn = Figure(figsize=(3.4 * len(MEASURES), 3.4), layout="constrained")
     for axis, (name, title) in zip(drawn.subplots(1, len(MEASURES), sharey=True), MEASURES.items()):
         for row in rows:
-            axis.plot(
-                row[name],
-                100 * row["kept"]["value"],
-                "o" if row["is_encoder"] else "x",
-                markersize=5,
-                color="tab:blue" if row["is_encoder"] else "tab:orange",
-            )
+            marker, color = ("o", "tab:blue") if row["is_encoder"] else ("x", "tab:orange")
+            axis.plot(row[name], 100 * row["kept"]["value"], marker, markersize=5, color=color)
         axis.axhline(100, color="black", linewidth=0.6)
         axis.set_xlabel(title, fontsize=8)
         axis.grid(alpha=0.3)
@@ -223,22 +206,19 @@ def run(options) -> None:
 
 def main(arguments=None) -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a stand-in that talks")
-    parser.add_argument("--true", metavar="FILE", required=True, help="its true encoder")
-    parser.add_argument(
-        "--encoder", metavar="NAME=PATH", action="append", default=[], help="what is compared; repeatable"
-    )
-    parser.add_argument("--errors", action="store_true", help="known errors of the true codes, too")
-    parser.add_argument("--data", metavar="MANIFEST", required=True, help="with path, speaker and text")
-    parser.add_argument("--speakers", metavar="NAME,...", required=True, help="that nothing has heard")
-    parser.add_argument("--per-voice", metavar="K", type=int, default=2, help="sentences of each (default: 2)")
-    parser.add_argument("--whisper", metavar="MODEL", help="counts wrong words: openai-whisper's name of one, or a .pt")
-    parser.add_argument(
-        "--speaker-model", metavar="FILE", default="resemblyzer", help="a pretrained.pt (default: the package's)"
-    )
-    parser.add_argument("--max-sec", type=float, default=8.0, help="longest clone (default: 8)")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", required=True, help="a stand-in that talks")
+    add("--true", metavar="FILE", required=True, help="its true encoder")
+    add("--encoder", metavar="NAME=PATH", action="append", default=[], help="what is compared; repeatable")
+    add("--errors", action="store_true", help="known errors of the true codes, too")
+    add("--data", metavar="MANIFEST", required=True, help="with path, speaker and text")
+    add("--speakers", metavar="NAME,...", required=True, help="that nothing has heard")
+    add("--per-voice", metavar="K", type=int, default=2, help="sentences of each (default: 2)")
+    add("--whisper", metavar="MODEL", help="counts wrong words: openai-whisper's name of one, or a .pt")
+    add("--speaker-model", metavar="FILE", default="resemblyzer", help="a pretrained.pt (default: the package's)")
+    add("--max-sec", type=float, default=8.0, help="longest clone (default: 8)")
+    add("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options = parser.parse_args(arguments)
     with one_sentence():
         if options.per_voice < 1 or not options.max_sec > 0:

@@ -71,8 +71,8 @@ curves() {
 
 # Rows of the ablation, two on each GPU: one starts or reads while the other computes. What most hangs on comes first.
 rows() {
-    local here=(${on//,/ }) row_names=paper,paper+mel+match,mel+match,paper+mel,paper+match
-    row_names+=,reconstruction,discriminators,paper+commit,paper_from_true
+    local here=(${on//,/ }) row_names=paper,paper+mel+match,mel+match,paper+mel
+    row_names+=,paper_without_whisper,paper+commit,paper_from_true
     withheld withheld --steps "$row_steps" --seeds "$seeds" --rows "$row_names" \
         --at-once $((2 * ${#here[@]}))
 }

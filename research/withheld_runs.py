@@ -48,20 +48,11 @@ class Run:
         """There when the run is finished, and only then."""
         return self.folder / ENCODER
 
-    def metrics(self) -> list[dict]:
-        """Rows of its metrics.jsonl."""
-        path = self.folder / "metrics.jsonl"
-        return read_metrics(path) if path.is_file() else []
-
     def step_ms(self) -> float:
         """Median over the second half, in which all losses are at work."""
-        times = [row["time/step_ms"] for row in self.metrics() if "time/step_ms" in row]
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        times = [row["time/step_ms"] for row in rows if "time/step_ms" in row]
         return statistics.median(times[len(times) // 2 :])
-
-    def curve(self) -> list[list[float]]:
-        """[step, mel distance of the validation clips] of every validation."""
-        name = "validation/mel_distance"
-        return [[row["step"], row[name]] for row in self.metrics() if name in row]
 
     def last_words(self) -> str:
         """The end of its log: why it ended."""
@@ -89,39 +80,18 @@ def check_continues(run: Run) -> None:
 # ---------------------------------------------------------------- rows
 
 
-@dataclass(frozen=True)
-class Row:
-    """`changes`: keys of the config, and one of this benchmark's own, start: fresh, as with the released checkpoint, or
-    true, the withheld encoder, to see whether training keeps it."""
-
-    what: str
-    of: str  # the row that it changes; the two together show what the change does
-    changes: str
-
-
-# The first three build the paper's recipe piece by piece. Commitment is in all: without it nothing ties the semantic
-# latent to the codebook.
+PAPER = "loss.l1=1 loss.stft=1 loss.mel=0 loss.feature=1 loss.asr=1 loss.match=0 loss.commit=0.1"
+# Name -> its changes to the paper's losses.
 ROWS = {
-    "reconstruction": Row(
-        "reconstruction only",
-        "",
-        "loss.l1=1 loss.stft=1 loss.commit=0.1 loss.mel=0 loss.feature=0 loss.asr=0 loss.match=0 start=fresh",
-    ),
-    "discriminators": Row("+ discriminators with feature matching", "reconstruction", "loss.feature=1"),
-    "paper": Row("+ ASR distillation: the paper's recipe", "discriminators", "loss.asr=1"),
-    "paper+mel": Row("+ mel distance", "paper", "loss.mel=1"),
-    "paper+commit": Row("ten times the commitment", "paper", "loss.commit=1"),
-    "paper+match": Row("+ statistics of known codes", "paper", "loss.match=0.3"),
-    "paper_from_true": Row("started at the true encoder", "paper", "start=true"),
-    "paper+mel+match": Row("all three, what helps", "paper", "loss.mel=1 loss.match=0.3 loss.commit=1"),
-    "mel+match": Row("the same without discriminators and Whisper", "paper+mel+match", "loss.feature=0 loss.asr=0"),
+    "paper": "",
+    "paper_without_whisper": "loss.asr=0",
+    "paper+mel": "loss.mel=1",
+    "paper+commit": "loss.commit=1",
+    "paper_from_true": "",  # starts at the withheld encoder: does training keep it?
+    "paper+mel+match": "loss.mel=1 loss.match=0.3 loss.commit=1",
+    "mel+match": "loss.mel=1 loss.match=0.3 loss.commit=1 loss.feature=0 loss.asr=0",
 }
-
-
-def changes_of(name: str) -> dict[str, str]:
-    """All that a row sets: its own changes over those of the row that it changes."""
-    row = ROWS[name]
-    return (changes_of(row.of) if row.of else {}) | dict(change.split("=") for change in row.changes.split())
+FROM_TRUE = "paper_from_true"
 
 
 def schedule(steps: int) -> list[str]:
@@ -144,21 +114,16 @@ def schedule(steps: int) -> list[str]:
     ]
 
 
-def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
-    """The run and its config. Raises UserError."""
-    changes = changes_of(row)
-    start = changes.pop("start")
+def make_run(options, row: str, seed: int) -> Run:
+    """The run and its config. Raises UserError, also where its folder holds a run with other settings."""
     # A stand-in's config will do: it names the speakers that the stand-in has not heard.
-    loaded = load_config(
-        StandinConfig,
-        options.data,
-        [*schedule(steps), *options.overrides, *(f"{key}={value}" for key, value in changes.items())],
-    )
+    changes = [*schedule(options.steps), *options.overrides, *PAPER.split(), *ROWS[row].split()]
+    loaded = load_config(StandinConfig, options.data, changes)
     config = EncoderConfig(**{field.name: getattr(loaded, field.name) for field in fields(EncoderConfig)})
-    config.checkpoint = options.standin if start == "fresh" else str(options.output / TRUE_CHECKPOINT)
-    config.encoder = None if start == "fresh" else "checkpoint"
-    config.output_dir, config.resume = str(folder), True
-    config.seed, config.train.max_steps = seed, steps
+    config.checkpoint = str(options.output / TRUE_CHECKPOINT) if row == FROM_TRUE else options.standin
+    config.encoder = "checkpoint" if row == FROM_TRUE else None
+    config.output_dir, config.resume = str(options.output / f"{row}_seed{seed}"), True
+    config.seed, config.train.max_steps = seed, options.steps
     config.match.codes = str(options.output / KNOWN_CODES)
     check_encoder_config(config)
     if not config.data.validation.speakers:
@@ -166,7 +131,9 @@ def make_run(options, row: str, seed: int, steps: int, folder: Path) -> Run:
             f"{options.data}: data.validation.speakers is empty; name the speakers that neither the "
             "stand-in nor the encoders are trained on."
         )
-    return Run(row, seed, config)
+    run = Run(row, seed, config)
+    check_continues(run)
+    return run
 
 
 # ---------------------------------------------------------------- the process of a run

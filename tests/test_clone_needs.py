@@ -2,17 +2,16 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import SPEECH, command_line
 
 from voxtral.checkpoint import save_tensors
 from voxtral.codec import VoxtralCodec
 from voxtral.params import CodecParams
 from voxtral.standin import small_params, write_random_checkpoint
 
-SPEECH = Path(__file__).parents[1] / "assets" / "speech"
 PARAMS = CodecParams(semantic_codebook_size=64)
 
 
@@ -63,49 +62,22 @@ def test_encoders_of_a_run_and_errors_are_measured(benchmark, tmp_path, speaker_
     folder = tmp_path / "checkpoint"
     write_random_checkpoint(folder, small_params(), {"alpha": 5})
     torch.manual_seed(0)
-    true, other = (
-        tmp_path / "true.safetensors",
-        tmp_path / "run" / "checkpoints" / "step_00000100" / "encoder.safetensors",
-    )
+    true, other = tmp_path / "true.safetensors", tmp_path / "run/checkpoints/step_00000100/encoder.safetensors"
     for path in (true, other):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, VoxtralCodec.from_checkpoint(folder).encoder_tensors())
     for name in ("k_af_heart_0", "k_am_adam_0"):
         shutil.copy(SPEECH / f"{name}.opus", tmp_path)
     (tmp_path / "speech.csv").write_text("path,speaker,text\nk_af_heart_0.opus,anna,one\nk_am_adam_0.opus,ben,two\n")
-    benchmark.main(
-        [
-            "--checkpoint",
-            str(folder),
-            "--true",
-            str(true),
-            "--encoder",
-            f"run={tmp_path / 'run'}",
-            "--encoder",
-            "none=untrained",
-            "--errors",
-            "--data",
-            str(tmp_path / "speech.csv"),
-            "--speakers",
-            "anna,ben",
-            "--per-voice",
-            "1",
-            "--max-sec",
-            "0.4",
-            "--speaker-model",
-            speaker_checkpoint,
-            "--device",
-            "cpu",
-            "--output",
-            str(tmp_path / "out"),
-        ]
-    )
+    measured = {"encoder": [f"run={tmp_path / 'run'}", "none=untrained"], "errors": True}
+    heard = {"data": tmp_path / "speech.csv", "speakers": "anna,ben", "per_voice": 1, "max_sec": 0.4}
+    places = {"speaker_model": speaker_checkpoint, "device": "cpu", "output": tmp_path / "out"}
+    benchmark.main(command_line(checkpoint=folder, true=true, **measured, **heard, **places))
     rows = {row["system"]: row for row in json.loads((tmp_path / "out" / "rows.json").read_text())}
     assert list(rows)[:3] == ["true", "run_100", "none"] and len(rows) == 10
     assert rows["true"]["levels_within_1"] == rows["true"]["semantic_equal"] == 1 and rows["true"]["kept"]["value"] == 1
     assert rows["semantic codes random"]["levels_within_1"] == 1 > rows["semantic codes random"]["semantic_equal"] + 0.5
     assert rows["off by four"]["levels_within_1"] < 0.1 < rows["levels off by one, at random"]["levels_within_1"] == 1
     assert rows["off by four"]["mel_distance"] != rows["true"]["mel_distance"]
-    assert (tmp_path / "out" / "clone_needs.png").stat().st_size > 1000 and "| run_100 |" in (
-        tmp_path / "out" / "table.md"
-    ).read_text()
+    assert (tmp_path / "out" / "clone_needs.png").stat().st_size > 1000
+    assert "| run_100 |" in (tmp_path / "out" / "table.md").read_text()

@@ -11,11 +11,8 @@ import pytest
 from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, load_config
 
 ROOT = Path(__file__).parents[1]
-CLEAN = {
-    name: value
-    for name, value in os.environ.items()
-    if name not in ("STAGES", "MID_STEPS", "ROW_STEPS", "SEEDS", "MINUTES")
-}
+OWN = ("STAGES", "MID_STEPS", "ROW_STEPS", "SEEDS", "MINUTES")
+CLEAN = {name: value for name, value in os.environ.items() if name not in OWN}
 STUB = """#!{python}
 import json, os, sys, time
 if sys.argv[1] == "-c":
@@ -54,16 +51,8 @@ def test_settings_exist_and_both_gpus_are_used(tmp_path):
     calls = calls_of(tmp_path, 2)
     assert {call[0] for call in calls} == {"0", "1", "0,1"}
     scripts = [next(word for word in call[1:] if word.endswith(".py") or word == "pytest") for call in calls]
-    assert {Path(script).stem for script in scripts} == {
-        "make_standin",
-        "train_encoder",
-        "train_step",
-        "withheld_encoder",
-        "code_limits",
-        "evaluate",
-        "pytest",
-        "loss_curves",
-    }
+    ours = "make_standin train_encoder train_step withheld_encoder code_limits evaluate pytest loss_curves"
+    assert {Path(script).stem for script in scripts} == set(ours.split())
     for call, script in zip(calls, scripts):
         overrides = [word for word in call if "=" in word and word.split("=")[0] not in ("batch", "seconds")]
         if script in ("train_encoder.py", "benchmarks/train_step.py"):
@@ -87,13 +76,12 @@ def test_some_stages_alone(tmp_path):
 
 def test_encoders_are_trained_when_the_standin_is_there_and_as_long_as_the_minutes_last(tmp_path):
     standin, *others = calls_of(tmp_path, 2, STAGES="standin,rows+longer", MINUTES="7")
-    assert standin[:2] == ["0", "make_standin.py"] and {(call[0], call[1]) for call in others} == {
-        (gpu, "research/withheld_encoder.py") for gpu in "01"
-    }  # beside each other
+    assert standin[:2] == ["0", "make_standin.py"]
+    beside = {(gpu, "research/withheld_encoder.py") for gpu in "01"}  # each other
+    assert {(call[0], call[1]) for call in others} == beside
     assert all(call[call.index("--minutes") + 1] == "7" for call in others)
-    assert [call[call.index("--at-once") + 1] for call in others if "--at-once" in call] == [
-        "2"
-    ]  # rows: two on each GPU
+    (rows,) = [call for call in others if "--at-once" in call]
+    assert rows[rows.index("--at-once") + 1] == "2"  # on each GPU
 
 
 def test_rows_alone_take_both_gpus(tmp_path):

@@ -8,11 +8,13 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import ROOT, command_line, read_report, write_encoder
 from safetensors.torch import load_file
 
 import evaluate
@@ -21,26 +23,24 @@ from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, StandinConfig, load_config
 from voxtral.data import load_segment
 from voxtral.history import read_metrics
-from voxtral.layout import withheld_layout
-from voxtral.params import load_params
-from voxtral.standin import random_tensor, small_params, write_random_checkpoint
+from voxtral.standin import small_params, write_random_checkpoint
 
 pytestmark = pytest.mark.slow  # nearly each of them trains
 
-ROOT = Path(__file__).parents[1]
 SPEAKERS = ["k_af_heart", "k_am_adam", "m_f12"]
 STEPS = 6
-ROW_NAMES = "reconstruction,paper"
+QUICK = "paper_without_whisper"
+ROW_NAMES = f"paper,{QUICK}"
 
 
 @pytest.fixture(scope="module")
-def modules(import_script):
-    """withheld_encoder, withheld_runs, withheld_report."""
-    names = ("withheld_encoder", "withheld_runs", "withheld_report")
-    with pytest.MonkeyPatch.context() as patch:
-        loaded = [import_script(name) for name in names]
-        patch.setattr(loaded[0], "PROBE_STEPS", 2)
-        yield loaded
+def benchmark(import_script):
+    return import_script("withheld_encoder")
+
+
+@pytest.fixture(scope="module")
+def runs(import_script):
+    return import_script("withheld_runs")
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +61,7 @@ def base(tmp_path_factory):
     # Near a fresh encoder's latents, and a high rate below: a few steps must change codes.
     tensors["audio_tokenizer.quantizer.semantic_codebook.embedding_sum"] *= 0.01
     save_tensors(weights, tensors)
-    layout = withheld_layout(load_params(base / "released"))
-    save_tensors(base / "withheld.safetensors", {name: random_tensor(name, shape, 1) for name, shape in layout.items()})
+    write_encoder(base / "withheld.safetensors", base / "released", seed=1)
     for speaker in SPEAKERS:
         (base / "speech" / speaker).mkdir(parents=True)
         for i in range(2):
@@ -89,73 +88,60 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def command(base, whisper_checkpoint):
     """command(output, options...) -> arguments"""
-    return lambda output, *options: [
-        "--standin",
-        str(base / "released"),
-        "--withheld",
-        str(base / "withheld.safetensors"),
-        "--data",
-        str(base / "config.yaml"),
-        "--output",
-        str(output),
-        "--steps",
-        str(STEPS),
-        "--seeds",
-        "0",
-        "--metrics",
-        "mel,stft",
-        "--max-sec",
-        "0.5",
+    settings = {
+        "standin": base / "released",
+        "withheld": base / "withheld.safetensors",
+        "data": base / "config.yaml",
+        "steps": STEPS,
+        "seeds": 0,
+        "metrics": "mel,stft",
+        "max_sec": 0.5,
+    }
+    overrides = [
         "train.log_every_steps=1",
         f"asr.model={whisper_checkpoint}",
         "asr.context_sec=1.26",
         "asr.language=en",
-        *options,
     ]
+    fixed = command_line(**settings) + overrides
+    return lambda output, *options: ["--output", str(output), *fixed, *options]
 
 
 @pytest.fixture(scope="module")
-def whole(modules, command, tmp_path_factory):
+def whole(benchmark, command, tmp_path_factory):
     """A finished benchmark of two rows: its folder, and what it printed."""
     output, printed = tmp_path_factory.mktemp("whole") / "out", []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
-        modules[0].main(command(output, "--rows", ROW_NAMES))
+        benchmark.main(command(output, "--rows", ROW_NAMES))
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return output, "\n".join(printed)
 
 
 def report_of(output):
-    return json.loads((output / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    return read_report(output / "results.json")
 
 
 # ---------------------------------------------------------------- rows
 
 
-def test_each_row_changes_one_thing_of_another(modules, base):
-    benchmark = modules[0]
-    for name, row in benchmark.ROWS.items():
-        if row.of:
-            now, before = benchmark.changes_of(name), benchmark.changes_of(row.of)
-            changed = {key for key in now if now[key] != before.get(key)}
-            assert len(changed) == {"paper+mel+match": 3, "mel+match": 2}.get(name, 1), name
-    losses = {key: float(value) for key, value in benchmark.changes_of("paper").items() if key.startswith("loss.")}
-    assert {key for key, weight in losses.items() if weight} == {
-        "loss.l1",
-        "loss.stft",
-        "loss.commit",
-        "loss.feature",
-        "loss.asr",
-    }
+def test_rows_change_the_papers_losses(runs):
+    def losses(row):
+        changes = dict(change.split("=") for change in [*runs.PAPER.split(), *runs.ROWS[row].split()])
+        return {name.removeprefix("loss."): float(weight) for name, weight in changes.items() if float(weight)}
+
+    paper = {"l1": 1, "stft": 1, "feature": 1, "asr": 1, "commit": 0.1}
+    assert losses("paper") == losses("paper_from_true") == paper
+    assert losses("paper_without_whisper") == {name: paper[name] for name in ("l1", "stft", "feature", "commit")}
+    assert losses("paper+mel+match") == paper | {"mel": 1, "match": 0.3, "commit": 1}
+    assert losses("mel+match") == {"l1": 1, "stft": 1, "commit": 1, "mel": 1, "match": 0.3}
 
 
-def test_schedule_is_a_share_of_the_run(modules, base):
-    from withheld_runs import schedule
-
-    def settings(steps, *overrides):
-        return load_config(StandinConfig, base / "config.yaml", [*schedule(steps), *overrides])
+def test_schedule_is_a_share_of_the_run(runs, base):
+    def settings(steps):
+        return load_config(StandinConfig, base / "config.yaml", runs.schedule(steps))
 
     long, short = settings(4000), settings(4)
     assert (long.discriminator.warmup_steps, long.optimizer.warmup_steps, long.train.log_every_steps) == (500, 200, 10)
@@ -186,7 +172,6 @@ def test_every_run_is_trained_and_measured(whole, base):
     for name, row in report["rows"].items():
         assert list(row["seeds"]) == ["0"] and list(row["values"]) == [*columns, "ms per step"]
         run, folder = row["seeds"]["0"], output / f"{name}_seed0"
-        assert [step for step, _ in run["curve"]] == [2, 4, 6]
         assert set(load_file(folder / "encoder.safetensors")) == set(load_file(base / "withheld.safetensors"))
         assert not (folder / "checkpoints").exists() and not (folder / "best").exists()
         assert "4 training clips" in (folder / "log.txt").read_text()
@@ -194,8 +179,7 @@ def test_every_run_is_trained_and_measured(whole, base):
         assert row["values"]["mel"] == {"mean": mel, "deviation": None}
         gap = (report["untrained"]["mel"] - mel) / (report["untrained"]["mel"] - report["true"]["mel"])
         assert row["gap_closed"]["mel"]["mean"] == pytest.approx(gap)
-    assert all((output / name).stat().st_size > 5000 for name in ("curves.png", "rows.png"))
-    assert "2 rows × 1 seeds: 2 runs of 6 steps" in printed and "estimate: " in printed
+    assert "2 rows × 1 seeds: 2 runs of 6 steps" in printed
     assert (output / "table.md").read_text() in printed
 
 
@@ -203,26 +187,10 @@ def test_numbers_are_what_evaluate_says_of_each_encoder(whole, base, tmp_path):
     report = report_of(whole[0])
     for name in ROW_NAMES.split(","):
         row = report["rows"][name]
-        files = {
-            "--checkpoint": base / "released",
-            "--reference-encoder": base / "withheld.safetensors",
-            "--encoder": whole[0] / f"{name}_seed0" / "encoder.safetensors",
-            "--data": base / "config.yaml",
-            "--output": tmp_path / name,
-        }
-        evaluate.main(
-            [
-                *(str(word) for pair in files.items() for word in pair),
-                "--metrics",
-                "mel,stft",
-                "--max-sec",
-                "0.5",
-                "--samples",
-                "0",
-                "--device",
-                "cpu",
-            ]
-        )
+        files = {"checkpoint": base / "released", "reference_encoder": base / "withheld.safetensors"}
+        files |= {"encoder": whole[0] / f"{name}_seed0" / "encoder.safetensors", "data": base / "config.yaml"}
+        settings = {"output": tmp_path / name, "metrics": "mel,stft", "max_sec": 0.5, "samples": 0, "device": "cpu"}
+        evaluate.main(command_line(**files, **settings))
         expected = json.loads((tmp_path / name / "metrics.json").read_text())
         for key, summary in row["seeds"]["0"]["metrics"].items():
             assert summary["value"] == pytest.approx(expected["systems"]["encoder"]["metrics"][key]["value"]), key
@@ -238,62 +206,40 @@ def test_rows_hear_the_same_and_differ_in_what_they_say(whole):
         [row for row in read_metrics(output / f"{name}_seed0" / "metrics.jsonl") if "loss/l1" in row]
         for name in ROW_NAMES.split(",")
     )
-    assert "loss/asr" not in one[0] and {"loss/asr", "loss/feature"} <= set(other[0])
+    assert "loss/asr" in one[0] and "loss/asr" not in other[0]
     assert [rows[0]["step"] for rows in (one, other)] == [1, 1]  # the same codes of the same clips
     assert one[0]["code/level_histogram"] == other[0]["code/level_histogram"]
     assert one[0]["loss/l1"] == other[0]["loss/l1"] and one[-1]["loss/l1"] != other[-1]["loss/l1"]
 
 
-def test_the_table_has_a_line_per_row(whole, modules):
+def test_the_table_has_a_line_per_row(whole):
     lines = (whole[0] / "table.md").read_text().splitlines()
     names = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
-    assert names == ["row", "---", "", "", *ROW_NAMES.split(",")]  # of the row that paper changes there is none
-    report = report_of(whole[0])
-    row = next(line for line in lines if line.startswith("| reconstruction |")).split("|")
-    mel, gap = (report["rows"]["reconstruction"][key]["mel"]["mean"] for key in ("values", "gap_closed"))
-    assert row[4].strip() == f"{mel:.4g} ({round(100 * gap)} %)"
+    assert names == ["encoder", "---", "untrained", "true", *ROW_NAMES.split(",")]
+    row = next(line for line in lines if line.startswith(f"| {QUICK} |")).split("|")
+    mel, gap = (report_of(whole[0])["rows"][QUICK][key]["mel"]["mean"] for key in ("values", "gap_closed"))
+    assert row[3].strip() == f"{mel:.4g} ({round(100 * gap)} %)"
     text = "\n".join(lines)
     assert "- wer: add wer to --metrics" in text and "- ecapa: " in text and "- semantic_equal: share of" in text
 
 
-def test_a_dot_for_every_row_and_seed(whole, modules):
-    report = report_of(whole[0])
-    report["rows"]["reconstruction"]["seeds"]["1"] = report["rows"]["paper"]["seeds"]["0"]
-    report["rows"]["paper+mel"] = {"what": "+ mel distance", "seeds": {}}  # not trained to its end
-    panels = modules[2].rows_figure(report).axes
-    assert [panel.get_title().split(" ")[0] for panel in panels] == ["mel", "semantic", "acoustic", "acoustic", "voice"]
-    for panel, column in zip(panels, ("mel", "semantic_equal", "levels_equal", "levels_within_1", "embedding_cosine")):
-        one, other, system = ([list(axis) for axis in line.get_data()] for line in panel.lines)
-        values = [report["rows"][row]["seeds"]["0"]["metrics"][column]["value"] for row in ROW_NAMES.split(",")]
-        assert one == [values, [0, 0]] and other == [values[1:], [1]]
-        assert system[0] == [report["true" if column == "mel" else "untrained"][column]] * 2
-    assert [label.get_text().split(":")[0] for label in panels[0].get_yticklabels()] == ROW_NAMES.split(",")
+def test_several_seeds_have_a_mean_and_a_deviation(benchmark):
+    assert benchmark.spread([]) == {} and benchmark.spread([{"mel": 1.0}])["mel"]["deviation"] is None
+    mel = benchmark.spread([{"mel": 0.5}, {"mel": 1.0}])["mel"]
+    assert mel == {"mean": 0.75, "deviation": pytest.approx(0.25 * math.sqrt(2))}
+    assert benchmark.cell(mel, {"mean": 0.5}) == "0.75 ± 0.35 (50 %)"
 
 
-def test_known_codes_are_written_on_the_device_of_the_run(modules, base, tmp_path, monkeypatch):
+def test_known_codes_are_written_on_the_device_of_the_run(benchmark, base, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        modules[0], "resynthesize", lambda codec, clips, *_: asked.append(codec.audio_embedding.device.type)
+        benchmark, "resynthesize", lambda codec, clips, *_: asked.append(codec.audio_embedding.device.type)
     )
-
-    class Options:
-        output, data, overrides, max_sec = tmp_path, str(base / "config.yaml"), [], 0.5
-        standin, withheld = str(base / "released"), str(base / "withheld.safetensors")
-
-    modules[0].write_known_codes(
-        Options, load_config(StandinConfig, base / "config.yaml", []).data, torch.device("meta")
-    )
+    options = SimpleNamespace(output=tmp_path, data=base / "config.yaml", overrides=[], max_sec=0.5)
+    options.standin, options.withheld = base / "released", base / "withheld.safetensors"
+    data = load_config(StandinConfig, base / "config.yaml", []).data
+    benchmark.write_known_codes(options, data, torch.device("meta"))
     assert asked == ["meta"]
-
-
-def test_changes_are_differences_seed_by_seed(modules):
-    def row(**mel):
-        return {"seeds": {int(seed[1:]): {"values": {"mel": value}} for seed, value in mel.items()}}
-
-    change = modules[2].change_of(row(s0=1.5, s1=2.5, s2=9.0), row(s0=1.0, s1=1.5))
-    assert change == {"mel": {"mean": pytest.approx(0.75), "deviation": pytest.approx(0.5 / math.sqrt(2))}}
-    assert modules[2].change_of(row(s2=9.0), row(s0=1.0)) == {}
-    assert modules[2].cell(change["mel"], sign="+") == "+0.75 ± 0.35"
 
 
 # ---------------------------------------------------------------- kills and limits
@@ -322,7 +268,7 @@ def kill_at(path, children):
 
 
 @pytest.fixture
-def children(modules, monkeypatch):
+def children(runs, monkeypatch):
     """The processes that are started, each with its environment as `environment`."""
     started = []
 
@@ -332,17 +278,15 @@ def children(modules, monkeypatch):
             self.environment = env
             started.append(self)
 
-    monkeypatch.setattr(modules[1], "Popen", Recorded)
+    monkeypatch.setattr(runs, "Popen", Recorded)
     return started
 
 
 def test_a_stopped_and_killed_run_goes_on_to_the_same_encoder(
-    modules, command, whole, children, tmp_path, monkeypatch, capsys
+    benchmark, runs, command, whole, children, tmp_path, monkeypatch, capsys
 ):
-    benchmark, runs, _ = modules
     output, train_until = tmp_path / "out", runs.train_until
-    monkeypatch.setattr(benchmark, "probe", lambda *_: 1.0)
-    checkpoints = output / "reconstruction_seed0" / "checkpoints"
+    checkpoints = output / f"{QUICK}_seed0" / "checkpoints"
 
     def stopped(run, deadline, stop, gpu):
         return train_until(run, deadline, StopAt(run.folder / "metrics.jsonl"), gpu)
@@ -352,74 +296,67 @@ def test_a_stopped_and_killed_run_goes_on_to_the_same_encoder(
         return train_until(run, deadline, stop, gpu)
 
     monkeypatch.setattr(benchmark, "train_until", stopped)
-    benchmark.main(command(output, "--rows", "reconstruction"))
+    benchmark.main(command(output, "--rows", QUICK))
     (saved,) = [path.name for path in checkpoints.iterdir()]
     assert "step_00000001" <= saved < "step_00000006"
-    assert report_of(output)["not_finished"] == {"reconstruction, seed 0": "not trained to its end yet"}
+    assert report_of(output)["not_finished"] == {f"{QUICK}, seed 0": "not trained to its end yet"}
     assert "1 of 1 runs are not finished: --resume goes on" in capsys.readouterr().out
 
     monkeypatch.setattr(benchmark, "train_until", killed)
-    benchmark.main(command(output, "--rows", "reconstruction", "--resume"))
+    benchmark.main(command(output, "--rows", QUICK, "--resume"))
     assert "step_00000006" not in [path.name for path in checkpoints.iterdir()]
-    assert report_of(output)["not_finished"] == {
-        "reconstruction, seed 0": "killed by signal 9; --resume goes on with it"
-    }
+    assert report_of(output)["not_finished"] == {f"{QUICK}, seed 0": "killed by signal 9; --resume goes on with it"}
 
     monkeypatch.setattr(benchmark, "train_until", train_until)
-    benchmark.main(command(output, "--rows", "reconstruction", "--resume"))
-    files = [folder / "reconstruction_seed0" / "encoder.safetensors" for folder in (output, whole[0])]
+    benchmark.main(command(output, "--rows", QUICK, "--resume"))
+    files = [folder / f"{QUICK}_seed0" / "encoder.safetensors" for folder in (output, whole[0])]
     assert files[0].read_bytes() == files[1].read_bytes()
-    resumed, at_once = (report_of(folder)["rows"]["reconstruction"]["seeds"]["0"] for folder in (output, whole[0]))
-    assert resumed["codes"] == at_once["codes"] and resumed["curve"] == at_once["curve"]
+    resumed, at_once = (report_of(folder)["rows"][QUICK]["seeds"]["0"] for folder in (output, whole[0]))
+    assert resumed["codes"] == at_once["codes"]
 
 
-def test_resuming_skips_what_is_finished_and_measures_only_what_is_new(modules, command, whole, capsys, monkeypatch):
-    benchmark, _, report = modules
-    measured, measure = [], report.Judge.measure
+def test_resuming_skips_what_is_finished_and_measures_only_what_is_new(benchmark, command, whole, capsys, monkeypatch):
+    measured, measure = [], benchmark.Judge.measure
     monkeypatch.setattr(benchmark, "train_until", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(
-        report.Judge,
+        benchmark.Judge,
         "measure",
         lambda self, tensors, where: measured.append(str(where)) or measure(self, tensors, where),
     )
     benchmark.main(command(whole[0], "--rows", ROW_NAMES, "--resume"))
     assert len(measured) == 2 and "2 are finished" in capsys.readouterr().out
-    benchmark.main(command(whole[0], "--rows", "reconstruction", "--resume", "--metrics", "mel,stft,sisdr"))
-    assert len(measured) == 5 and measured[-1].endswith("reconstruction_seed0/encoder.safetensors")
+    benchmark.main(command(whole[0], "--rows", QUICK, "--resume", "--metrics", "mel,stft,sisdr"))
+    assert len(measured) == 5 and measured[-1].endswith(f"{QUICK}_seed0/encoder.safetensors")
 
 
-def test_time_that_is_up_leaves_a_table(modules, command, tmp_path, capsys, monkeypatch):
-    benchmark = modules[0]
+def test_time_that_is_up_leaves_a_table(benchmark, command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "train_until", lambda *_: pytest.fail("trained"))
-    benchmark.main(command(tmp_path, "--rows", "reconstruction,paper+mel+match", "--minutes", "0", "asr.model=x"))
+    benchmark.main(command(tmp_path, "--rows", f"{QUICK},paper+mel+match", "--minutes", "0", "asr.model=x"))
     assert "2 of 2 runs are not finished" in capsys.readouterr().out
-    assert list(report_of(tmp_path)["not_finished"]) == ["reconstruction, seed 0", "paper+mel+match, seed 0"]
-    assert "| true encoder |" in (tmp_path / "table.md").read_text().replace("|  |", "|", 1)
+    assert list(report_of(tmp_path)["not_finished"]) == [f"{QUICK}, seed 0", "paper+mel+match, seed 0"]
+    assert "\n| true |" in (tmp_path / "table.md").read_text()
 
 
-def test_two_runs_at_once_train_the_same_encoders(modules, command, whole, tmp_path, monkeypatch):
-    benchmark, train_until, asked, both = modules[0], modules[1].train_until, [], threading.Barrier(2, timeout=60)
+def test_two_runs_at_once_train_the_same_encoders(benchmark, runs, command, whole, tmp_path, monkeypatch):
+    train_until, asked, both = runs.train_until, [], threading.Barrier(2, timeout=60)
 
     def together(run, deadline, stop, gpu):
-        if run.folder.name != "probe":
-            asked.append((run.row, gpu))
-            if len(asked) <= 2:
-                both.wait()  # the second run begins before the first one ends
+        asked.append((run.row, gpu))
+        both.wait()  # the second run begins before the first one ends
         return train_until(run, deadline, stop, gpu)
 
     monkeypatch.setattr(benchmark, "train_until", together)
     benchmark.main(command(tmp_path, "--rows", ROW_NAMES, "--at-once", "2", "data.num_workers=1"))
-    assert sorted(asked) == [("paper", 0), ("reconstruction", 0)]  # there is one device
-    assert (tmp_path / "reconstruction_seed0" / "encoder.safetensors").read_bytes() == (
-        whole[0] / "reconstruction_seed0" / "encoder.safetensors"
+    assert sorted(asked) == [("paper", 0), (QUICK, 0)]  # there is one device
+    assert (tmp_path / f"{QUICK}_seed0" / "encoder.safetensors").read_bytes() == (
+        whole[0] / f"{QUICK}_seed0" / "encoder.safetensors"
     ).read_bytes()
     one, other = (report_of(folder)["rows"] for folder in (whole[0], tmp_path))
     for row in one:
         assert one[row]["values"]["mel"] == other[row]["values"]["mel"]
 
 
-def test_each_run_sees_its_gpu_only(modules, children, monkeypatch, tmp_path):
-    runs = modules[1]
+def test_each_run_sees_its_gpu_only(runs, children, monkeypatch, tmp_path):
     monkeypatch.setattr(runs.sys, "executable", "true")  # the command; only what it is given matters here
     run = runs.Run("paper", 0, EncoderConfig(output_dir=str(tmp_path)))
     for visible, gpu, expected in ((None, 1, "1"), ("", 0, "0"), ("4,7", 1, "7"), ("4,7", 0, "4")):
@@ -431,30 +368,29 @@ def test_each_run_sees_its_gpu_only(modules, children, monkeypatch, tmp_path):
         assert children[-1].environment["CUDA_VISIBLE_DEVICES"] == expected
 
 
-def test_a_run_whose_benchmark_is_gone_saves_and_stops(modules, command, children, tmp_path, monkeypatch):
+def test_a_run_whose_benchmark_is_gone_saves_and_stops(benchmark, command, children, tmp_path):
     """What a killed benchmark leaves is a pipe that is closed."""
 
     def abandon():
-        while not StopAt(tmp_path / "reconstruction_seed0" / "metrics.jsonl").received:
+        while not StopAt(tmp_path / f"{QUICK}_seed0" / "metrics.jsonl").received:
             time.sleep(0.01)
         children[-1].stdin.close()
 
-    monkeypatch.setattr(modules[0], "probe", lambda *_: 1.0)
     threading.Thread(target=abandon, daemon=True).start()
-    modules[0].main(command(tmp_path, "--rows", "reconstruction", "--steps", "500", "train.log_every_steps=1"))
-    assert children[-1].returncode == 0 and not (tmp_path / "reconstruction_seed0" / "encoder.safetensors").exists()
-    assert "go on with resume=true" in (tmp_path / "reconstruction_seed0" / "log.txt").read_text()
+    benchmark.main(command(tmp_path, "--rows", QUICK, "--steps", "500", "train.log_every_steps=1"))
+    assert children[-1].returncode == 0 and not (tmp_path / f"{QUICK}_seed0" / "encoder.safetensors").exists()
+    assert "go on with resume=true" in (tmp_path / f"{QUICK}_seed0" / "log.txt").read_text()
 
 
-def test_a_run_can_start_at_the_true_encoder(modules, command, tmp_path):
-    modules[0].main(command(tmp_path, "--rows", "paper_from_true", "--metrics", "mel", "optimizer.learning_rate=1e-9"))
+def test_a_run_can_start_at_the_true_encoder(benchmark, command, tmp_path):
+    benchmark.main(command(tmp_path, "--rows", "paper_from_true", "--metrics", "mel", "optimizer.learning_rate=1e-9"))
     values = report_of(tmp_path)["rows"]["paper_from_true"]["values"]
     assert values["levels_equal"]["mean"] > 0.97 and values["semantic_equal"]["mean"] > 0.9  # the checkpoint holds bf16
 
 
-def test_known_codes_are_the_true_ones_of_the_preset_voices(modules, command, base, tmp_path):
+def test_known_codes_are_the_true_ones_of_the_preset_voices(benchmark, command, base, tmp_path):
     presets = "standin.voices={one: k_am_adam}"
-    modules[0].main(command(tmp_path, "--rows", "paper+match", "--metrics", "mel", presets))
+    benchmark.main(command(tmp_path, "--rows", "mel+match", "--metrics", "mel", presets))
     row = json.loads((tmp_path / "known_codes" / "manifest.jsonl").read_text().splitlines()[0])
     assert row["voice"] == "k_am_adam" and {
         path.name for path in (tmp_path / "known_codes").iterdir() if path.is_dir()
@@ -464,18 +400,18 @@ def test_known_codes_are_the_true_ones_of_the_preset_voices(modules, command, ba
     clip = base / "speech" / "k_am_adam" / "k_am_adam_0.opus"
     codes = codec.encode(torch.from_numpy(load_segment(str(clip), 0.0, 0.5)[0])[None, None])[0]
     assert np.array_equal(np.load(tmp_path / "known_codes" / row["codes"]), codes)
-    assert any("loss/match" in line for line in read_metrics(tmp_path / "paper+match_seed0" / "metrics.jsonl"))
+    assert any("loss/match" in line for line in read_metrics(tmp_path / "mel+match_seed0" / "metrics.jsonl"))
 
 
-def test_a_row_that_cannot_be_trained_is_told_by_the_probe(modules, command, tmp_path, refused):
-    message = refused(modules[0].main, command(tmp_path, "--rows", ROW_NAMES, "asr.model=none.pt"))
-    assert "row paper cannot be trained" in message and "asr.model is 'none.pt'" in message
+def test_a_row_that_cannot_be_trained_says_why(benchmark, command, tmp_path):
+    benchmark.main(command(tmp_path, "--rows", "paper", "asr.model=none.pt"))
+    assert "asr.model is 'none.pt'" in report_of(tmp_path)["not_finished"]["paper, seed 0"]
 
 
-def test_mistakes_are_one_sentence(modules, command, base, whole, tmp_path, refused):
-    main, new = modules[0].main, tmp_path / "out"
-    assert "already holds a benchmark" in refused(main, command(whole[0], "--rows", "reconstruction"))
-    other = refused(main, command(whole[0], "--rows", "reconstruction", "--resume", "optimizer.learning_rate=1"))
+def test_mistakes_are_one_sentence(benchmark, command, base, whole, tmp_path, refused):
+    main, new = benchmark.main, tmp_path / "out"
+    assert "already holds a benchmark" in refused(main, command(whole[0], "--rows", QUICK))
+    other = refused(main, command(whole[0], "--rows", QUICK, "--resume", "optimizer.learning_rate=1"))
     assert "trained with other settings (optimizer.learning_rate 0.02 against 1.0)" in other
     assert "there is no 'z'" in refused(main, command(new, "--rows", "paper,z"))
     assert "'x' is no number" in refused(main, command(new, "--seeds", "0,x"))
@@ -483,19 +419,17 @@ def test_mistakes_are_one_sentence(modules, command, base, whole, tmp_path, refu
     assert "there is no 'pesk'" in refused(main, command(new, "--metrics", "pesk"))
     assert "unknown key 'loss.melt'" in refused(main, command(new, "loss.melt=1"))
     assert "validation.speakers is empty" in refused(main, command(new, "data.validation.speakers=[]"))
-    heard = refused(main, command(new, "--rows", "reconstruction", "--eval", str(base / "speech")))
+    heard = refused(main, command(new, "--rows", QUICK, "--eval", str(base / "speech")))
     assert "trained on k_af_heart, k_am_adam" in heard
     assert not new.exists()
 
 
-def test_clips_are_spread_over_speakers(modules, base, tmp_path):
+def test_clips_are_spread_over_speakers(benchmark, base, tmp_path):
     names = ["x1", "x2", "x3", "y1"]
     (tmp_path / "eval.csv").write_text("path,speaker\n" + "".join(f"{name}.wav,{name[0]}\n" for name in names))
     data = load_config(StandinConfig, base / "config.yaml", []).data
 
-    class Options:
-        eval, clips = str(tmp_path / "eval.csv"), 3
-
-    assert [Path(clip.path).stem for clip in modules[0].unseen_clips(Options, data)] == ["x1", "y1", "x2"]
-    Options.eval, Options.clips = None, 9
-    assert {clip.speaker for clip in modules[0].unseen_clips(Options, data)} == {"m_f12"}
+    options = SimpleNamespace(eval=str(tmp_path / "eval.csv"), clips=3)
+    assert [Path(clip.path).stem for clip in benchmark.unseen_clips(options, data)] == ["x1", "y1", "x2"]
+    options = SimpleNamespace(eval=None, clips=9)
+    assert {clip.speaker for clip in benchmark.unseen_clips(options, data)} == {"m_f12"}
