@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -274,7 +275,7 @@ def benchmark(options) -> None:
                     print(f"{run.name}: {failed[run.name]}", flush=True)
                 write_results(options, runs, judge, failed, about)
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with closing(stop), ThreadPoolExecutor(at_once) as pool:
         list(pool.map(work, range(at_once)))
 
     # ---- 4. the table ----

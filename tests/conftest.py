@@ -21,11 +21,13 @@ from voxtral.checkpoint import save_tensors
 from voxtral.inject import inject
 from voxtral.layout import withheld_layout
 from voxtral.params import load_params
+from voxtral.processes import Process
 from voxtral.run import Logger
 from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SPEECH = ROOT / "assets" / "speech"
+ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 LAST_LAYER_FIRST_HEAD = np.array([[False, False], [True, False]])
 
 

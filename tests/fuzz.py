@@ -55,32 +55,9 @@ AUDIO = {
 }
 N_ROWS = 20
 NUMBERS = [0, 1, 2, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**62, 2**64 - 1]
-WORDS = [
-    b"null",
-    b"-1",
-    b"1e999",
-    b"[",
-    b"]",
-    b"{",
-    b"}",
-    b'"',
-    b",",
-    b"[]",
-    b"{}",
-    b"true",
-    b"\\ud800",
-    b"\0",
-    b"\xff",
-    b"\n",
-    b"\xe2\x80\xa8",
-    b"99999999999999999999",
-    b"[" * 2000,
-    b"\t",
-    b"|",
-    b";",
-    b"../../../x",
-    b"NaN",
-]
+WORDS = [b"null", b"-1", b"1e999", b"[", b"]", b"{", b"}", b'"', b",", b"[]", b"{}", b"true", b"\\ud800", b"\0"]
+WORDS += [b"\xff", b"\n", b"\xe2\x80\xa8", b"9" * 20, b"[" * 2000, b"\t", b"|", b";", b"../../../x", b"NaN"]
+OUTCOMES = ("read", "refused", "finding")
 
 
 def good_files(folder: Path) -> dict[str, bytes]:
@@ -246,13 +223,9 @@ def main() -> None:
     row = "{:<12} {:>6} {:>8} {:>8}".format
     print(row("kind", "read", "refused", "findings"))
     for kind in dict.fromkeys(kind for kind, _ in counts):
-        print(row(kind, *(counts[kind, outcome] for outcome in ("read", "refused", "finding"))))
-    print(
-        row(
-            "total",
-            *(sum(n for (_, one), n in counts.items() if one == outcome) for outcome in ("read", "refused", "finding")),
-        )
-    )
+        print(row(kind, *(counts[kind, outcome] for outcome in OUTCOMES)))
+    totals = [sum(n for (_, one), n in counts.items() if one == outcome) for outcome in OUTCOMES]
+    print(row("total", *totals))
     print("\n".join(findings))
     sys.exit(bool(findings))
 

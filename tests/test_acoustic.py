@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -43,10 +44,6 @@ def golden():
 @pytest.fixture
 def acoustic(tmp_path):
     return AcousticTransformer.from_checkpoint(write_golden(tmp_path / "golden"), dtype=torch.float32)
-
-
-def relative_error(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def test_velocity_equals_serving(acoustic, golden):

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from conftest import command_line, write_encoder
 from safetensors.torch import load_file
 from test_full_pipeline import clips_root, command, encoder, folder, make_model, shake_lora  # noqa: F401, fixtures
-from test_inject import write_adapter, write_encoder
+from test_inject import write_adapter
 
 import inject_encoder
 import train_full_pipeline
@@ -42,19 +43,8 @@ def test_an_adapter_goes_with_its_encoder_only(adapter, folder, encoder, tmp_pat
     injected = inject(folder, encoder, adapter, tmp_path / "out")
     assert encoder_digest(VoxtralCodec.from_checkpoint(injected).encoder_tensors()) == record["sha256"]  # bf16 by now
     other = write_encoder(tmp_path / "other.safetensors", folder, seed=7)
-    said = refused(
-        inject_encoder.main,
-        [
-            "--checkpoint",
-            str(folder),
-            "--encoder",
-            str(other),
-            "--lora",
-            str(adapter),
-            "--output",
-            str(tmp_path / "wrong"),
-        ],
-    )
+    options = command_line(checkpoint=folder, encoder=other, lora=adapter, output=tmp_path / "wrong")
+    said = refused(inject_encoder.main, options)
     assert str(encoder) in said and str(other) in said and not (tmp_path / "wrong").exists()
 
 
@@ -69,16 +59,7 @@ def test_an_adapter_trained_beside_its_encoder_goes_with_that_one(command, folde
 def test_an_adapter_from_elsewhere_is_injected_and_said_so(folder, encoder, tmp_path, capsys):
     write_adapter(tmp_path / "adapter", folder)
     inject_encoder.main(
-        [
-            "--checkpoint",
-            str(folder),
-            "--encoder",
-            str(encoder),
-            "--lora",
-            str(tmp_path / "adapter"),
-            "--output",
-            str(tmp_path / "out"),
-        ]
+        command_line(checkpoint=folder, encoder=encoder, lora=tmp_path / "adapter", output=tmp_path / "out")
     )
     assert "does not say which encoder" in capsys.readouterr().err
 
@@ -86,16 +67,14 @@ def test_an_adapter_from_elsewhere_is_injected_and_said_so(folder, encoder, tmp_
 def test_a_trained_embedding_goes_into_the_checkpoint(command, folder, encoder, tmp_path, refused):
     train_full_pipeline.main(command(tmp_path / "run", "train.max_steps=1", "train.trainable=[embedding]"))
     weights = tmp_path / "run" / "best" / "weights.safetensors"
-    common = ["--checkpoint", str(folder), "--encoder", str(encoder), "--weights", str(weights)]
-    inject_encoder.main([*common, "--output", str(tmp_path / "out")])
+    common = {"checkpoint": folder, "encoder": encoder, "weights": weights}
+    inject_encoder.main(command_line(**common, output=tmp_path / "out"))
     found, before = (Checkpoint(path).read([EMBEDDING_NAME])[EMBEDDING_NAME] for path in (tmp_path / "out", folder))
     trained = SafetensorsFile(weights).read()[EMBEDDING_NAME]
     assert torch.equal(found, trained.to(found.dtype)) and not torch.equal(found, before)
-    assert "use --output" in refused(inject_encoder.main, [*common, "--in-place"])
-    assert "weights.safetensors in it" in refused(
-        inject_encoder.main,
-        ["--checkpoint", str(tmp_path / "out"), "--encoder", str(encoder), "--output", str(tmp_path / "again")],
-    )
-    strange = common[:-1] + [str(encoder)]
-    said = refused(inject_encoder.main, [*strange, "--output", str(tmp_path / "x")])
-    assert "no tensor that the checkpoint has" in said
+    for changes, said in (
+        ({"in_place": True}, "use --output"),
+        ({"checkpoint": tmp_path / "out", "weights": None, "output": tmp_path / "x"}, "weights.safetensors in it"),
+        ({"weights": encoder, "output": tmp_path / "x"}, "no tensor that the checkpoint has"),
+    ):
+        assert said in refused(inject_encoder.main, command_line(**common | changes))

@@ -6,7 +6,6 @@ from itertools import count
 import pytest
 import torch
 import whisper
-from omegaconf import OmegaConf
 
 from voxtral.asr import AsrConfig, AsrTargets, WhisperTeacher, asr_distillation_loss, load_whisper, soft_alignment
 
@@ -206,11 +205,6 @@ def test_alignment_heads_come_from_the_checkpoint(teacher, whisper_checkpoint, t
 # ---------------------------------------------------------------- what a user may get wrong
 
 
-def test_config_is_structured():
-    merged = OmegaConf.merge(OmegaConf.structured(AsrConfig), {"language": "ar"})
-    assert OmegaConf.to_object(merged) == AsrConfig(language="ar")
-
-
 def test_unknown_model():
     with pytest.raises(ValueError, match=r"asr\.model is 'huge'.*large-v3"):
         WhisperTeacher(AsrConfig(model="huge"), 4.0, "cpu")
@@ -283,13 +277,11 @@ def test_its_graph_is_captured_on_a_stream_of_its_own(teacher, monkeypatch):
 def test_beside_the_codec_it_computes_what_it_does_alone(import_script, tmp_path):
     """At full size, with random weights: smaller products may not use the workspace."""
     dims = {"n_mels": 80, "n_vocab": 51865, "n_audio_ctx": 1500, "n_text_ctx": 448}
-    dims |= {
-        f"n_{part}_{key}": n for part in ("audio", "text") for key, n in (("state", 512), ("head", 8), ("layer", 6))
-    }
+    sizes = {"state": 512, "head": 8, "layer": 6}
+    dims |= {f"n_{part}_{name}": size for part in ("audio", "text") for name, size in sizes.items()}
     model = whisper.model.Whisper(whisper.ModelDimensions(**dims))
     torch.save({"dims": dims, "model_state_dict": model.state_dict()}, tmp_path / "base.pt")
+    model = f"asr.model={tmp_path / 'base.pt'}"
     with pytest.raises(SystemExit) as ended:
-        import_script("graphs_beside").main(
-            ["--replays", "300", f"asr.model={tmp_path / 'base.pt'}", "train.compile=false"]
-        )
+        import_script("graphs_beside").main(["--replays", "300", model, "train.compile=false"])
     assert ended.value.code == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import relative_error
 from packaging.requirements import Requirement
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -40,10 +41,6 @@ def golden():
 @pytest.fixture(name="backbone")
 def golden_backbone(tmp_path):
     return Backbone.from_checkpoint(write_golden(tmp_path / "golden"), dtype=torch.float32)
-
-
-def relative_error(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def test_other_code_finds_anew(find, monkeypatch):
     assert len(find()[2]) == 3
 
 
-def test_a_damaged_cache_is_made_again_and_former_columns_are_removed(find, data, tmp_path):
+def test_a_damaged_cache_is_made_again_and_former_columns_are_removed(find, tmp_path):
     find()
     for path in (tmp_path / "cache").glob("*/path_data.npy"):
         path.unlink()

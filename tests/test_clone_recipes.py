@@ -30,23 +30,14 @@ with open("{calls}", "a") as file:
 def test_every_encoder_is_trained_and_speaks(tmp_path):
     speech = tmp_path / "speech"
     speech.mkdir()
-    assert (
-        subprocess.run(
-            [ROOT / "research/clone_recipes.sh", speech, "base", tmp_path / "out"], capture_output=True
-        ).returncode
-        == 2
-    )
+    command = [ROOT / "research/clone_recipes.sh", speech, "base", tmp_path / "out"]
+    assert subprocess.run(command, capture_output=True).returncode == 2
     for name in ("talk.csv", "eval.csv"):
         (speech / name).write_text("path,speaker,text\n")
     (tmp_path / "python").write_text(STUB.format(python=sys.executable, calls=tmp_path / "calls"))
     (tmp_path / "python").chmod(0o755)
-    subprocess.run(
-        [ROOT / "research/clone_recipes.sh", speech, "base", tmp_path / "out"],
-        check=True,
-        timeout=60,
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
-    )
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(command, check=True, timeout=60, env=environment, capture_output=True)
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     trained = {}
     for script, *words in calls:

@@ -174,12 +174,6 @@ def bad_files(folder):
     }
 
 
-def test_bad_files_are_told_with_the_reason(tmp_path):
-    for name, reason in bad_files(tmp_path).items():
-        with pytest.raises(BadClip, match=f"{name}: .*{reason}"):
-            load_segment(str(tmp_path / name), 0.5, 4.0)
-
-
 @pytest.mark.parametrize("suffix, rate", [("wav", 16000), ("flac", 16000), ("mp3", 44100)])
 def test_truncated_file_gives_what_is_left(tmp_path, suffix, rate):
     path = tmp_path / f"a.{suffix}"
@@ -348,9 +342,8 @@ def test_bad_clips_are_replaced_and_reported(clips, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_only_bad_clips_is_an_error(tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(
-        "voxtral.loader.SHARED_MEMORY", tmp_path / "unknown"
-    )  # or the trainer reads the first batch itself
+    # or the trainer reads the first batch itself
+    monkeypatch.setattr("voxtral.loader.SHARED_MEMORY", tmp_path / "unknown")
     bad = [Clip(str(tmp_path / name), "x", 0) for name in bad_files(tmp_path)]
     batches = iter(make_loader(SpeechDataset(bad, 0.5, seed=0), config_for(num_workers=workers), seed=0))
     with pytest.raises(DataError, match="^20 clips in a row [^\n]*$") as error:
@@ -395,18 +388,14 @@ def killed(items):
 def test_a_lost_batch_ends_the_run_with_a_sentence(clips, monkeypatch, collate, reason):
     monkeypatch.setattr("voxtral.loader.LOST_AFTER_SEC", 2)
     began = time.monotonic()
-    with pytest.raises(
-        SystemExit, match=f"^training stopped: a batch was lost .DataLoader.*{reason}[^\\n]*resume=true.$"
-    ):
-        with training_process("cpu"):
-            for _ in zip(
-                range(40), make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=1), 0, collate=collate)
-            ):
-                pass
+    dataset, said = SpeechDataset(clips, 0.5, 0), f"a batch was lost .DataLoader.*{reason}[^\\n]*resume=true.$"
+    with pytest.raises(SystemExit, match=f"^training stopped: {said}"), training_process("cpu"):
+        for _ in zip(range(40), make_loader(dataset, config_for(num_workers=1), 0, collate=collate)):
+            pass
     assert time.monotonic() - began < 20
 
 
-def test_loader_processes_outlive_the_signals_of_a_group_but_not_their_trainer(clips, monkeypatch):
+def test_loader_processes_outlive_the_signals_of_a_group_but_not_their_trainer(clips):
     batches = iter(make_loader(SpeechDataset(clips, 0.5, 0), config_for(num_workers=2), 0))
     next(batches)
     stop = StopSignal()
@@ -476,13 +465,8 @@ def test_librispeech(tmp_path, folder, path):
         "dev-clean/1/1/1.flac",
     ):
         touch(tmp_path / folder / name)
-    clips, absent = found(
-        tmp_path,
-        kind="librispeech",
-        path=path,
-        name="books",
-        subsets=["train-other-500", "train-clean-100", "train-clean-360"],
-    )
+    subsets = ["train-other-500", "train-clean-100", "train-clean-360"]
+    clips, absent = found(tmp_path, kind="librispeech", path=path, name="books", subsets=subsets)
     assert clips == [
         (f"{folder}/train-clean-360/14/3/14-3-1.wav", "14", ""),
         (f"{folder}/train-other-500/20/7/20-7-0.flac", "20", ""),
@@ -697,12 +681,10 @@ def test_check_reports_the_data(tmp_path, monkeypatch, capsys):
         ([], "data.sources"),
     ],
 )
-def test_check_ends_with_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
+def test_check_ends_with_one_sentence(tmp_path, monkeypatch, refused, arguments, message):
     touch(tmp_path / "c.yaml", "data:\n  sources: []\n")
-    with pytest.raises(SystemExit) as stopped:
-        check_command(monkeypatch, tmp_path / "c.yaml", *arguments)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["data", "--check", str(tmp_path / "c.yaml"), *arguments])
+    assert message in refused(lambda _: data.main(), [])
 
 
 def parquet(folder, rows):
@@ -743,12 +725,8 @@ def test_huggingface_rows_without_audio_are_left_out_and_counted(tmp_path):
         assert all(data.read_header(str(tmp_path / path)).frames == 7200 for path, _, _ in clips)
         assert sum(int(line.split(": ")[1].split()[0]) for line in left_out if "without audio" in line) == 4, left_out
     (folder,) = (tmp_path / "huggingface").iterdir()
-    assert {path.suffix for path in folder.iterdir()} <= {
-        ".flac",
-        ".jsonl",
-        ".lock",
-        "",
-    } and folder.parent == tmp_path / "huggingface"
+    assert {path.suffix for path in folder.iterdir()} <= {".flac", ".jsonl", ".lock", ""}
+    assert folder.parent == tmp_path / "huggingface"
 
 
 @pytest.mark.parametrize(
@@ -793,26 +771,22 @@ def test_formats_passed_over_are_counted_by_suffix_with_what_converts_them(tmp_p
         touch(tmp_path / "d/anna" / name, "x")
     for name in ("g.wave", "h.au", "i.caf", "j.w64"):
         write(tmp_path / "d/anna" / "x.wav", noise(0.5, 24000), 24000)
-        soundfile.write(
-            tmp_path / "d/anna" / name,
-            noise(0.5, 24000),
-            24000,
-            format={".wave": "WAV", ".au": "AU", ".caf": "CAF", ".w64": "W64"}[Path(name).suffix],
-        )
+        containers = {".wave": "WAV", ".au": "AU", ".caf": "CAF", ".w64": "W64"}
+        soundfile.write(tmp_path / "d/anna" / name, noise(0.5, 24000), 24000, format=containers[Path(name).suffix])
     touch(
         tmp_path / "c.yaml",
         f"data:\n  data_root: {tmp_path}\n  sources: [{{kind: folder, path: d}}]\n  validation: {{clips: 1}}\n",
     )
     check_command(monkeypatch, tmp_path / "c.yaml")
     out = " ".join(capsys.readouterr().out.split())
-    assert (
-        "folder d 5 0 6 1 0.00" in out and "2 passed over: .m4a: libsndfile does not read it; convert it: ffmpeg" in out
-    )
-    assert (
-        "1 passed over: hidden" in out
-        and ".txt: no audio (anna/d.txt)" in out
-        and "no suffix: no audio (anna/e)" in out
-    )
+    for said in (
+        "folder d 5 0 6 1 0.00",
+        "2 passed over: .m4a: libsndfile does not read it; convert it: ffmpeg",
+        "1 passed over: hidden",
+        ".txt: no audio (anna/d.txt)",
+        "no suffix: no audio (anna/e)",
+    ):
+        assert said in out
 
 
 def test_check_never_counts_what_it_has_not_opened_and_exits_1_when_nothing_is_left(tmp_path, monkeypatch, capsys):
@@ -832,22 +806,11 @@ def test_a_manifest_written_on_windows(tmp_path):
     assert found(tmp_path, kind="manifest", path="sets/m.csv")[0] == [("sets/wavs/a.wav", "wavs", "Hi")]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\xff\xfe\0",
-        b"a: [",
-        b"[]",
-        b"3",
-        b"data: 3",
-        b"data:\n  sources: {a: 1}\n",
-        b"\0",
-        b"data:\n\t- x",
-        b"!!python/object:os.system {}",
-        b"data: ${a}",
-        b"&a [*a]",
-    ],
-)
+NO_CONFIGS = [b"\xff\xfe\0", b"a: [", b"[]", b"3", b"data: 3", b"data:\n  sources: {a: 1}\n", b"\0", b"data:\n\t- x"]
+NO_CONFIGS += [b"!!python/object:os.system {}", b"data: ${a}", b"&a [*a]"]
+
+
+@pytest.mark.parametrize("content", NO_CONFIGS)
 def test_what_is_no_config_is_refused_in_a_sentence(tmp_path, content):
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(DataError, match="c.yaml, data: [^\n]+$"):
@@ -857,15 +820,9 @@ def test_what_is_no_config_is_refused_in_a_sentence(tmp_path, content):
 def test_known_codes_come_with_the_frames_that_they_say(tmp_path):
     """Cut at a frame, at the clip's own speed; recordings beside them are played as ever."""
     params, length, codes = CodecParams(), 1920, np.arange(10)[None].repeat(37, 0)
-    clips = [
-        Clip(
-            write(tmp_path / "spoken.wav", np.repeat(np.arange(10) / 20, length), 24000, "FLOAT"),
-            "a",
-            0,
-            codes=str(tmp_path / "spoken.npy"),
-        ),
-        Clip(write(tmp_path / "read.wav", noise(2, 24000), 24000), "b", 0),
-    ]
+    spoken = write(tmp_path / "spoken.wav", np.repeat(np.arange(10) / 20, length), 24000, "FLOAT")
+    read = write(tmp_path / "read.wav", noise(2, 24000), 24000)
+    clips = [Clip(spoken, "a", 0, codes=str(tmp_path / "spoken.npy")), Clip(read, "b", 0)]
     np.save(tmp_path / "spoken.npy", codes)
     dataset = SpeechDataset(clips, 0.3, seed=0, speed=(0.8, 1.2), params=params)
     starts = set()

@@ -1,7 +1,6 @@
 """evaluate_clones.py: who says what, words and voices by hand, paired systems, an adapter, the page, refused inputs."""
 
 import csv
-import json
 import math
 import re
 from html import unescape
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import SPEECH, command_line, read_report, write_encoder
 from peft import LoraConfig, get_peft_model
 
 import evaluate_clones
@@ -35,15 +35,12 @@ from voxtral.clones import (
 from voxtral.data import load_segment
 from voxtral.errors import UserError
 from voxtral.inject import inject
-from voxtral.layout import withheld_layout
 from voxtral.listening import Recording, Voice, record, write_page
-from voxtral.params import load_params
 from voxtral.reference import prepare_reference
 from voxtral.sources import Clip
-from voxtral.standin import random_tensor, small_params, write_random_checkpoint
+from voxtral.standin import small_params, write_random_checkpoint
 from voxtral.tts import TTS, Take
 
-SPEECH = Path(__file__).parents[1] / "assets" / "speech"
 SAID = {"anna": ["One day.", "Two days."], "ben": ["Three.", "Four."], "eve": ["Five.", 'Six <b> & "more".']}
 SOURCES = {"anna": "k_af_heart", "ben": "k_am_adam", "eve": "k_bf_lily"}
 
@@ -73,10 +70,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(checkpoint, tmp_path_factory):
-    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
-    layout = withheld_layout(load_params(checkpoint))
-    save_tensors(path, {name: random_tensor(name, shape).float() for name, shape in layout.items()})
-    return path
+    return write_encoder(tmp_path_factory.mktemp("encoder") / "encoder.safetensors", checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +103,13 @@ def run(checkpoint, manifest, speaker_checkpoint, encoder, tmp_path):
         options = {
             "checkpoint": checkpoint,
             "data": manifest,
-            "speaker-model": speaker_checkpoint,
-            "max-sec": 1,
+            "speaker_model": speaker_checkpoint,
+            "max_sec": 1,
             "output": tmp_path / "out",
             "device": "cpu",
             "system": f"a={encoder}",
         } | changes
-        return [
-            *(f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None),
-            *map(str, more),
-        ]
+        return [*command_line(**options), *map(str, more)]
 
     return arguments
 
@@ -200,18 +191,10 @@ def test_equal_texts_count_once_and_the_own_one_never():
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "Call one seven eight two eight.",
-        "call 17828",
-        "Call 1-7-8-2-8!",
-        "call 1, 7, 8, 2, 8",
-        "Call 17,828.",
-        "call one 7 eight 28",
-    ],
+    "text", "Call one seven eight two eight.|call 17828|Call 1-7-8-2-8!|call 1, 7, 8, 2, 8|Call 17,828.".split("|")
 )
 def test_numbers_compare_digit_by_digit(text):
-    assert digit_words(text, "en") == "call 1 7 8 2 8"
+    assert digit_words(text, "en") == digit_words("call one 7 eight 28", "en") == "call 1 7 8 2 8"
 
 
 def test_only_english_one_is_a_digit():
@@ -248,12 +231,8 @@ def test_voices_are_compared_with_those_of_other_speakers(manifest, judge):
     assert references.compare(items[0], torch.tensor([0.6, 0, 0.8])) == pytest.approx(  # her other clip is no rival
         {"own": 0.6, "others": 0.18, "margin": 0.42, "nearest": 1}
     )
-    assert references.compare(items[0], judge.embed(torch.zeros(0))[:3]) == {
-        "own": 0,
-        "others": 0,
-        "margin": 0,
-        "nearest": 0,
-    }
+    nothing = references.compare(items[0], judge.embed(torch.zeros(0))[:3])
+    assert nothing == dict.fromkeys(("own", "others", "margin", "nearest"), 0)
     alone = References(items[:2], judge).compare(items[0], judge.embed(torch.ones(9600)))
     assert alone["own"] > 0 and all(math.isnan(alone[name]) for name in ("others", "margin", "nearest"))
 
@@ -339,19 +318,9 @@ def test_adapters_change_only_their_own_system(tts, checkpoint, encoder, adapter
 
 def test_summary_by_hand():
     def row(system, speaker, wer, words, margin, **more):
-        return {
-            "system": system,
-            "speaker": speaker,
-            "wer": wer,
-            "words": words,
-            "own": 0.5,
-            "own_codec": 0.5,
-            "others": 0.5 - margin,
-            "margin": margin,
-            "nearest": 1.0,
-            "ended": 1.0,
-            "seconds": 2.0,
-        } | more
+        always = {"own": 0.5, "own_codec": 0.5, "nearest": 1.0, "ended": 1.0, "seconds": 2.0}
+        given = {"system": system, "speaker": speaker, "wer": wer, "words": words, "margin": margin}
+        return always | given | {"others": 0.5 - margin} | more
 
     rows = [
         row("a", "x", 0.0, 2, 0.4),
@@ -385,7 +354,7 @@ def test_summary_by_hand():
 def test_a_whole_evaluation(run, encoder, adapter, whisper_checkpoint, tmp_path, capsys):
     evaluate_clones.main(run("--system", f"b={encoder},{adapter}", "--samples", 5, whisper=whisper_checkpoint))
     output = tmp_path / "out"
-    report = json.loads((output / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    report = read_report(output / "metrics.json")
     assert (report["items"], report["references"], report["speakers"]) == (6, 3, 3)
     assert list(report["systems"]) == ["a", "b"] and list(report["differences"]) == list(report["margin_kept"]) == ["b"]
     assert list(report["systems"]["a"]) == list(report["definitions"]) == list(METRICS)
@@ -425,7 +394,7 @@ def test_a_list_says_who_says_what(run, manifest, tmp_path):
 
 def test_without_whisper_and_with_one_speaker_the_report_says_what_is_missing(run, tmp_path):
     evaluate_clones.main(run("--speakers", "ben", "--samples", 0))
-    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    report = read_report(tmp_path / "out" / "metrics.json")
     assert "wer" not in report["systems"]["a"] and report["systems"]["a"]["margin"] == {"value": None, "interval": None}
     text = (tmp_path / "out" / "table.md").read_text()
     assert "## Not measured\n\n- word errors: --whisper names" in text and "two speakers" in text
@@ -436,7 +405,7 @@ def test_the_default_is_the_checkpoints_own_encoder(run, checkpoint, encoder, tm
     assert "no encoder of its own" in refused(evaluate_clones.main, run(system=None))
     injected = inject(checkpoint, encoder, output=tmp_path / "injected")
     evaluate_clones.main(run("--samples", 0, checkpoint=injected, system=None))
-    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    report = read_report(tmp_path / "out" / "metrics.json")
     assert list(report["systems"]) == ["own"] and report["differences"] == {}
 
 
@@ -474,7 +443,7 @@ def test_pages_show_text_as_it_is(tmp_path):
 # ---------------------------------------------------------------- refused
 
 
-def test_mistakes_are_one_sentence(run, encoder, adapter, manifest, tmp_path, monkeypatch, refused):
+def test_mistakes_are_one_sentence(run, encoder, tmp_path, monkeypatch, refused):
     monkeypatch.delenv("VOXTRAL_CKPT", raising=False)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "no.csv").write_text("path,speaker,text\n")

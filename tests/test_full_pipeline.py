@@ -4,16 +4,15 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import stopped, stopped_by_torchrun
+from conftest import ROOT, stopped, stopped_by_torchrun, torchrun
 from safetensors.torch import load_file
 
 import train_full_pipeline
@@ -25,6 +24,7 @@ from voxtral.codec import VoxtralCodec
 from voxtral.config import FullPipelineConfig, load_config
 from voxtral.data import SAMPLE_RATE
 from voxtral.distillation import FullPipeline, compare, native_tensors, soft_rows
+from voxtral.history import read_metrics
 from voxtral.inject import inject
 from voxtral.losses import MelDistance
 from voxtral.pairs import AUDIO, GENERATION, PADDING, PairDataset, collate_pairs, hold_out_texts
@@ -33,7 +33,6 @@ from voxtral.sources import Clip, DataConfig, DataError, SourceConfig, find_clip
 from voxtral.standin import small_params, write_random_checkpoint
 from voxtral.tts import TTS, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 VOICES, CLIPS_PER_VOICE = ("anna", "ben", "carl"), 3
 
 
@@ -59,29 +58,17 @@ def clips_root(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("clips")
     codec, generator = VoxtralCodec.from_checkpoint(folder), torch.Generator().manual_seed(0)
     rows = []
-    for voice in VOICES:
-        (root / "generated" / voice).mkdir(parents=True)
-        for number in range(CLIPS_PER_VOICE):
-            n_frames = int(torch.randint(5, 12, (), generator=generator))
-            codes = torch.cat(
-                [
-                    torch.randint(64, (1, n_frames), generator=generator),
-                    torch.randint(21, (36, n_frames), generator=generator),
-                ]
-            )
-            name = f"{voice}/{number:05d}"
-            np.save(root / "generated" / f"{name}.npy", codes.numpy().astype(np.int16))
-            with torch.no_grad():
-                audio = codec.decode(codes[None])[0, 0].clamp(-1, 1)
-            soundfile.write(root / "generated" / f"{name}.flac", audio.numpy(), SAMPLE_RATE)
-            rows.append(
-                {
-                    "path": f"{name}.flac",
-                    "codes": f"{name}.npy",
-                    "voice": voice,
-                    "text": f"sentence {number} of {voice}",
-                }
-            )
+    for voice, number in product(VOICES, range(CLIPS_PER_VOICE)):
+        n_frames = int(torch.randint(5, 12, (), generator=generator))
+        levels = [torch.randint(size, (n, n_frames), generator=generator) for size, n in ((64, 1), (21, 36))]
+        codes, path = torch.cat(levels), root / "generated" / voice / f"{number:05d}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, codes.numpy().astype(np.int16))
+        with torch.no_grad():
+            audio = codec.decode(codes[None])[0, 0].clamp(-1, 1)
+        soundfile.write(path.with_suffix(".flac"), audio.numpy(), SAMPLE_RATE)
+        row = {"path": f"{voice}/{number:05d}.flac", "codes": f"{voice}/{number:05d}.npy", "voice": voice}
+        rows.append(row | {"text": f"sentence {number} of {voice}"})
     (root / "generated" / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -90,28 +77,13 @@ def clips_root(folder, tmp_path_factory):
 def command(folder, encoder, clips_root):
     """command(output_dir, "key=value", ...) -> arguments of train_full_pipeline.py"""
 
-    def make(output_dir, *overrides):
-        return [
-            "--config",
-            "configs/full_pipeline.yaml",
-            f"checkpoint={folder}",
-            f"encoder={encoder}",
-            f"output_dir={output_dir}",
-            f"data.data_root={clips_root}",
-            "data.validation.clips=2",
-            "data.validation.speakers=[carl]",
-            "data.batch_size=2",
-            "data.num_workers=0",
-            "device=cpu",
-            "train.precision=fp32",
-            "optimizer.learning_rate=5e-3",
-            "optimizer.warmup_steps=1",
-            "train.log_every_steps=1",
-            "train.max_steps=4",
-            *overrides,
-        ]
-
-    return make
+    fixed = """
+        data.validation.clips=2 data.validation.speakers=[carl] data.batch_size=2 data.num_workers=0 device=cpu
+        train.precision=fp32 optimizer.learning_rate=5e-3 optimizer.warmup_steps=1 train.log_every_steps=1
+        train.max_steps=4
+    """.split()
+    start = ["--config", "configs/full_pipeline.yaml", f"checkpoint={folder}", f"encoder={encoder}", *fixed]
+    return lambda output, *overrides: [*start, f"data.data_root={clips_root}", f"output_dir={output}", *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +362,7 @@ def whole_run(command, tmp_path_factory):
 
 
 def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder / "metrics.jsonl")
 
 
 def test_a_run_lowers_the_loss_and_leaves_what_it_says(whole_run):
@@ -477,22 +449,8 @@ def test_accumulation_is_a_larger_batch(command, tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_the_curve_of_one_with_twice_the_batch(command, tmp_path):
     train_full_pipeline.main(command(tmp_path / "one", "data.batch_size=4", "train.max_steps=3"))
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-port",
-            "29613",
-            "train_full_pipeline.py",
-            *command(tmp_path / "two", "data.batch_size=2", "train.max_steps=3"),
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    arguments = command(tmp_path / "two", "data.batch_size=2", "train.max_steps=3")
+    torchrun("train_full_pipeline.py", *arguments, options=["--standalone", "--nproc-per-node=2"], check=True)
     one, two = (
         [row["loss/total"] for row in rows_of(tmp_path / name) if "grad/norm" in row] for name in ("one", "two")
     )
@@ -564,16 +522,6 @@ def test_resynthesized_clips_carry_the_codes_that_made_them(folder, tmp_path):
 # ---------------------------------------------------------------- bad input
 
 
-def refused(arguments, capsys):
-    """The one line with which train_full_pipeline.py ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train_full_pipeline.main(arguments)
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and message.startswith("error: ")
-    return message
-
-
 def test_bad_clips_are_left_out_and_listed(command, clips_root, tmp_path):
     root = shutil.copytree(clips_root, tmp_path / "clips") / "generated"
     (root / "anna" / "00000.flac").write_bytes(b"no sound")
@@ -609,8 +557,8 @@ def test_bad_clips_are_left_out_and_listed(command, clips_root, tmp_path):
         (["data.sources=[{kind: folder, path: generated}]"], "comes without codes"),
     ],
 )
-def test_bad_input_is_one_sentence(command, capsys, tmp_path, overrides, message):
-    assert message in refused(command(tmp_path / "run", *overrides), capsys)
+def test_bad_input_is_one_sentence(command, refused, tmp_path, overrides, message):
+    assert message in refused(train_full_pipeline.main, command(tmp_path / "run", *overrides))
     assert not (tmp_path / "run").exists()
 
 
@@ -633,14 +581,13 @@ FROM_NOTHING = (
 )
 
 
-def test_references_are_random_crops_of_their_own_true_codes(folder, clips_root):
-    clips = [
-        clip
-        for source in find_clips(
-            load_config(FullPipelineConfig, ROOT / "configs/full_pipeline.yaml", [f"data.data_root={clips_root}"]).data
-        )[0]
-        for clip in source
-    ]
+@pytest.fixture
+def clips(clips_root):
+    sources = [SourceConfig(kind="generated", path="generated")]
+    return list(find_clips(DataConfig(data_root=str(clips_root), sources=sources))[0][0])
+
+
+def test_references_are_random_crops_of_their_own_true_codes(folder, clips):
     params = load_params(folder).codec
     dataset = PairDataset(clips, load_tokenizer(folder), params, 10.0, 0, False, (0.16, 0.4))
     lengths, starts = set(), set()
@@ -659,14 +606,7 @@ def test_references_are_random_crops_of_their_own_true_codes(folder, clips_root)
     )
 
 
-def test_what_is_said_has_another_text_than_the_reference(folder, clips_root):
-    clips = [
-        clip
-        for source in find_clips(
-            load_config(FullPipelineConfig, ROOT / "configs/full_pipeline.yaml", [f"data.data_root={clips_root}"]).data
-        )[0]
-        for clip in source
-    ]
+def test_what_is_said_has_another_text_than_the_reference(folder, clips):
     anna = [clip for clip in clips if clip.speaker == "anna"]
     twice = [anna[0], replace(anna[1], text=anna[0].text), anna[2]]  # the same sentence at another speed, say
     dataset = PairDataset(twice, load_tokenizer(folder), load_params(folder).codec, 10.0, 0)
@@ -694,30 +634,12 @@ def test_dropout_acts_in_training_only_and_on_every_layer(make_model):
         assert torch.equal(layer(x), layer(x)) is False
 
 
-def test_a_run_from_nothing_needs_no_encoder_and_keeps_what_speaks_best(folder, clips_root, tmp_path):
+def test_a_run_from_nothing_needs_no_encoder_and_keeps_what_speaks_best(command, tmp_path):
     run = tmp_path / "run"
-    train_full_pipeline.main(
-        [
-            "--config",
-            "configs/full_pipeline.yaml",
-            f"checkpoint={folder}",
-            f"output_dir={run}",
-            f"data.data_root={clips_root}",
-            "data.validation.clips=9",
-            "data.validation.speakers=[carl]",
-            "data.batch_size=2",
-            "data.num_workers=0",
-            "device=cpu",
-            "optimizer.learning_rate=5e-3",
-            "optimizer.warmup_steps=1",
-            "train.log_every_steps=1",
-            "train.max_steps=4",
-            "train.validate_every_steps=2",
-            *FROM_NOTHING,
-        ]
-    )
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n") if line]
-    validated = [row for row in rows if "validation/loss/flow" in row]
+    arguments = command(run, "data.validation.clips=9", "train.validate_every_steps=2", "train.precision=bf16")
+    without = [word for word in arguments if not word.startswith("encoder=")]
+    train_full_pipeline.main([*without, *FROM_NOTHING])
+    validated = [row for row in rows_of(run) if "validation/loss/flow" in row]
     assert [row["step"] for row in validated] == [0, 2, 4] and "validation/top1" in validated[0]
     best = json.loads((run / "best" / "metrics.json").read_text())
     assert best["loss"] == min(row["validation/loss/flow"] for row in validated[1:])

@@ -3,12 +3,11 @@
 import json
 
 import pytest
-import torch
+from conftest import ALONE
 
 from voxtral import history as history_module
 from voxtral.config import EncoderConfig
 from voxtral.history import History, metric_rows
-from voxtral.processes import Process
 from voxtral.run import Logger, RunFolder
 
 
@@ -45,7 +44,7 @@ def test_rare_rows_are_thinned_by_themselves():
 
 def test_logger_keeps_a_history_that_a_resumed_one_has_again(tmp_path, monkeypatch):
     monkeypatch.setattr(history_module, "MAX_ROWS", 16)
-    run = RunFolder(tmp_path / "run", EncoderConfig(), Process(0, 1, torch.device("cpu")), resume=False)
+    run = RunFolder(tmp_path / "run", EncoderConfig(), ALONE, resume=False)
     log = Logger(run, max_steps=500, start_step=0, max_total=1e6)
     for step in range(1, 401):
         log.write(step, training(step))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, SPEECH, command_line, relative_error, write_encoder
 from peft import LoraConfig, get_peft_model
 
 import inject_encoder
@@ -30,10 +31,9 @@ from voxtral.model_card import CARD
 from voxtral.params import CheckpointError, load_params
 from voxtral.reference import prepare_reference
 from voxtral.sources import DataConfig, SourceConfig
-from voxtral.standin import random_tensor, small_params, write_random_checkpoint
+from voxtral.standin import small_params, write_random_checkpoint
 
-ROOT = Path(__file__).parents[1]
-CLIP = str(ROOT / "assets" / "speech" / "k_af_heart_0.opus")
+CLIP = str(SPEECH / "k_af_heart_0.opus")
 WEIGHTS = "consolidated.safetensors"
 
 
@@ -44,15 +44,6 @@ def digest(path):
 def snapshot(folder):
     """Every file below `folder`, hidden ones too -> its hash."""
     return {str(path.relative_to(folder)): digest(path) for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def write_encoder(path, folder, seed=1, change=lambda tensors: None):
-    """fp32 values that bf16 cannot hold."""
-    layout = withheld_layout(load_params(folder))
-    tensors = {name: random_tensor(name, shape, seed).float() * 1.001 for name, shape in layout.items()}
-    change(tensors)
-    save_tensors(path, tensors)
-    return path
 
 
 def write_adapter(path, folder, seed=0, **options):
@@ -94,7 +85,7 @@ def folder(pristine, tmp_path):
 
 @pytest.fixture
 def encoder(pristine, tmp_path):
-    return write_encoder(tmp_path / "encoder.safetensors", pristine)
+    return write_encoder(tmp_path / "encoder.safetensors", pristine, seed=1)
 
 
 # ---------------------------------------------------------------- what comes out
@@ -218,10 +209,6 @@ def test_files_of_a_download_cache_are_links(folder, encoder, tmp_path):
 # ---------------------------------------------------------------- LoRA
 
 
-def relative_error(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
 def attention_names(folder):
     layout = released_layout(load_params(folder))
     return [name for name in layout if name.startswith("layers.") and ".attention.w" in name]
@@ -272,21 +259,11 @@ def test_lora_in_place_is_never_merged_twice_and_comes_out_again(folder, encoder
     assert snapshot(folder) == snapshot(pristine)
 
 
-@pytest.mark.parametrize(
-    "key,value",
-    [
-        ("use_dora", True),
-        ("use_rslora", True),
-        ("rank_pattern", {"q_proj": 2}),
-        ("alpha_pattern", {"q_proj": 2}),
-        ("bias", "all"),
-        ("modules_to_save", ["norm"]),
-        ("init_lora_weights", "pissa"),
-        ("peft_type", "IA3"),
-        ("r", 5),
-        ("new_idea", True),
-    ],
-)
+NO_PLAIN_LORA = {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}}
+NO_PLAIN_LORA |= {"bias": "all", "modules_to_save": ["norm"], "init_lora_weights": "pissa", "peft_type": "IA3", "r": 5}
+
+
+@pytest.mark.parametrize("key, value", [*NO_PLAIN_LORA.items(), ("new_idea", True)])
 def test_adapters_that_are_no_plain_lora_are_refused(folder, encoder, tmp_path, key, value):
     write_adapter(tmp_path / "adapter", folder)
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -578,17 +555,10 @@ def test_a_full_disk_leaves_everything_as_it_was(mid_size, tmp_path, share):
     folder = shutil.copytree(mid_size / "checkpoint", tmp_path / "checkpoint")
     before = snapshot(folder)
     limit = int(share * (folder / WEIGHTS).stat().st_size)
+    common = command_line(checkpoint=folder, encoder=mid_size / "encoder_1.safetensors")
     for arguments in (["--in-place"], ["--output", str(tmp_path / "out")]):
         process = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "inject_encoder.py",
-                "--checkpoint",
-                folder,
-                *arguments,
-                "--encoder",
-                mid_size / "encoder_1.safetensors",
-            ],
+            [sys.executable, "inject_encoder.py", *common, *arguments],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -656,26 +626,15 @@ def test_a_damaged_config_of_the_run_is_said_in_the_card(folder, tmp_path, text)
 # ---------------------------------------------------------------- the script
 
 
-def run_script(capsys, *arguments):
-    """-> (exit code, stdout, stderr) of inject_encoder.py in this process."""
-    code = 0
-    try:
-        inject_encoder.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_script_takes_the_newest_best_encoder_and_verifies(folder, tmp_path, monkeypatch, capsys):
+def test_script_takes_the_newest_best_encoder_and_verifies(folder, tmp_path, monkeypatch, run_script):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VOXTRAL_CKPT", str(folder))
-    code, _, error = run_script(capsys, "--in-place")
+    code, _, error = run_script(inject_encoder.main, "--in-place")
     assert code == 2 and "runs/*/best/encoder.safetensors" in error
     for i, name in enumerate(("old", "new", "older")):
         path = write_encoder(tmp_path / "runs" / name / "best" / "encoder.safetensors", folder, seed=i)
         os.utime(path, (0, {"old": 20, "new": 30, "older": 10}[name]))
-    code, out, _ = run_script(capsys, "--in-place", "--verify", CLIP)
+    code, out, _ = run_script(inject_encoder.main, "--in-place", "--verify", CLIP)
     assert code == 0 and "encoder: runs/new/best/encoder.safetensors" in out
     assert "114 encoder tensors" in out and out.count("of the acoustic levels") == 2
     codec, waveform = VoxtralCodec.from_checkpoint(folder), prepare_reference(CLIP).waveform
@@ -687,11 +646,11 @@ def test_script_takes_the_newest_best_encoder_and_verifies(folder, tmp_path, mon
     name = next(iter(withheld_layout(load_params(folder))))
     wanted = SafetensorsFile(tmp_path / "runs/new/best/encoder.safetensors").read([name])[name].bfloat16()
     assert torch.equal(Checkpoint(folder).read([name])[name], wanted)
-    code, out, _ = run_script(capsys, "--eject")
+    code, out, _ = run_script(inject_encoder.main, "--eject")
     assert code == 0 and not Checkpoint(folder).encoder_names
 
 
-def test_verify_notices_another_encoder_and_counts_changes(folder, encoder, tmp_path, capsys):
+def test_verify_notices_another_encoder_and_counts_changes(folder, encoder, tmp_path):
     output = inject(folder, encoder, output=tmp_path / "out")
     other = write_encoder(tmp_path / "other.safetensors", folder, seed=5)
     with pytest.raises(ValueError, match="is not the tensor of"):
@@ -702,18 +661,22 @@ def test_verify_notices_another_encoder_and_counts_changes(folder, encoder, tmp_
     assert changed_shares(changed, codes) == ("25.00% of the semantic codes, 2.08% of the acoustic levels")  # 3 of 144
 
 
-def test_script_says_errors_in_one_sentence_and_warns_of_lost_voices(folder, encoder, tmp_path, monkeypatch, capsys):
+def test_script_says_errors_in_one_sentence_and_warns_of_lost_voices(
+    folder, encoder, tmp_path, monkeypatch, run_script
+):
     monkeypatch.delenv("VOXTRAL_CKPT", raising=False)
-    code, _, error = run_script(capsys, "--encoder", encoder, "--in-place")
+    code, _, error = run_script(inject_encoder.main, "--encoder", encoder, "--in-place")
     assert code == 2 and error == "error: no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.\n"
-    code, _, error = run_script(capsys, "--checkpoint", folder, "--encoder", tmp_path / "none", "--in-place")
+    code, _, error = run_script(
+        inject_encoder.main, "--checkpoint", folder, "--encoder", tmp_path / "none", "--in-place"
+    )
     assert code == 2 and error.count("\n") == 1 and "none is missing" in error
-    assert run_script(capsys, "--checkpoint", folder)[0] == 2  # neither --output nor --in-place
+    assert run_script(inject_encoder.main, "--checkpoint", folder)[0] == 2  # neither --output nor --in-place
     run = ("--checkpoint", folder, "--encoder", encoder, "--output", tmp_path / "out")
-    assert run_script(capsys, *run)[0] == 0
+    assert run_script(inject_encoder.main, *run)[0] == 0
     path = tmp_path / "out" / "params.json"
     path.write_text(set_json(path.read_text(), ["multimodal", "audio_tokenizer_args", "voice", "anna"], 2))
-    code, _, error = run_script(capsys, *run)
+    code, _, error = run_script(inject_encoder.main, *run)
     assert code == 0 and "anna" in error
 
 

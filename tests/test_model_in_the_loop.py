@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, command_line
 
 import train_encoder
 from voxtral.checkpoint import SafetensorsFile, fingerprint
@@ -14,7 +15,6 @@ from voxtral.generation import Models
 from voxtral.sources import Clip, DataConfig, SourceConfig, find_clips
 from voxtral.tts import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 STANDIN, TRUE = str(ROOT / "assets/standin"), str(ROOT / "assets/standin_withheld_encoder.safetensors")
 FEW = [
     "device=cpu",
@@ -58,20 +58,8 @@ def pairs(benchmark, models, clips):
 
 
 def run(benchmark, output, *options) -> list[dict]:
-    config = str(ROOT / "configs/demo.yaml")
-    arguments = [
-        "--checkpoint",
-        STANDIN,
-        "--config",
-        config,
-        "--output",
-        str(output),
-        "--max-sec",
-        "1.6",
-        "--after",
-        "0",
-    ]
-    return benchmark.main([*arguments, "--log-every", "1", *options, *FEW])
+    fixed = {"checkpoint": STANDIN, "config": ROOT / "configs/demo.yaml", "max_sec": 1.6, "after": 0, "log_every": 1}
+    return benchmark.main([*command_line(**fixed, output=output), *options, *FEW])
 
 
 def test_without_pairs_it_is_train_encoder(benchmark, tmp_path):

@@ -1,36 +1,25 @@
 """A reference's codes, refined on the recording, on a small random codec."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import SPEECH, command_line, write_injected
 
 import clone_voice
 import patch_tokenizer
 from voxtral import refinement
-from voxtral.checkpoint import save_tensors
 from voxtral.clones import System, _voice
 from voxtral.codec import VoxtralCodec
-from voxtral.inject import inject
-from voxtral.layout import withheld_layout
 from voxtral.losses import MelDistance
-from voxtral.params import load_params
 from voxtral.reference import prepare_reference
 from voxtral.refinement import refined_codes
-from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 from voxtral.voices import encode_reference, load_pt
 
-SPEECH = Path(__file__).parents[1] / "assets" / "speech" / "k_af_heart_0.opus"
+CLIP = SPEECH / "k_af_heart_0.opus"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    base = tmp_path_factory.mktemp("refinement")
-    write_random_checkpoint(base / "released", small_params(), {"alpha": 3})
-    layout = withheld_layout(load_params(base / "released"))
-    tensors = {name: random_tensor(name, shape).float() for name, shape in layout.items()}
-    save_tensors(base / "encoder.safetensors", tensors)
-    return inject(base / "released", base / "encoder.safetensors", output=base / "checkpoint")
+    return write_injected(tmp_path_factory.mktemp("refinement"), {"alpha": 3})
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +29,7 @@ def codec(checkpoint):
 
 @pytest.fixture(scope="module")
 def waveform():
-    return prepare_reference(SPEECH).waveform[..., :30000]  # ends within a frame
+    return prepare_reference(CLIP).waveform[..., :30000]  # ends within a frame
 
 
 @torch.no_grad()
@@ -69,57 +58,29 @@ def test_it_ends_when_the_time_is_over(codec, waveform, monkeypatch):
 
 def test_a_registered_voice_is_refined_when_asked(checkpoint, codec, monkeypatch, capsys):
     monkeypatch.setattr(refinement, "MAX_STEPS", 2)
-    patch_tokenizer.main(["--checkpoint", str(checkpoint), "--voice", f"plain={SPEECH}"])
+    patch_tokenizer.main(["--checkpoint", str(checkpoint), "--voice", f"plain={CLIP}"])
     assert "refined" not in capsys.readouterr().out
-    patch_tokenizer.main(["--checkpoint", str(checkpoint), "--voice", f"refined={SPEECH}", "--refine", "600"])
+    patch_tokenizer.main(["--checkpoint", str(checkpoint), "--voice", f"refined={CLIP}", "--refine", "600"])
     assert "refined in 2 steps: mel distance to the recording" in capsys.readouterr().out
     plain, refined = (load_pt(checkpoint / "voice_embedding" / f"{name}.pt") for name in ("plain", "refined"))
     assert plain.shape == refined.shape and torch.equal(plain[-1], refined[-1]) and not torch.equal(plain, refined)
-    assert torch.equal(refined, encode_reference(codec, SPEECH, 600)[0].bfloat16())
-    assert torch.equal(plain, encode_reference(codec, SPEECH)[0].bfloat16())
+    assert torch.equal(refined, encode_reference(codec, CLIP, 600)[0].bfloat16())
+    assert torch.equal(plain, encode_reference(codec, CLIP)[0].bfloat16())
 
 
 def test_clone_voice_refines_when_asked(checkpoint, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(refinement, "MAX_STEPS", 1)
-    clone_voice.main(
-        [
-            "--checkpoint",
-            str(checkpoint),
-            "--reference",
-            str(SPEECH),
-            "--refine",
-            "600",
-            "--text",
-            "Yes.",
-            "--max-sec",
-            "0.2",
-            "--device",
-            "cpu",
-            "--output",
-            str(tmp_path / "out.wav"),
-        ]
-    )
+    said = {"text": "Yes.", "max_sec": 0.2, "output": tmp_path / "out.wav", "device": "cpu"}
+    clone_voice.main(command_line(checkpoint=checkpoint, reference=CLIP, refine=600, **said))
     assert "refined in 1 steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "script, arguments, words",
-    [
-        (
-            clone_voice,
-            ["--voice", "alpha", "--refine", "5", "--text", "Yes.", "--output", "a.wav"],
-            "--refine needs --ref",
-        ),
-        (
-            clone_voice,
-            ["--reference", "a.wav", "--refine", "-1", "--text", "Yes.", "--output", "b.wav"],
-            "--refine is -1",
-        ),
-        (patch_tokenizer, ["--voice", "a=a.wav", "--refine", "inf"], "--refine is inf"),
-    ],
-)
-def test_mistakes(checkpoint, refused, script, arguments, words):
-    assert words in refused(script.main, ["--checkpoint", str(checkpoint), *arguments])
+def test_mistakes(checkpoint, refused):
+    common = {"checkpoint": checkpoint, "text": "Yes.", "output": "a.wav"}
+    assert "--refine needs --ref" in refused(clone_voice.main, command_line(**common, voice="alpha", refine=5))
+    assert "--refine is -1" in refused(clone_voice.main, command_line(**common, reference="a.wav", refine=-1))
+    voice = command_line(checkpoint=checkpoint, voice="a=a.wav", refine="inf")
+    assert "--refine is inf" in refused(patch_tokenizer.main, voice)
 
 
 def test_clones_are_measured_with_refined_codes(codec, monkeypatch):
@@ -130,5 +91,5 @@ def test_clones_are_measured_with_refined_codes(codec, monkeypatch):
     monkeypatch.setattr(refinement, "MAX_STEPS", 2)
     encoder = codec.encoder_tensors()
     for system in (System("plain", encoder), System("refined", encoder, refine_sec=600.0)):
-        expected = encode_reference(codec, SPEECH, system.refine_sec)[0].bfloat16()
-        assert torch.equal(_voice(codec, SPEECH, Deaf(), system)[0], expected)
+        expected = encode_reference(codec, CLIP, system.refine_sec)[0].bfloat16()
+        assert torch.equal(_voice(codec, CLIP, Deaf(), system)[0], expected)

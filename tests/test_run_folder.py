@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ALONE
 from omegaconf import OmegaConf
 
 from voxtral.config import ConfigError, EncoderConfig, FullPipelineConfig, load_config
@@ -15,17 +16,12 @@ from voxtral.errors import UserError
 from voxtral.processes import Process
 from voxtral.run_folder import RunFolder, Tensors, load_run_config, write_files
 
-ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 FILE = "encoder.safetensors"
 
 
 def begin(path, **changes):
-    config = OmegaConf.to_object(
-        OmegaConf.merge(
-            OmegaConf.structured(EncoderConfig),
-            OmegaConf.from_dotlist([f"{key.replace('__', '.')}={value}" for key, value in changes.items()]),
-        )
-    )
+    changed = OmegaConf.from_dotlist([f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EncoderConfig), changed))
     return RunFolder(path, config, ALONE, resume=(Path(path) / "checkpoints").is_dir())
 
 
@@ -37,14 +33,8 @@ def run(tmp_path):
 def save(run, step, max_steps=100):
     """A checkpoint whose tensors hold its step."""
     value = {"a": torch.full((1000,), float(step))}
-    return run.save_step(
-        step,
-        partial(write_files, files={FILE: Tensors(value)}),
-        {"part": Tensors(value)},
-        max_steps,
-        best=0.5,
-        facts={"data.batch_size": 8},
-    )
+    write = partial(write_files, files={FILE: Tensors(value)})
+    return run.save_step(step, write, {"part": Tensors(value)}, max_steps, best=0.5, facts={"data.batch_size": 8})
 
 
 def restore(run, batch=8):
@@ -115,9 +105,8 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_that_can_be_used(run, n
     for step in (10, 20):
         save(run, step)
     damage(run.checkpoints / "step_00000020" / name)
-    with pytest.raises(
-        ConfigError, match=r"step_00000020 is damaged .*: delete it, and resume=true goes on from .*step_00000010\.$"
-    ) as error:
+    said = r"step_00000020 is damaged .*: delete it, and resume=true goes on from .*step_00000010\.$"
+    with pytest.raises(ConfigError, match=said) as error:
         restore(run)
     assert name in str(error.value) and "\n" not in str(error.value)
     damage(run.checkpoints / "step_00000010" / name)
@@ -138,17 +127,14 @@ def full_disk(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.parametrize("step", [20, 30])  # which is there already, or not
 @pytest.mark.parametrize("n_bytes", [4300, 2000])  # the state alone does not fit, the weights neither
-def test_a_full_disk_is_a_sentence_and_loses_nothing(run, n_bytes):
-    for step in (10, 20):
+def test_a_full_disk_is_a_sentence_and_loses_nothing(run, n_bytes, step):
+    for earlier in (10, 20):
+        save(run, earlier)
+    said = f"step_000000{step} could not be written .*newest checkpoint is .*step_00000020"
+    with full_disk(n_bytes), pytest.raises(UserError, match=said) as error:
         save(run, step)
-    with (
-        full_disk(n_bytes),
-        pytest.raises(
-            UserError, match="step_00000030 could not be written .*newest checkpoint is .*step_00000020"
-        ) as error,
-    ):
-        save(run, 30)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_00000010", "step_00000020"]
     assert restore(run) == (20, 20, 20)

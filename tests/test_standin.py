@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mistral_common.protocol.speech.request import SpeechRequest
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from voxtral.checkpoint import EMBEDDING_NAME, Checkpoint, SafetensorsFile
@@ -90,14 +88,6 @@ def test_voices_agree_in_all_three_places(folder):
         assert voice.shape == (n_rows, 64) and voice.dtype == torch.bfloat16
         assert torch.allclose(voice[-1].float(), end, atol=2e-3)
         assert not torch.allclose(voice[-2].float(), end, atol=2e-2)
-
-
-def test_prompt_of_a_named_voice(folder):
-    tokenizer = MistralTokenizer.from_file(folder / "tekken.json")
-    text = "the cat"
-    tokens = tokenizer.encode_speech_request(SpeechRequest(input=text, voice="alpha")).tokens
-    text_ids = tokenizer.instruct_tokenizer.tokenizer.encode(text, bos=False, eos=False)
-    assert tokens == [1, 25] + [24] * 12 + [36] + text_ids + [35, 25]
 
 
 def test_text_ids_equal_those_of_the_whole_vocabulary(tmp_path):

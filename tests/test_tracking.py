@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
+from conftest import ALONE
 
 from voxtral import tracking
 from voxtral.config import (
@@ -17,7 +17,6 @@ from voxtral.config import (
     check_full_pipeline_config,
 )
 from voxtral.errors import UserError
-from voxtral.processes import Process
 from voxtral.run import Logger, RunFolder
 
 
@@ -27,7 +26,7 @@ def logger(tmp_path):
 
     def make(tracker, start_step=0):
         config = replace(EncoderConfig(), tracker=tracker)
-        run = RunFolder(tmp_path / "run", config, Process(0, 1, torch.device("cpu")), resume=True)
+        run = RunFolder(tmp_path / "run", config, ALONE, resume=True)
         return Logger(run, max_steps=10, start_step=start_step, max_total=1e6)
 
     return make
@@ -120,7 +119,7 @@ def test_mlflow_in_a_local_file(logger, tmp_path, monkeypatch):
     assert run.data.params["optimizer.learning_rate"] == "0.0005" and run.data.metrics["validation/mel_distance"] == 2.0
 
 
-def test_trackio_in_a_local_folder(tmp_path, monkeypatch):
+def test_trackio_in_a_local_folder(tmp_path):
     """In a process of its own: trackio reads where to write when it is imported."""
     pytest.importorskip("trackio", reason="trackio is optional: pip install trackio")
     import os

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import SPEECH, write_injected
 from mistral_common.exceptions import InvalidRequestException
 from mistral_common.protocol.speech.request import SpeechRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -21,11 +22,9 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 import evaluate
 import patch_tokenizer
 from voxtral import voices
-from voxtral.checkpoint import EMBEDDING_NAME, Checkpoint, SafetensorsFile, save_tensors
+from voxtral.checkpoint import EMBEDDING_NAME, SafetensorsFile, save_tensors
 from voxtral.codec import VoxtralCodec, codebook_offsets
 from voxtral.evaluation import compare_voices, voice_statistics
-from voxtral.inject import inject
-from voxtral.layout import withheld_layout
 from voxtral.params import END_AUDIO, CheckpointError, load_params, parse_params
 from voxtral.reference import prepare_reference
 from voxtral.remarks import Remarks
@@ -42,21 +41,14 @@ from voxtral.voices import (
     voice_files,
 )
 
-SPEECH = Path(__file__).parents[1] / "assets" / "speech" / "k_af_heart_0.opus"
+CLIP = SPEECH / "k_af_heart_0.opus"
 PRESETS = {"alpha": 20, "beta": 30}
-PLACES = ("voice_embedding/anna.pt", "tekken.json", "params.json")
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     """A checkpoint with an encoder, as inject_encoder.py leaves it."""
-    base = tmp_path_factory.mktemp("pristine")
-    write_random_checkpoint(base / "released", small_params(), PRESETS)
-    layout = withheld_layout(load_params(base / "released"))
-    save_tensors(
-        base / "encoder.safetensors", {name: random_tensor(name, shape).float() for name, shape in layout.items()}
-    )
-    return inject(base / "released", base / "encoder.safetensors", output=base / "checkpoint")
+    return write_injected(tmp_path_factory.mktemp("pristine"), PRESETS)
 
 
 @pytest.fixture
@@ -246,6 +238,7 @@ def test_mistral_common_builds_the_prompt_of_a_new_voice(folder, end_row):
     text = tokenizer.instruct_tokenizer.tokenizer.encode("the cat", bos=False, eos=False)
     assert tokens == [1, 25] + [24] * 77 + [36] + text + [35, 25]
     assert {name: tokens_of(folder, voice=name)[0] for name in PRESETS} == presets
+    assert presets["alpha"] == [1, 25] + [24] * 20 + tokens[79:]
     with pytest.raises(InvalidRequestException, match="Unknown voice 'carl'"):
         tokens_of(folder, voice="carl")
     remove(folder, "anna")
@@ -428,54 +421,43 @@ def test_missing_and_damaged_files_are_refused(folder, end_row, tmp_path):
 @torch.no_grad()
 def test_audio_is_prepared_and_encoded_with_the_checkpoints_encoder(folder, end_row, pristine):
     codec = VoxtralCodec.from_checkpoint(folder)
-    rows, reference = encode_reference(codec, SPEECH)
-    assert torch.equal(rows, codec.voice_embedding(prepare_reference(SPEECH).waveform))
+    rows, reference = encode_reference(codec, CLIP)
+    assert torch.equal(rows, codec.voice_embedding(prepare_reference(CLIP).waveform))
     assert len(rows) == math.ceil(reference.seconds * 12.5) + 1 and torch.allclose(rows[-1], end_row, atol=1e-6)
     with pytest.raises(VoiceError, match="inject_encoder.py"):
-        encode_reference(VoxtralCodec.from_checkpoint(pristine.parent / "released"), SPEECH)
+        encode_reference(VoxtralCodec.from_checkpoint(pristine.parent / "released"), CLIP)
 
 
 # ---------------------------------------------------------------- the script
 
 
-def run_script(capsys, *arguments):
-    """-> (exit code, stdout, stderr) of patch_tokenizer.py in this process."""
-    code = 0
-    try:
-        patch_tokenizer.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_script_registers_a_folder_of_voices(folder, end_row, tmp_path, monkeypatch, capsys):
+def test_script_registers_a_folder_of_voices(folder, end_row, tmp_path, monkeypatch, run_script):
     monkeypatch.setenv("VOXTRAL_CKPT", str(folder))
     monkeypatch.delenv("VOXTRAL_VOICE_DIR", raising=False)
-    code, _, error = run_script(capsys)
+    code, _, error = run_script(patch_tokenizer.main)
     assert code == 2 and "VOXTRAL_VOICE_DIR" in error
     directory = tmp_path / "my voices"
     directory.mkdir()
-    shutil.copy(SPEECH, directory / "anna.opus")
+    shutil.copy(CLIP, directory / "anna.opus")
     torch.save(embedding(end_row)[:-1], directory / "ben.pt")
     (directory / "readme.txt").write_text("not a voice")
     monkeypatch.setenv("VOXTRAL_VOICE_DIR", str(directory))
-    code, out, error = run_script(capsys)
+    code, out, error = run_script(patch_tokenizer.main)
     assert (code, error) == (0, "") and "high-pass" in out and "END_AUDIO row was missing" in out
-    code, out, _ = run_script(capsys, "--list")
+    code, out, _ = run_script(patch_tokenizer.main, "--list")
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows[1:]] == ["alpha", "beta", "anna", "ben"] and all(row[-1] == "ok" for row in rows[1:])
     assert rows[4][:3] == ["ben", "3", "40"] and rows[1][4:] == ["preset", "ok"] and rows[4][4:] == ["registered", "ok"]
     before = contents(folder)
-    code, out, _ = run_script(capsys)
+    code, out, _ = run_script(patch_tokenizer.main)
     assert code == 0 and out.count("was registered so already") == 2 and contents(folder) == before
     n_rows = json.loads((folder / "tekken.json").read_text())["audio"]["voice_num_audio_tokens"]["anna"]
     assert tokens_of(folder, voice="anna")[0].count(24) == n_rows
-    assert run_script(capsys, "--remove", "anna", "--remove", "ben")[0] == 0
+    assert run_script(patch_tokenizer.main, "--remove", "anna", "--remove", "ben")[0] == 0
     assert [voice.name for voice in list_voices(folder)] == ["alpha", "beta"]
 
 
-def test_script_writes_nothing_when_one_voice_is_bad(folder, end_row, tmp_path, monkeypatch, capsys):
+def test_script_writes_nothing_when_one_voice_is_bad(folder, end_row, tmp_path, monkeypatch, run_script):
     monkeypatch.delenv("VOXTRAL_VOICE_DIR", raising=False)
     before = contents(folder)
     torch.save(embedding(end_row), tmp_path / "good.pt")
@@ -487,11 +469,11 @@ def test_script_writes_nothing_when_one_voice_is_bad(folder, end_row, tmp_path, 
         ("ben", "NAME=FILE"),
         (good, "given twice"),
     ):
-        code, _, error = run_script(capsys, *here, "--voice", good, "--voice", voice)
+        code, _, error = run_script(patch_tokenizer.main, *here, "--voice", good, "--voice", voice)
         assert code == 2 and message in error and error.count("\n") == 1
         assert contents(folder) == before
-    assert run_script(capsys, *here, "--voice", good)[0] == 0
-    assert run_script(capsys, *here, "--voice", f"alpha={tmp_path / 'good.pt'}", "--force")[0] == 0
+    assert run_script(patch_tokenizer.main, *here, "--voice", good)[0] == 0
+    assert run_script(patch_tokenizer.main, *here, "--voice", f"alpha={tmp_path / 'good.pt'}", "--force")[0] == 0
     assert [voice.n_rows for voice in list_voices(folder)] == [40, 30, 40]
 
 
@@ -504,17 +486,6 @@ def test_voice_folders_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "anna.pt").touch()
     with pytest.raises(VoiceError, match="same voice"):
         voice_files(tmp_path, Remarks())
-
-
-def test_presets_stay_what_they_were_after_everything(folder, pristine, end_row):
-    register(folder, "anna", embedding(end_row), "anna.pt")
-    for name in PRESETS:
-        path = f"voice_embedding/{name}.pt"
-        assert (folder / path).read_bytes() == (pristine / path).read_bytes()
-    assert (
-        SafetensorsFile(folder / "consolidated.safetensors").path.read_bytes()
-        == Checkpoint(pristine).files[0].path.read_bytes()
-    )
 
 
 def test_what_is_no_voice_in_a_folder_is_named(tmp_path):
@@ -533,9 +504,9 @@ def test_what_is_no_voice_in_a_folder_is_named(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 6])
 def test_a_voice_is_the_same_at_any_gain_and_from_any_channel(pristine, tmp_path, channels):
-    audio, rate = soundfile.read(SPEECH, dtype="float32")
+    audio, rate = soundfile.read(CLIP, dtype="float32")
     codec = VoxtralCodec.from_checkpoint(pristine)
-    wanted = encode_reference(codec, SPEECH)[0]
+    wanted = encode_reference(codec, CLIP)[0]
     for gain in (0.25, 8, 2.0**100):
         sound = np.zeros((len(audio), channels), np.float32)
         sound[:, channels // 2] = audio * np.float32(gain)
@@ -550,20 +521,11 @@ def test_no_name_leads_out_of_the_checkpoint(folder):
     assert (folder.parent / "mine.pt").read_bytes() == b"not yours"
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"[]",
-        b"3",
-        b'"a"',
-        b'{"a": []}',
-        b'{"a": {"dtype": "F32", "shape": [1]}}',
-        b"[" * 10_000,
-        b"\xff",
-        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
-        b'{"__metadata__": []}',
-    ],
-)
+HEADERS = [b"[]", b"3", b'"a"', b'{"a": []}', b'{"a": {"dtype": "F32", "shape": [1]}}', b"[" * 10_000, b"\xff"]
+HEADERS += [b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', b'{"__metadata__": []}']
+
+
+@pytest.mark.parametrize("header", HEADERS)
 def test_safetensors_whose_header_is_something_else_are_refused(tmp_path, header):
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match="a.safetensors"):

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -43,14 +42,6 @@ def runs(import_script):
     return import_script("withheld_runs")
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """released/, withheld.safetensors, speech/SPEAKER/*.opus, config.yaml, which holds out m_f12."""
@@ -66,19 +57,15 @@ def base(tmp_path_factory):
         (base / "speech" / speaker).mkdir(parents=True)
         for i in range(2):
             shutil.copy(ROOT / "assets" / "speech" / f"{speaker}_{i}.opus", base / "speech" / speaker)
+    data = {"data_root": str(base), "sources": [{"kind": "folder", "path": "speech", "weight": 2.0}]}
+    data |= {"validation": {"clips": 2, "speakers": ["m_f12"]}, "batch_size": 2, "max_sec": 0.5, "num_workers": 0}
     config = {
         "device": "cpu",
-        "data": {
-            "data_root": str(base),
-            "sources": [{"kind": "folder", "path": "speech", "weight": 2.0}],
-            "validation": {"clips": 2, "speakers": ["m_f12"]},
-            "batch_size": 2,
-            "max_sec": 0.5,
-            "num_workers": 0,
-        },
+        "data": data,
         "train": {"precision": "fp32", "stft_fft_sizes": [256]},
         "optimizer": {"learning_rate": 0.02},
         "discriminator": {"fft_sizes": [78], "channels": 2, "crop_sec": 0.3},
+        "asr": {"context_sec": 1.26, "language": "en"},
         "standin": {"n_text_tokens": 300},
     }  # a stand-in's config will do
     (base / "config.yaml").write_text(yaml.safe_dump(config))
@@ -88,35 +75,19 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def command(base, whisper_checkpoint):
     """command(output, options...) -> arguments"""
-    settings = {
-        "standin": base / "released",
-        "withheld": base / "withheld.safetensors",
-        "data": base / "config.yaml",
-        "steps": STEPS,
-        "seeds": 0,
-        "metrics": "mel,stft",
-        "max_sec": 0.5,
-    }
-    overrides = [
-        "train.log_every_steps=1",
-        f"asr.model={whisper_checkpoint}",
-        "asr.context_sec=1.26",
-        "asr.language=en",
-    ]
-    fixed = command_line(**settings) + overrides
-    return lambda output, *options: ["--output", str(output), *fixed, *options]
+    files = {"standin": base / "released", "withheld": base / "withheld.safetensors", "data": base / "config.yaml"}
+    fixed = command_line(**files, steps=STEPS, seeds=0, metrics="mel,stft", max_sec=0.5)
+    overrides = ["train.log_every_steps=1", f"asr.model={whisper_checkpoint}"]
+    return lambda output, *options: ["--output", str(output), *fixed, *overrides, *options]
 
 
 @pytest.fixture(scope="module")
 def whole(benchmark, command, tmp_path_factory):
     """A finished benchmark of two rows: its folder, and what it printed."""
     output, printed = tmp_path_factory.mktemp("whole") / "out", []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         benchmark.main(command(output, "--rows", ROW_NAMES))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return output, "\n".join(printed)
 
 
