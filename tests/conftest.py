@@ -27,6 +27,7 @@ from voxtral.standin import random_tensor, small_params, write_random_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SPEECH = ROOT / "assets" / "speech"
+PRESETS = {"alpha": 13, "beta": 31}  # rows
 ALONE = Process(rank=0, world_size=1, device=torch.device("cpu"))
 LAST_LAYER_FIRST_HEAD = np.array([[False, False], [True, False]])
 
@@ -71,6 +72,14 @@ def write_encoder(path, folder, seed=0, change=lambda tensors: None):
     change(tensors)
     save_tensors(path, tensors)
     return path
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """A checkpoint without encoder, with PRESETS. To read only."""
+    folder = tmp_path_factory.mktemp("released")
+    write_random_checkpoint(folder, small_params(), PRESETS)
+    return folder
 
 
 def write_injected(base, voices):

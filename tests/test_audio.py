@@ -16,6 +16,7 @@ from voxtral.reference import BadReference, prepare_reference
 
 RATE = 24000
 SPEECH = Path(__file__).parents[1] / "assets" / "speech" / "k_af_heart_0.opus"
+DOORS = [(read_header, BadClip), (lambda p: load_segment(str(p), 0.0, 1.0), BadClip), (prepare_reference, BadReference)]
 fast = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -46,13 +47,6 @@ def test_a_reference_is_the_same_at_any_gain(tmp_path, exponent, subtype):
     assert sdr(found.waveform.numpy(), wanted.waveform.numpy()) > 80
 
 
-def test_a_gain_that_is_a_power_of_two_changes_no_bit(tmp_path):
-    one, two = (
-        prepare_reference(write(tmp_path / f"{gain}.wav", speech() * np.float32(gain))).waveform for gain in (1, 64)
-    )
-    assert (one == two).all()
-
-
 def test_values_beyond_float32_are_read(tmp_path):
     wanted = prepare_reference(write(tmp_path / "a.wav", speech()))
     found = prepare_reference(write(tmp_path / "b.wav", speech().astype(np.float64) * 1e300, "DOUBLE"))
@@ -63,9 +57,8 @@ def test_values_beyond_float32_are_read(tmp_path):
 
 def test_full_scale_is_not_cut_by_the_high_pass(tmp_path):
     """Its overshoot passes 1, where torchaudio's filters clip."""
-    square = np.sign(np.sin(2 * np.pi * 75 * np.arange(4 * RATE) / RATE)) * (
-        0.5 + 0.5 * (np.arange(4 * RATE) % RATE > RATE // 3)
-    )
+    n = np.arange(4 * RATE)
+    square = np.sign(np.sin(2 * np.pi * 75 * n / RATE)) * (0.5 + 0.5 * (n % RATE > RATE // 3))
     loud, soft = (prepare_reference(write(tmp_path / "a.wav", square * gain)).waveform.numpy() for gain in (1.0, 0.25))
     assert sdr(loud, soft) > 80
 
@@ -131,8 +124,8 @@ def test_a_streamed_flac_and_a_cut_one_have_the_length_that_can_be_decoded(tmp_p
 def test_rates_that_no_speech_has_are_refused_alike(tmp_path, rate):
     path = write(tmp_path / "a.wav", speech(), "PCM_16")
     path.write_bytes(patched(path.read_bytes(), 24, rate.to_bytes(4, "little")))
-    for door in (read_header, lambda p: load_segment(str(p), 0.0, 1.0), prepare_reference):
-        with pytest.raises((BadClip, BadReference), match=f"has a rate of {rate} Hz"):
+    for door, error in DOORS:
+        with pytest.raises(error, match=f"has a rate of {rate} Hz"):
             door(path)
 
 
@@ -177,8 +170,8 @@ def test_reasons_say_what_a_file_is(tmp_path, content, reason):
     path = tmp_path / "a.wav"
     if content is not None:
         path.write_bytes(content)
-    for door in (read_header, lambda p: load_segment(str(p), 0.0, 1.0), prepare_reference):
-        with pytest.raises((BadClip, BadReference), match=reason):
+    for door, error in DOORS:
+        with pytest.raises(error, match=reason):
             door(path)
 
 

@@ -27,7 +27,7 @@ from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.layers import Transformer, WindowAttention
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import CheckpointError, CodecParams
-from voxtral.standin import small_params, write_random_checkpoint
+from voxtral.standin import small_params
 
 DATA = Path(__file__).parent / "data"
 ASSETS = ROOT / "assets"
@@ -65,13 +65,6 @@ def golden_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def codec(golden_folder):
     return VoxtralCodec.from_checkpoint(golden_folder).requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("released")
-    write_random_checkpoint(folder, small_params(), {"alpha": 5})
-    return folder
 
 
 def noise(*shape, seed=0):

@@ -35,7 +35,6 @@ from voxtral.evaluation import (
 from voxtral.score_table import SCORES
 from voxtral.scores import Scorer, estoi, pesq_wb, si_sdr, word_error_rate
 from voxtral.sources import Clip
-from voxtral.standin import small_params, write_random_checkpoint
 
 SPEAKERS = {"anna": "k_af_heart_0.opus", "ben": "k_am_adam_0.opus"}
 
@@ -59,13 +58,6 @@ def folder(tmp_path_factory, speech):
         soundfile.write(folder / name / "0.wav", waveform.numpy(), 24000)
     soundfile.write(folder / "anna" / "short.wav", speech[0][:20_000].numpy(), 24000)
     (folder / "ben" / "broken.wav").write_text("no audio")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("released")
-    write_random_checkpoint(folder, small_params(), {"alpha": 12, "beta": 9})
     return folder
 
 
@@ -406,7 +398,7 @@ def test_a_whole_evaluation(released, encoders, folder, tmp_path, capsys):
     mel = [metrics[name]["mel"] for name in ("untrained", "encoder", "reference")]
     assert report["gap_closed"]["mel"]["value"] == pytest.approx((mel[0] - mel[1]) / (mel[0] - mel[2]))
     assert len(report["gap_closed"]["mel"]["interval"]) == 2
-    assert report["presets"]["rows"] == 11 + 8  # without END_AUDIO
+    assert report["presets"]["rows"] == 12 + 30  # without END_AUDIO
     assert set(report["not_measured"]) == set(SCORES) - {"mel", "stft", "sisdr"}
     assert "pip install pesq" in report["not_measured"]["pesq"]
 

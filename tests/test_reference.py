@@ -1,16 +1,14 @@
 """Preparing a reference: what is cut, kept, levelled, warned of and refused."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import soundfile
 import torch
 import torchaudio.functional as AF
+from conftest import SPEECH
 
 from voxtral.reference import MAX_SEC, BadReference, prepare_reference
 
-SPEECH = Path(__file__).parents[1] / "assets" / "speech" / "k_af_heart_0.opus"
 RATE = 24000
 
 
@@ -35,16 +33,10 @@ def loudness(reference):
 
 
 def test_speech_comes_out_mono_24_khz_at_one_loudness():
-    reference = prepare_reference(SPEECH)
+    reference = prepare_reference(SPEECH / "k_af_heart_0.opus")
     assert reference.waveform.shape[:2] == (1, 1) and reference.waveform.dtype == torch.float32
     assert reference.seconds == pytest.approx(3.8, abs=0.4) and loudness(reference) == pytest.approx(-23, abs=0.2)
     assert reference.warnings == []
-
-
-@pytest.mark.parametrize("factor", [0.03, 0.8])
-def test_loudness_does_not_depend_on_the_recording_level(tmp_path, factor):
-    audio, rate = soundfile.read(SPEECH, dtype="float32")
-    assert loudness(prepare(tmp_path, audio * factor, rate)) == pytest.approx(-23, abs=0.2)
 
 
 def test_peaks_stay_below_full_scale(tmp_path):
@@ -55,21 +47,14 @@ def test_peaks_stay_below_full_scale(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name,options",
-    [
-        ("clip.wav", {}),
-        ("clip.flac", {"subtype": "PCM_16"}),
-        ("clip.ogg", {"format": "OGG"}),
-        ("clip.mp3", {"format": "MP3"}),
-    ],
+    "suffix, options",
+    [("wav", {}), ("flac", {"subtype": "PCM_16"}), ("ogg", {"format": "OGG"}), ("mp3", {"format": "MP3"})],
 )
-def test_stereo_of_another_rate_in_any_format(tmp_path, name, options):
+def test_stereo_of_another_rate_in_any_format(tmp_path, suffix, options):
     mono = voice(4, 44100)
-    reference = prepare(tmp_path, np.stack([mono, np.zeros_like(mono)], 1), 44100, name, **options)
+    reference = prepare(tmp_path, np.stack([mono, np.zeros_like(mono)], 1), 44100, f"clip.{suffix}", **options)
     assert reference.seconds == pytest.approx(4.3, abs=0.15)
-    assert any("2 channels: number 1" in note for note in reference.notes) and any(
-        "44100" in note for note in reference.notes
-    )
+    assert all(word in " ".join(reference.notes) for word in ("2 channels: number 1", "44100"))
     spectrum = torch.fft.rfft(reference.waveform[0, 0]).abs()
     peak = spectrum.argmax() * RATE / reference.waveform.shape[-1]
     assert peak.item() == pytest.approx(150, abs=5)  # not 150 * 24000 / 44100
@@ -160,11 +145,3 @@ def test_clipping_noise_and_shortness_draw_warnings(tmp_path):
 def test_what_cannot_be_a_reference_is_refused(tmp_path, audio, message):
     with pytest.raises(BadReference, match=message):
         prepare(tmp_path, audio)
-
-
-def test_missing_and_unreadable_files_are_refused(tmp_path):
-    with pytest.raises(BadReference, match="does not exist"):
-        prepare_reference(tmp_path / "none.wav")
-    (tmp_path / "text.wav").write_text("this is no audio")
-    with pytest.raises(BadReference, match="is text, not audio"):
-        prepare_reference(tmp_path / "text.wav")

@@ -18,30 +18,22 @@ from voxtral.cached_backbone import CachedBackbone
 from voxtral.codec import VoxtralCodec
 from voxtral.generation import FrameLoop, Models
 from voxtral.params import CheckpointError, parse_params
-from voxtral.standin import small_params, write_random_checkpoint
+from voxtral.standin import small_params
 from voxtral.streaming import StreamingDecoder, decode_batch, left_context
 from voxtral.tts import TTS, Request, TTSError, named_voice, noise
 
-VOICES = {"alpha": 13, "beta": 31}
 TEXTS = ["hello there", "this is a rather longer text, isn't it?", "hi", "hi"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("standin")
-    write_random_checkpoint(folder, small_params(), VOICES)
-    return folder
+def tts(released):
+    return TTS.from_checkpoint(released)
 
 
 @pytest.fixture(scope="module")
-def tts(folder):
-    return TTS.from_checkpoint(folder)
-
-
-@pytest.fixture(scope="module")
-def requests(folder):
+def requests(released):
     """Of prompts of different lengths; the second and the last end by themselves within 20 frames."""
-    voices = [named_voice(folder, name) for name in ("alpha", "beta", "alpha", "alpha")]
+    voices = [named_voice(released, name) for name in ("alpha", "beta", "alpha", "alpha")]
     return [Request(text, voice, (0, i)) for i, (text, voice) in enumerate(zip(TEXTS, voices))]
 
 
@@ -62,8 +54,8 @@ def spoken_without_cache(tts, request, max_frames):
 
 
 @torch.no_grad()
-def test_cached_steps_equal_one_full_pass(folder):
-    backbone = Backbone.from_checkpoint(folder, dtype=torch.float32)
+def test_cached_steps_equal_one_full_pass(released):
+    backbone = Backbone.from_checkpoint(released, dtype=torch.float32)
     x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0))
     expected = backbone(x)
     cached = CachedBackbone(backbone)
@@ -76,8 +68,8 @@ def test_cached_steps_equal_one_full_pass(folder):
 
 
 @torch.no_grad()
-def test_left_padding_changes_nothing(folder):
-    backbone = Backbone.from_checkpoint(folder, dtype=torch.float32)
+def test_left_padding_changes_nothing(released):
+    backbone = Backbone.from_checkpoint(released, dtype=torch.float32)
     x = torch.randn(1, 30, 64, generator=torch.Generator().manual_seed(0))
     padded = torch.cat([torch.full((1, 7, 64), 3.0), x], dim=1)
     cached, n_padding = CachedBackbone(backbone), torch.tensor([7])
@@ -88,16 +80,16 @@ def test_left_padding_changes_nothing(folder):
     assert relative_error(torch.cat(outputs, dim=1)[:, 7:], backbone(x)) < 1e-5
 
 
-def test_mask_hides_padding_and_the_future_and_leaves_no_row_empty(folder):
-    cached = CachedBackbone(Backbone.from_checkpoint(folder))
+def test_mask_hides_padding_and_the_future_and_leaves_no_row_empty(released):
+    cached = CachedBackbone(Backbone.from_checkpoint(released))
     mask = cached.mask(torch.arange(1, 4), torch.tensor([0, 2]), 5, torch.float32)
     assert mask.shape == (2, 1, 3, 5) and set(mask.unique().tolist()) == {0.0, -torch.inf}
     assert (mask[0, 0] == 0).int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
     assert (mask[1, 0] == 0).int().tolist() == [[0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0]]
 
 
-def test_joined_weights_are_stored_once(folder):
-    backbone = Backbone.from_checkpoint(folder)
+def test_joined_weights_are_stored_once(released):
+    backbone = Backbone.from_checkpoint(released)
     cached = CachedBackbone(backbone)
     for layer, qkv, gate_up in zip(backbone.model.layers, cached.qkv, cached.gate_up):
         for module, whole in ((layer.self_attn.v_proj, qkv), (layer.mlp.up_proj, gate_up)):
@@ -163,8 +155,8 @@ def test_one_loop_serves_batches_that_fit_it(tts, requests):
     assert tts._loop is not loop and tts._loop.cache.n_slots == loop.cache.n_slots
 
 
-def test_bf16_runs(folder, requests):
-    (take,) = TTS.from_checkpoint(folder, dtype=torch.bfloat16).generate(requests[:1], 6)
+def test_bf16_runs(released, requests):
+    (take,) = TTS.from_checkpoint(released, dtype=torch.bfloat16).generate(requests[:1], 6)
     assert 1 <= take.codes.shape[1] <= 6
 
 
@@ -180,11 +172,11 @@ def test_voice_rows_stand_in_the_place_of_audio_tokens(tts):
     assert torch.equal(torch.cat([prompt[:2], prompt[11:]]), around)
 
 
-def test_named_voices(folder, tmp_path):
-    assert named_voice(folder, "Alpha").shape == (13, 64)
+def test_named_voices(released, tmp_path):
+    assert named_voice(released, "Alpha").shape == (13, 64)
     with pytest.raises(TTSError, match="no voice gamma: its voices are alpha, beta"):
-        named_voice(folder, "gamma")
-    copy = shutil.copytree(folder, tmp_path / "copy")
+        named_voice(released, "gamma")
+    copy = shutil.copytree(released, tmp_path / "copy")
     torch.save(torch.zeros(5, 64), copy / "voice_embedding" / "beta.pt")
     with pytest.raises(TTSError, match="beta .*31 rows, the file has 5"):
         named_voice(copy, "beta")
@@ -197,8 +189,8 @@ def test_what_cannot_be_spoken_is_refused(tts, requests):
         tts.generate(requests[:1], 10**12)
 
 
-def test_a_broken_tokenizer_file_is_named(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "copy")
+def test_a_broken_tokenizer_file_is_named(released, tmp_path):
+    copy = shutil.copytree(released, tmp_path / "copy")
     tekken = json.loads((copy / "tekken.json").read_text())
     del tekken["audio"]
     for text, match in (
@@ -254,8 +246,8 @@ def test_growing_codes_give_only_what_is_new(tts):
 
 
 @torch.no_grad()
-def test_left_context_is_all_that_a_frame_depends_on_and_no_more(folder):
-    codec = VoxtralCodec.from_checkpoint(folder, dtype=torch.float64)
+def test_left_context_is_all_that_a_frame_depends_on_and_no_more(released):
+    codec = VoxtralCodec.from_checkpoint(released, dtype=torch.float64)
     context = left_context(codec)
     assert context == 21
     codes = random_codes(40)[None]
@@ -315,10 +307,10 @@ def test_a_step_can_be_captured_as_a_cuda_graph(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_the_graph_equals_eager_steps(folder, requests, monkeypatch):
-    graphed = TTS(folder, Models.from_checkpoint(folder, "cuda", torch.float32)).generate(requests, 30)
+def test_the_graph_equals_eager_steps(released, requests, monkeypatch):
+    graphed = TTS(released, Models.from_checkpoint(released, "cuda", torch.float32)).generate(requests, 30)
     monkeypatch.setattr(generation, "graphed", lambda step, rewind: step)
-    eager = TTS(folder, Models.from_checkpoint(folder, "cuda", torch.float32)).generate(requests, 30)
+    eager = TTS(released, Models.from_checkpoint(released, "cuda", torch.float32)).generate(requests, 30)
     for one, other in zip(graphed, eager):
         assert torch.equal(one.codes, other.codes) and one.ended == other.ended
 
@@ -326,10 +318,10 @@ def test_the_graph_equals_eager_steps(folder, requests, monkeypatch):
 # ---------------------------------------------------------------- the benchmark
 
 
-def test_benchmark_reports_a_row_per_batch_size(import_script, folder, capsys, monkeypatch, refused):
+def test_benchmark_reports_a_row_per_batch_size(import_script, released, capsys, monkeypatch, refused):
     generation = import_script("generation")
     few = ["--batch-sizes", "1", "2", "--frames", "5", "--prompt", "12", "--device", "cpu"]
-    generation.main(["--checkpoint", str(folder), *few])
+    generation.main(["--checkpoint", str(released), *few])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and {len(line.split("|")) for line in table} == {14}
     assert [line.split("|")[1].strip() for line in table[2:]] == ["1", "2"]
