@@ -92,24 +92,6 @@ def test_equals_the_serving_engine(codec, case):
     assert relative_error(rows[0], io["voice_embedding"]) < 1e-5
 
 
-def test_voice_embedding_ends_with_the_end_audio_frame(codec):
-    table, params = codec.audio_embedding, codec.params
-    starts = params.semantic_codebook_size + 2 + 23 * torch.arange(36)
-    rows = codec.voice_embedding(noise(1, 1, 5000))
-    assert torch.allclose(rows[-1], table[1] + table[starts].sum(dim=0), atol=1e-6)  # semantic id 1, acoustic ids 0
-    assert len(rows) == 4
-
-
-def test_code_rows_are_offset_by_the_special_ids(codec):
-    codes = torch.zeros(1, 37, 1, dtype=torch.long)
-    codes[0, 0], codes[0, 2] = 7, 20
-    table = codec.audio_embedding
-    starts = 42 + 23 * torch.arange(36)
-    ids = starts + 2
-    ids[1] += 20
-    assert torch.allclose(codec.embed_codes(codes)[0, 0], table[9] + table[ids].sum(dim=0), atol=1e-6)
-
-
 # ---------------------------------------------------------------- batches and padding
 
 

@@ -246,12 +246,6 @@ def test_values_that_make_no_sense_are_named(load, override):
     assert override.split("=")[0] in message_of(lambda: check_encoder_config(config))
 
 
-def test_source_values_that_make_no_sense_are_named(load):
-    config = load("data: {sources: [{kind: folder, path: a}, {kind: foldr}]}")
-    message = message_of(lambda: check_encoder_config(config))
-    assert "data.sources[1].kind is 'foldr'; the nearest valid kind is 'folder'" in message
-
-
 def test_nothing_to_learn_is_an_error(load):
     zeros = [f"loss.{f.name}=0" for f in fields(EncoderConfig().loss)]
     assert "all weights are 0" in message_of(lambda: check_encoder_config(load("", *zeros)))
