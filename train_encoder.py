@@ -26,7 +26,6 @@ if __name__ == "__main__":
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from voxtral.asr import WhisperTeacher
 from voxtral.asr_cache import AsrCache, SegmentDataset
@@ -37,7 +36,14 @@ from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, check_encoder_config, checkpoint_folder
 from voxtral.data import SpeechDataset, collate, make_loader, steps_per_epoch, validation_batches
 from voxtral.discriminator import Discriminators
-from voxtral.encoder_training import MicroStep, TrainingModel, choose_trainable, start_codebook, update_codebook
+from voxtral.encoder_training import (
+    MicroStep,
+    TrainingModel,
+    WeightAverage,
+    choose_trainable,
+    start_codebook,
+    update_codebook,
+)
 from voxtral.known_codes import CodeMatching, codes_of_clips
 from voxtral.plots import plot_run
 from voxtral.presets import codes_to_match
@@ -100,7 +106,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     discriminators = Discriminators(config.discriminator).to(device) if config.loss.feature else None
     matching = CodeMatching(known, codec, device) if known else None
     model = TrainingModel(codec, teacher.width if teacher else None).to(device).train()
-    averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+    average = WeightAverage(codec, settings.ema_decay)
     micro_step = MicroStep(config, process, autocast, model, discriminators, teacher, asr_cache, matching)
 
     # ---- 5. optimizers ---------------------------------------------------------------------------------------------
@@ -113,8 +119,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
 
     # ---- 6. run folder, resuming -----------------------------------------------------------------------------------
     run = RunFolder(config.output_dir, config, process, config.resume)
-    files = {"encoder.safetensors": averaged.module.encoder_tensors()}
-    averages = {CODEC_PREFIX + name: tensor for name, tensor in averaged.module.state_dict().items()}
+    files = {"encoder.safetensors": average.codec.encoder_tensors()}
+    averages = {CODEC_PREFIX + name: tensor for name, tensor in average.codec.state_dict().items()}
     others = {name: tensor for name, tensor in averages.items() if name not in files["encoder.safetensors"]}
     frozen = others if settings.trainable == ["encoder"] else {}  # to be read from the checkpoint folder again
     if not frozen:
@@ -124,7 +130,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     trained = {name: t for name, t in model.state_dict().items() if name.removeprefix("codec.") not in frozen}
     stateful = {
         "model": Tensors(trained),
-        "averaged": Tensors({"n_averaged": averaged.n_averaged}),
+        "averaged": Tensors({"n_averaged": average.n_averaged}),
         "discriminators": discriminators,
         "optimizer": learners["encoder"][1],
         "discriminator_optimizer": discriminators and learners["discriminator"][1],
@@ -179,7 +185,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             set_learning_rate(optimizer, optimizer.defaults["lr"] * factor)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-        averaged.update_parameters(codec)
+        average.update()
         log.add(step + 1, scalars)
 
         due = due_after(step + 1, max_steps, run)
@@ -193,7 +199,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         if due.validate and process.is_main:  # fixed clips through the averaged encoder
             with log.timed("validate", step + 1):
                 with autocast:
-                    metrics, encoded = evaluate_codec(averaged.module.eval(), fixed, true_codes=true_codes)
+                    metrics, encoded = evaluate_codec(average.codec.eval(), fixed, true_codes=true_codes)
                 log.write(step + 1, {f"validation/{name}": value for name, value in metrics.items()})
                 shown = encoded, settings.n_samples, params.sampling_rate
                 write_samples(run.path / "samples", *shown, log.board, step + 1)
@@ -216,7 +222,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     else:
         if test_clips and process.is_main:
             with log.timed("test", max_steps), autocast:
-                tested, bad = test_weights(averaged.module.eval(), run.path / "best", test_clips, config.data)
+                tested, bad = test_weights(average.codec.eval(), run.path / "best", test_clips, config.data)
             log.bad_clips.add(bad)
             write_text(run.path / "test.json", json.dumps(tested, indent=2) + "\n")
             log.say(f"best weights on {len(test_clips)} test clips: {in_words(tested['all'])}")

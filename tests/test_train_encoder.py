@@ -25,6 +25,7 @@ from voxtral import encoder_training, history
 from voxtral.codec import CodecOutput, VoxtralCodec
 from voxtral.config import EncoderConfig, load_config
 from voxtral.data import validation_batches
+from voxtral.encoder_training import WeightAverage, choose_trainable
 from voxtral.history import read_metrics
 from voxtral.known_codes import CodeMatching, known_codes
 from voxtral.layout import withheld_layout
@@ -194,6 +195,26 @@ def test_validation_is_the_averaged_encoder_with_hard_codes_on_fixed_clips(whole
     raw = {f"audio_tokenizer.{name.removeprefix('codec.')}": t for name, t in state["model"].items()}
     codec.load_encoder({name: raw[name] for name in codec.encoder_tensors()})
     assert evaluate_codec(codec, batches)[0]["mel_distance"] != again["mel_distance"]
+
+
+def test_average_is_of_what_learns_over_a_tenth_of_the_steps_so_far(settings):
+    codec = VoxtralCodec.from_checkpoint(settings["checkpoint"])
+    choose_trainable(codec, ["encoder"])
+    average, learned = WeightAverage(codec, decay=0.9), next(iter(codec.encoder_parameters()))
+    frozen = codec.output_proj.conv.parametrizations.weight.original1
+    expected, kept = None, frozen.clone()
+    for n in range(120):
+        with torch.no_grad():
+            learned += torch.randn_like(learned)
+            codec.quantizer.semantic_codebook.embedding_sum += 1
+        decay = min(0.9, n / (n + 10))  # 0.9 from step 90 on
+        expected = learned.clone() if expected is None else decay * expected + (1 - decay) * learned
+        average.update()
+        if n == 0:
+            frozen.data += 1  # by nobody, in training: it is not looked at
+    torch.testing.assert_close(next(iter(average.codec.encoder_parameters())), expected)
+    assert torch.equal(average.codec.output_proj.conv.parametrizations.weight.original1, kept)
+    assert torch.equal(average.codec.quantizer.semantic_codebook.embedding, codec.quantizer.semantic_codebook.embedding)
 
 
 def test_best_is_the_lowest_mel_distance(whole):

@@ -1,6 +1,7 @@
 """What train_encoder.py's steps are made of: which parts of the codec learn, and the pass of one micro-batch."""
 
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -59,6 +60,26 @@ def update_codebook(codec: VoxtralCodec, output: CodecOutput, n_frames: Tensor, 
     semantic = output.latent[:, : codec.params.semantic_dim].transpose(1, 2).flatten(0, 1)
     valid = valid_mask(n_frames, output.latent.shape[-1]).flatten()
     codec.quantizer.semantic_codebook.update(semantic, valid, torch.Generator(semantic.device).manual_seed(step))
+
+
+class WeightAverage:
+    """`codec`: an exponential moving average of the parameters that learn, over a tenth of the steps so far and at most
+    1 / (1 - decay) of them: a longer memory would hold a young encoder back."""
+
+    def __init__(self, codec: VoxtralCodec, decay: float):
+        self.codec, self.decay, self.n_averaged = deepcopy(codec), decay, torch.zeros((), dtype=torch.long)
+        parameters = zip(self.codec.parameters(), codec.parameters(), strict=True)
+        self.averages, self.learned = zip(*((mine, one) for mine, one in parameters if one.requires_grad), strict=True)
+        self.codebooks = list(zip(self.codec.quantizer.buffers(), codec.quantizer.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After every step; a codebook, which follows an average of its own, is copied."""
+        n = self.n_averaged.item()
+        torch._foreach_lerp_(self.averages, self.learned, 1 - min(self.decay, n / (n + 10)))
+        for mine, one in self.codebooks:
+            mine.copy_(one)
+        self.n_averaged += 1
 
 
 class MicroStep:
