@@ -18,22 +18,9 @@ from voxtral.remarks import Remarks
 
 # What a column holds -> the names it goes by in the world's data sets, best first; case does not count.
 COLUMNS = {
-    "path": (
-        "path",
-        "audio",
-        "audio_path",
-        "audio_file",
-        "audio_filepath",
-        "audio_filename",
-        "file_name",
-        "filename",
-        "file",
-        "file_path",
-        "filepath",
-        "wav",
-        "wav_path",
-        "wav_file",
-        "wav_filename",
+    "path": tuple(
+        "path audio audio_path audio_file audio_filepath audio_filename file_name filename file file_path filepath "
+        "wav wav_path wav_file wav_filename".split()
     ),
     "speaker": ("speaker", "voice", "speaker_id", "speaker_name", "spk", "spk_id", "client_id"),
     "text": ("text", "sentence", "transcription", "transcript", "normalized_text"),
