@@ -48,7 +48,6 @@ import generate_clips
 import train_encoder
 import train_full_pipeline
 from evaluate_clones import write_voices
-from voxtral.checkpoint import write_text
 from voxtral.clones import Item, Judge, items_of_clips, read_system, speak_and_score, summarize
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, load_config
@@ -56,6 +55,7 @@ from voxtral.data import validation_batches
 from voxtral.errors import one_sentence
 from voxtral.evaluation import finite
 from voxtral.inject import inject
+from voxtral.json_files import write_json
 from voxtral.listening import write_page
 from voxtral.plots import levels_figure, save_figure
 from voxtral.sources import find_clips, split_validation
@@ -147,7 +147,7 @@ def write_report(
 ) -> None:
     """metrics.json, levels.png, and index.html with its wavs and spectrograms."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "metrics.json", json.dumps(finite(report), indent=2) + "\n")
+    write_json(folder / "metrics.json", finite(report))
     histograms = {name: metrics["level_histogram"] for name, metrics in rows.items()}
     save_figure(levels_figure(histograms), folder / "levels.png")
     write_page(

@@ -10,7 +10,6 @@ OUTPUT gets metrics.json, table.md, clips.csv, plots (png), and the first clips 
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -111,6 +110,7 @@ from voxtral.evaluation import (
     voice_statistics,
 )
 from voxtral.evaluation_report import gap_figure, scores_figure, table, voices_figure, write_clips, write_listening
+from voxtral.json_files import write_json
 from voxtral.plots import levels_figure, save_figure
 from voxtral.processes import start_process
 from voxtral.scores import Scorer, check_scores, not_measured
@@ -325,7 +325,7 @@ def main(arguments=None) -> None:
         if not (options.degrade or options.reference_encoder):
             report["not_measured"]["agreement and gap closed"] = "give --reference-encoder"
         text = table(report)
-        write_text(options.output / "metrics.json", json.dumps(finite(report), indent=2) + "\n")
+        write_json(options.output / "metrics.json", finite(report))
         write_text(options.output / "table.md", text)
         write_clips(options.output / "clips.csv", samples, rows)
         save_figure(

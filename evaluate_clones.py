@@ -8,7 +8,6 @@ OUTPUT gets index.html to listen to, metrics.json, table.md, clips.csv, clones.p
 """
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +90,7 @@ from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import finite
 from voxtral.evaluation_report import arrow, cell, clones_figure, markdown, number, write_rows
+from voxtral.json_files import write_json
 from voxtral.listening import Voice, record, write_page
 from voxtral.plots import save_figure
 from voxtral.processes import start_process
@@ -257,7 +257,7 @@ def main(arguments=None) -> None:
         if len(speakers) == 1:
             report["not_measured"]["likeness with other voices"] = "needs references of two speakers or more"
         text = table(report)
-        write_text(options.output / "metrics.json", json.dumps(finite(report), indent=2) + "\n")
+        write_json(options.output / "metrics.json", finite(report))
         write_text(options.output / "table.md", text)
         write_rows(options.output / "clips.csv", rows)
         save_figure(clones_figure(report["systems"]), options.output / "clones.png")

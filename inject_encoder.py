@@ -90,7 +90,7 @@ def verify(folder: Path, encoder: Path, clip: str) -> None:
     codec = VoxtralCodec.from_checkpoint(folder)
     file = SafetensorsFile(encoder)
     for name, tensor in codec.encoder_tensors().items():
-        if not torch.equal(tensor, file.read([name])[name].bfloat16().float()):
+        if not torch.equal(tensor, file.tensor(name).bfloat16().float()):
             raise UserError(f"{folder}: {name} is not the tensor of {encoder}: inject it again.")
     rounded, served = codec.quantizer.encode(codec.encode_latent(waveform)), codec.encode(waveform)
     codec.load_encoder(file.read(), encoder)

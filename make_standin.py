@@ -9,7 +9,6 @@ repeats is speech.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
@@ -53,13 +52,14 @@ from torch import Tensor
 
 import train_full_pipeline
 from train_encoder import train
-from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile, save_tensors, write_text
+from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile, save_tensors
 from voxtral.clips import encode_speech
 from voxtral.clones import Judge, items_of_clips, read_system, speak_and_score, summarize
 from voxtral.codec import VoxtralCodec
 from voxtral.config import ConfigError, StandinConfig, check_encoder_config, check_full_pipeline_config, dump_config
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import finite
+from voxtral.json_files import write_json
 from voxtral.params import CodecParams, TransformerParams, load_params, parse_params
 from voxtral.processes import Process, training_process
 from voxtral.run_folder import last_step, load_run_config
@@ -269,7 +269,7 @@ def what_it_says(config: StandinConfig, judge: Judge) -> str:
     system = read_system(f"true={output}/withheld_encoder.safetensors", tts)
     rows, _ = speak_and_score(tts, [system], items, judge, LONGEST_SPOKEN * language_model.data.max_sec)
     found = summarize(rows)["systems"]["true"]
-    write_text(output / "clones.json", json.dumps(finite(found), indent=2) + "\n")
+    write_json(output / "clones.json", finite(found))
     return f"{len(items)} new sentences in {len({item.speaker for item in items})} held-out voices: " + ", ".join(
         f"{name} {metric['value']:.3g}" for name, metric in found.items()
     )

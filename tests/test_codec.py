@@ -18,8 +18,9 @@ from voxtral.checkpoint import (
     EMBEDDING_NAME,
     ENCODER_PREFIXES,
     Checkpoint,
+    Item,
     SafetensorsFile,
-    write_safetensors,
+    write_items,
 )
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.layers import Transformer, WindowAttention, alibi_slopes
@@ -462,11 +463,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     save_file({"x": torch.ones(3)}, path)
     before = path.read_bytes()
 
-    def fail(name):
+    def fail():
         raise KeyboardInterrupt
 
+    items = {"x": Item("F32", [3], lambda: torch.zeros(3)), "y": Item("F32", [2], fail)}
     with pytest.raises(KeyboardInterrupt):
-        write_safetensors(path, {"x": (3,), "y": (2,)}, lambda name: torch.float32, fail)
+        write_items(path, items)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

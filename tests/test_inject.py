@@ -24,7 +24,7 @@ from voxtral.checkpoint import Checkpoint, SafetensorsFile, save_tensors
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, dump_config
 from voxtral.inject import BACKUP, INDEX, MARKER, RECORD, eject, inject
-from voxtral.json_edit import remove_json, set_json
+from voxtral.json_files import remove_json, set_json
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.model_card import CARD
 from voxtral.params import CheckpointError, load_params

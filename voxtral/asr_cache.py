@@ -19,10 +19,10 @@ from torch import Tensor
 
 from voxtral.asr import AsrConfig, AsrTargets, WhisperTeacher
 from voxtral.audio import load_segment, read_header
-from voxtral.checkpoint import write_text
 from voxtral.codec import valid_mask
 from voxtral.data import Batch, SpeechDataset, collate
 from voxtral.errors import UserError
+from voxtral.json_files import write_json
 from voxtral.sources import Clip
 
 
@@ -59,7 +59,7 @@ class AsrCache:
         path = self.folder / "made_with.json"
         with FileLock(self.folder / ".lock"):
             if not path.exists():
-                write_text(path, json.dumps(made_with, indent=2) + "\n")
+                write_json(path, made_with)
         before = json.loads(path.read_text())
         changed = [
             f"{key} {before.get(key)} against {value}" for key, value in made_with.items() if before.get(key) != value

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +90,10 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{self.path} cannot be read ({reason_of(error)}): download or copy it again."
             ) from error
+
+    def tensor(self, name: str) -> Tensor:
+        """A single one, likewise."""
+        return self.read([name])[name]
 
 
 def parse_header(text: bytes) -> tuple[dict | None, dict[str, dict]]:
@@ -209,34 +212,6 @@ def write_text(path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
 
 
-def write_safetensors(
-    path,
-    shapes: dict[str, tuple],
-    dtype_of: Callable[[str], torch.dtype],
-    tensor_of: Callable[[str], Tensor],
-    metadata: dict | None = None,
-) -> None:
-    """Writes tensors one at a time, in the order of `shapes`; at most one is in memory. Atomic."""
-
-    def made(name: str) -> Tensor:
-        tensor = tensor_of(name).to(dtype_of(name))
-        if tuple(tensor.shape) != tuple(shapes[name]):
-            raise CheckpointError(f"{name}: shape {list(tensor.shape)} instead of {list(shapes[name])}")
-        return tensor
-
-    write_items(
-        path,
-        {name: Item(DTYPE_NAMES[dtype_of(name)], list(shape), partial(made, name)) for name, shape in shapes.items()},
-        metadata,
-    )
-
-
-def header_bytes(header: dict) -> bytes:
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensor data starts at a multiple of 8
-    return struct.pack("<Q", len(text)) + text
-
-
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -275,27 +250,33 @@ class Item:
         return torch.frombuffer(data, dtype=TORCH_DTYPES[self.dtype]).view(self.shape)
 
 
-def write_items(path, items: dict[str, Item], metadata: dict | None, header: bytes | None = None) -> None:
+def write_items(path, items: dict[str, Item], metadata: dict | None = None, header: bytes | None = None) -> None:
     """Writes tensors in the order of `items`, those in files byte for byte; a few blocks and one tensor are in memory.
 
     Atomic. header: the first bytes of the file, when they are to be just these. Raises CheckpointError for a file that
-    is cut.
+    is cut, and for a tensor that is not what its item says.
     """
     entries, offset = {} if metadata is None else {"__metadata__": metadata}, 0
     for name, item in items.items():
         entries[name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": [offset, offset + item.size]}
         offset += item.size
+    if header is None:
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensor data starts at a multiple of 8
+        header = struct.pack("<Q", len(text)) + text
     with atomic_path(path) as temporary, BlockWriter(temporary) as file:
-        start = header_bytes(entries) if header is None else header
-        file.append(io.BytesIO(start), len(start))
-        for item in items.values():
+        file.append(io.BytesIO(header), len(header))
+        for name, item in items.items():
             if isinstance(item.data, Span):
                 with item.data.path.open("rb", buffering=0) as source:
                     source.seek(item.data.start)
                     if file.append(source, item.size) < item.size:
                         raise CheckpointError(f"{item.data.path} ends too early: download or copy it again.")
             else:
-                file.append(io.BytesIO(tensor_bytes(item.data().contiguous())), item.size)
+                tensor = item.data()
+                if tensor.dtype != TORCH_DTYPES[item.dtype] or tensor.shape != torch.Size(item.shape):
+                    raise CheckpointError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not what its item says.")
+                file.append(io.BytesIO(tensor_bytes(tensor.contiguous())), item.size)
 
 
 class BlockWriter:
@@ -360,13 +341,10 @@ class BlockWriter:
 
 
 def save_tensors(path, tensors: dict[str, Tensor]) -> None:
-    """A small dict of tensors -> one .safetensors file, atomically."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    write_safetensors(
+    """name -> tensor, on any device, as one .safetensors file, atomically."""
+    write_items(
         path,
-        {name: tuple(t.shape) for name, t in tensors.items()},
-        lambda name: tensors[name].dtype,
-        lambda name: tensors[name],
+        {name: Item(DTYPE_NAMES[t.dtype], list(t.shape), lambda t=t: t.detach().cpu()) for name, t in tensors.items()},
     )
 
 

@@ -18,13 +18,14 @@ from tqdm import tqdm
 from whisper.tokenizer import LANGUAGES
 
 from voxtral.acoustic import CFG_ALPHA
+from voxtral.adapters import merged_weights
 from voxtral.asr import load_whisper
 from voxtral.checkpoint import SafetensorsFile, check_shapes
 from voxtral.codec import VoxtralCodec
 from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError
 from voxtral.evaluation import Averages, fresh_encoder
-from voxtral.inject import lora_changes, original_files
+from voxtral.inject import all_items, original_files
 from voxtral.reference import BadReference, prepare_reference
 from voxtral.refinement import refined_codes
 from voxtral.remarks import Remarks
@@ -270,7 +271,7 @@ def read_system(description: str, tts: TTS, seed: int = 0) -> System:
         check_shapes(found, expected, encoder)
     if adapter:
         # Only for its checks: peft lets adapters pass that do not fit.
-        lora_changes(adapter, original_files(tts.folder), tts.models.backbone.params)
+        merged_weights(adapter, all_items(original_files(tts.folder)), tts.models.backbone.params)
     return System(name, tensors, adapter)
 
 

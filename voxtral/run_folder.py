@@ -20,6 +20,7 @@ from voxtral.checkpoint import SafetensorsFile, atomic_path, flush, save_tensors
 from voxtral.config import KEPT_ON_RESUMING, SWITCHES, ConfigError, dump_config, load_config
 from voxtral.errors import UserError, reason_of
 from voxtral.history import History, metric_rows
+from voxtral.json_files import write_json
 from voxtral.params import CheckpointError
 from voxtral.processes import Process
 from voxtral.tracking import dotted
@@ -80,7 +81,7 @@ class RunFolder:
                 shutil.rmtree(former)
             else:
                 os.replace(former, final)
-        write_text(self.path / "environment.json", json.dumps(environment(self.process), indent=2) + "\n")
+        write_json(self.path / "environment.json", environment(self.process))
         if self.changes:
             kept = self.path / "former_configs"
             kept.mkdir(exist_ok=True)

@@ -6,7 +6,6 @@ after a kill list_voices() shows what is missing, and the same command again com
 """
 
 import io
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from voxtral.audio import AUDIO_SUFFIXES, CONVERT, OTHER_MEDIA
 from voxtral.checkpoint import EMBEDDING_NAME, Checkpoint, SafetensorsFile, atomic_path, write_text
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError, reason_of
-from voxtral.json_edit import read_json, remove_json, set_json
+from voxtral.json_files import read_json, read_record, remove_json, set_json, write_json
 from voxtral.layout import meta_codec
-from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams
+from voxtral.params import CheckpointError, ModelParams
 from voxtral.paths import find_files, is_inside, no_file
 from voxtral.reference import MAX_SEC, MIN_SPEECH_SEC, Reference, prepare_reference
 from voxtral.refinement import refined_codes
@@ -74,7 +73,7 @@ class Voice:
 def list_voices(folder) -> list[Voice]:
     """Every voice that any of the three places knows, by index. Raises CheckpointError when one cannot be read."""
     folder = Path(folder)
-    indices, tokens, registered = _params_voices(folder)[1], _tekken_voices(folder)[1], _registered(folder)
+    indices, tokens, registered = _params_voices(folder)[1], _tekken_voices(folder)[1], read_record(folder / RECORD)
     files = {path.stem: path for path in (folder / "voice_embedding").glob("*.pt") if not path.name.startswith(".")}
     voices = []
     for name in {**indices, **tokens, **files}:
@@ -97,7 +96,7 @@ def register(folder, name: str, embedding: Tensor, source: str, force: bool = Fa
     folder = Path(folder)
     check_name(folder, name, force)
     (params_text, indices), (tekken_text, tokens) = _params_voices(folder), _tekken_voices(folder)
-    registered = _registered(folder)
+    registered = read_record(folder / RECORD)
     path = folder / "voice_embedding" / f"{name}.pt"
     data = io.BytesIO()
     torch.save(embedding.detach().to("cpu", torch.bfloat16).contiguous(), data)
@@ -106,7 +105,7 @@ def register(folder, name: str, embedding: Tensor, source: str, force: bool = Fa
     done = [same_file, tokens.get(name) == len(embedding), name in indices]
     if registered.get(name) != source:
         # First of all, so that after a kill the voice is not taken for a preset.
-        write_text(folder / RECORD, json.dumps({**registered, name: source}, indent=2) + "\n")
+        write_json(folder / RECORD, {**registered, name: source})
     if not done[0]:
         with atomic_path(path) as temporary:
             temporary.write_bytes(data.getvalue())
@@ -121,7 +120,7 @@ def remove(folder, name: str, force: bool = False) -> None:
     """Takes a voice out of all three places. Raises VoiceError when none knows it, or for a preset without `force`."""
     folder = Path(folder)
     (params_text, indices), (tekken_text, tokens) = _params_voices(folder), _tekken_voices(folder)
-    registered = _registered(folder)
+    registered = read_record(folder / RECORD)
     path = folder / "voice_embedding" / f"{name}.pt"
     if not is_inside(f"{name}.pt") or "/" in name:
         raise VoiceError(f"'{name}' is no voice name: it would lead out of {path.parent}.")
@@ -136,7 +135,7 @@ def remove(folder, name: str, force: bool = False) -> None:
     path.unlink(missing_ok=True)
     registered.pop(name, None)
     if registered:
-        write_text(folder / RECORD, json.dumps(registered, indent=2) + "\n")
+        write_json(folder / RECORD, registered)
     else:
         (folder / RECORD).unlink(missing_ok=True)
 
@@ -148,7 +147,7 @@ def check_name(folder, name: str, force: bool = False) -> None:
             f"'{name}' is no voice name: use only a-z, 0-9, _ and - (requests are lower-cased before the look-up)."
         )
     known = {**_params_voices(Path(folder))[1], **_tekken_voices(Path(folder))[1]}
-    if name in known and name not in _registered(folder) and not force:
+    if name in known and name not in read_record(Path(folder) / RECORD) and not force:
         raise VoiceError(f"{name} is a preset of the checkpoint: choose another name, or replace it with --force.")
 
 
@@ -168,11 +167,6 @@ def _read_map(path: Path, keys: list[str]) -> tuple[str, dict[str, int]]:
     if not isinstance(value, dict) or not all(type(number) is int for number in value.values()):
         raise CheckpointError(f"{path} has no {'.'.join(keys)} of whole numbers: is it of a Voxtral TTS checkpoint?")
     return text, value
-
-
-def _registered(folder) -> dict[str, str]:
-    path = Path(folder) / RECORD
-    return read_json(path)[1] if path.is_file() else {}
 
 
 # ---------------------------------------------------------------- embeddings
@@ -239,9 +233,8 @@ def end_audio_row(folder) -> Tensor:
     checkpoint = Checkpoint(folder)
     codec = meta_codec(checkpoint.params)
     codec.audio_embedding = checkpoint.read([EMBEDDING_NAME])[EMBEDDING_NAME].float()
-    codes = torch.full((1, checkpoint.params.codec.n_codebooks, 1), EMPTY_AUDIO - N_SPECIAL_IDS)
-    codes[:, 0] = END_AUDIO - N_SPECIAL_IDS
-    return codec.embed_codes(codes)[0, 0]
+    nothing = torch.zeros(1, checkpoint.params.codec.n_codebooks, 1, dtype=torch.long)
+    return codec.voice_rows(nothing, n_frames=torch.tensor([0]))[0, 0]
 
 
 @torch.no_grad()
