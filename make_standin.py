@@ -8,7 +8,6 @@ language_model: leaves backbone and acoustic transformer random: what such a che
 repeats is speech.
 """
 
-import argparse
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
@@ -27,25 +26,22 @@ EXAMPLES = """examples:
   python make_standin.py --random --size full --output /tmp/voxtral_random
 """
 
-
-def command_line() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__, EXAMPLES)
-    parser.add_argument("--config", metavar="YAML", help="train a stand-in with these settings")
-    parser.add_argument("--random", action="store_true", help="write random weights, nothing is trained")
-    parser.add_argument(
-        "--size",
-        choices=("small", "codec", "full"),
-        default="small",
-        help="of a --random checkpoint: 0.9 M parameters, the full codec with a small backbone (what "
-        "train_encoder.py reads, 0.3 GB), or all 4 G (8 GB) (default: %(default)s)",
-    )
-    parser.add_argument("--output", metavar="DIR", help="folder of a --random checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML")
-    return parser
-
+COMMAND_LINE = script_parser(__doc__, EXAMPLES)
+option = COMMAND_LINE.add_argument
+option("--config", metavar="YAML", help="train a stand-in with these settings")
+option("--random", action="store_true", help="write random weights, nothing is trained")
+option(
+    "--size",
+    choices=("small", "codec", "full"),
+    default="small",
+    help="of a --random checkpoint: 0.9 M parameters, the full codec with a small backbone (what "
+    "train_encoder.py reads, 0.3 GB), or all 4 G (8 GB) (default: %(default)s)",
+)
+option("--output", metavar="DIR", help="folder of a --random checkpoint")
+option("overrides", nargs="*", metavar="key=value", help="settings that override the YAML")
 
 if __name__ == "__main__":
-    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
 
 import soundfile
 from torch import Tensor
@@ -58,7 +54,6 @@ from voxtral.clones import Judge, items_of_clips, read_system, speak_and_score, 
 from voxtral.codec import VoxtralCodec
 from voxtral.config import ConfigError, StandinConfig, check_encoder_config, check_full_pipeline_config, dump_config
 from voxtral.errors import UserError, one_sentence
-from voxtral.evaluation import finite
 from voxtral.json_files import write_json
 from voxtral.params import CodecParams, TransformerParams, load_params, parse_params
 from voxtral.processes import Process, training_process
@@ -269,7 +264,7 @@ def what_it_says(config: StandinConfig, judge: Judge) -> str:
     system = read_system(f"true={output}/withheld_encoder.safetensors", tts)
     rows, _ = speak_and_score(tts, [system], items, judge, LONGEST_SPOKEN * language_model.data.max_sec)
     found = summarize(rows)["systems"]["true"]
-    write_json(output / "clones.json", finite(found))
+    write_json(output / "clones.json", found)
     return f"{len(items)} new sentences in {len({item.speaker for item in items})} held-out voices: " + ", ".join(
         f"{name} {metric['value']:.3g}" for name, metric in found.items()
     )
@@ -313,7 +308,7 @@ def make_random(size: str, output: str) -> None:
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_intermixed_args(arguments)
+    options = COMMAND_LINE.parse_intermixed_args(arguments)
     with one_sentence():
         if options.random == bool(options.config):
             raise UserError("pass either --config configs/standin_small.yaml or --random --output DIR.")

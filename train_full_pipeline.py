@@ -69,7 +69,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     """The whole training; what it writes is in the run folder."""
     # ---- 1. config, checkpoint -------------------------------------------------------------------------------------
     check_full_pipeline_config(config)
-    settings, weights = config.train, {name: weight for name, weight in vars(config.loss).items() if weight}
+    settings = config.train
     torch.manual_seed(config.seed)
     models = load_models(config, process.device)
     params = models.codec.params
@@ -174,7 +174,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
             with nullcontext() if synchronizes else parallel_model.no_sync():
                 with autocast:
                     losses = parallel_model(batch.to(process.device, non_blocking=True), seed)
-                total = sum(weights[name] * loss for name, loss in losses.items())
+                total = sum(model.weights[name] * loss for name, loss in losses.items())
                 (total / settings.accumulation).backward()
             for name, loss in {"total": total, **losses}.items():
                 scalars[f"loss/{name}"] = scalars.get(f"loss/{name}", 0.0) + loss.detach() / settings.accumulation

@@ -30,7 +30,6 @@ from torch import Tensor
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
 from withheld_encoder import training_clips, unseen_clips
 
-from evaluate import finite
 from voxtral.checkpoint import SafetensorsFile, write_text
 from voxtral.code_metrics import code_agreement
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
@@ -40,6 +39,7 @@ from voxtral.data import Batch, SpeechDataset, make_loader, validation_batches
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import fresh_encoder
 from voxtral.evaluation_report import markdown
+from voxtral.json_files import finite
 from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss
 from voxtral.plots import save_figure
 from voxtral.processes import start_process

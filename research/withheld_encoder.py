@@ -27,7 +27,7 @@ sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
 from withheld_report import COLUMNS, SOUND, Judge, change_of, curves_figure, numbers_of, results_of, rows_figure, table
 from withheld_runs import KNOWN_CODES, ROWS, TRUE_CHECKPOINT, Run, changes_of, check_continues, make_run, train_until
 
-from evaluate import choose_clips, finite
+from evaluate import choose_clips
 from voxtral.checkpoint import SafetensorsFile, write_text
 from voxtral.clips import resynthesize
 from voxtral.codec import VoxtralCodec
@@ -36,6 +36,7 @@ from voxtral.config import StandinConfig, load_config
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import METRICS, load_samples
 from voxtral.inject import inject
+from voxtral.json_files import finite
 from voxtral.plots import save_figure
 from voxtral.processes import StopSignal, start_process
 from voxtral.run import duration

@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from withheld_runs import Run
 
-from evaluate import finite, summaries
+from evaluate import summaries
 from voxtral.checkpoint import SafetensorsFile, write_text
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig
 from voxtral.data import SAMPLE_RATE, validation_batches
 from voxtral.evaluation import Agreement, Averages, Sample, all_codes, fresh_encoder, gap_closed, measure_clips
 from voxtral.evaluation_report import arrow, markdown, number
+from voxtral.json_files import finite
 from voxtral.scores import Scorer
 from voxtral.sources import find_clips, split_validation
 from voxtral.validation import evaluate_codec

@@ -181,7 +181,9 @@ def test_every_speaker_says_what_others_say(manifest):
 
 
 def test_prompts_speakers_and_sentences_can_be_chosen(manifest):
-    items, bad = items_of_manifest(manifest, ["New.", "Three.", "Newer."], ["eve", "ben"], prompts=2, per_voice=2)
+    items, bad = items_of_manifest(
+        manifest, sentences=["New.", "Three.", "Newer."], speakers=["eve", "ben"], prompts=2, per_voice=2
+    )
     assert bad == []
     references = ["ben0.wav", "ben1.wav", "eve0.wav", "eve1.wav"]
     assert [row[1] for row in said_by(items)] == [name for name in references for _ in range(2)]
@@ -222,10 +224,12 @@ def test_word_errors_are_against_the_text(judge, monkeypatch):
     heard = iter([" Number 1 7-8, it's for mister Jones."] * 2)
 
     class FakeWhisper:
+        device = torch.device("cpu")
+
         @staticmethod
         def transcribe(audio, language, **options):
             assert len(audio) == 16_000 and language == "en" and options["temperature"] == 0
-            return {"text": next(heard)}
+            return {"text": next(heard), "language": language}
 
     assert judge.words("anything", torch.ones(24_000)) == {}
     monkeypatch.setattr(judge, "whisper", FakeWhisper)

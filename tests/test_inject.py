@@ -640,7 +640,7 @@ def test_the_card_of_an_injection_in_place_comes_and_goes_with_it(folder, encode
     assert "--eject" in card and "Not known" in card and digest(encoder) in card
     eject(folder)
     assert snapshot(folder) == snapshot(pristine) and not (folder / CARD).exists()
-    assert CARD in inject_encoder.command_line().format_help()
+    assert CARD in inject_encoder.COMMAND_LINE.format_help()
 
 
 @pytest.mark.parametrize("text", ["data: [", "data: {}", "", "loss: 3"])

@@ -134,6 +134,11 @@ class Checkpoint:
         """Names of the encoder's tensors that the folder holds (none in the release)."""
         return [name for name in self.shapes if name.startswith(ENCODER_PREFIXES)]
 
+    def check(self, expected: dict[str, tuple], *prefixes: str) -> None:
+        """Raises CheckpointError unless the tensors whose names begin so are those expected (name -> shape)."""
+        found = {name: shape for name, shape in self.shapes.items() if name.startswith(prefixes)}
+        check_shapes(found, expected, self.folder)
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """name -> CPU tensor in the stored dtype. Raises CheckpointError naming the first tensor that is missing."""
         names = list(names)

@@ -46,6 +46,19 @@ def arrow(name: str, metrics: dict[str, Metric] = METRICS) -> str:
     return "" if metric is None or metric.higher_is_better is None else " ↑" if metric.higher_is_better else " ↓"
 
 
+def bullets(title: str, lines: list[str]) -> list[str]:
+    """A section with these lines; none without any."""
+    return [f"## {title}\n\n" + "".join(f"- {line}\n" for line in lines)] if lines else []
+
+
+def definitions(report: dict) -> list[str]:
+    """The sections on what was not measured, and on what the names mean."""
+    not_measured, defined = (
+        [f"{name}: {text}" for name, text in report[key].items()] for key in ("not_measured", "definitions")
+    )
+    return bullets("Not measured", not_measured) + bullets("Definitions", defined)
+
+
 def table(report: dict) -> str:
     """The content of metrics.json as Markdown."""
     systems, gaps, order = report["systems"], report.get("gap_closed"), report.get("order")
@@ -81,13 +94,8 @@ def table(report: dict) -> str:
             "In brackets: 95 % intervals, bootstrapped over speakers; there is none for codes in use, whose "
             "number falls when speakers are drawn with repeats.\n"
         )
-    for key, title in (("not_measured", "Not measured"), ("definitions", "Definitions")):
-        lines = [f"- {name}: {text}" for name, text in report[key].items()]
-        if lines:
-            parts.append(f"## {title}\n\n" + "\n".join(lines) + "\n")
-    lines = [f"- {line}" for key in ("absent_sources", "bad_clips", "bad_codes") for line in report.get(key, [])]
-    if lines:
-        parts.append("## Left out\n\n" + "\n".join(lines) + "\n")
+    left_out = [line for key in ("absent_sources", "bad_clips", "bad_codes") for line in report.get(key, [])]
+    parts += [*definitions(report), *bullets("Left out", left_out)]
     return "\n".join(parts)
 
 

@@ -7,6 +7,7 @@ the file kept aside is none either.
 """
 
 import json
+import math
 from pathlib import Path
 
 from voxtral.checkpoint import write_text
@@ -33,9 +34,18 @@ def read_record(path) -> dict:
     return read_json(path)[1] if Path(path).is_file() else {}
 
 
+def finite(value):
+    """The value without NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, content: dict) -> None:
-    """Atomic."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Atomic; NaN becomes null."""
+    write_text(path, json.dumps(finite(content), indent=2) + "\n")
 
 
 def set_json(text: str, path: list[str], value) -> str:

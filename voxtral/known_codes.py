@@ -18,6 +18,7 @@ import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 from voxtral.audio import BadClip, load_segment
+from voxtral.checkpoint import atomic_path
 from voxtral.codec import CodecOutput, VoxtralCodec, valid_mask
 from voxtral.errors import reason_of
 from voxtral.params import CodecParams
@@ -41,6 +42,12 @@ def read_codes(path: str, params: CodecParams) -> Tensor:
     if codes.min() < 0 or not largest:
         raise BadClip(path, "codes outside the codebooks of this checkpoint")
     return codes
+
+
+def write_codes(path, codes: Tensor) -> None:
+    """[1 + acoustic_dim, L], for read_codes(); atomic."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, codes.numpy().astype(np.int16))
 
 
 def codes_of_clips(clips: list[Clip], batches: list, params: CodecParams) -> tuple[list[Tensor | None], list]:

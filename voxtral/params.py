@@ -48,20 +48,12 @@ class CodecParams:
     voice: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        expected = dict(
-            channels=1,
-            conv_weight_norm=True,
-            causal=True,
-            qk_norm=True,
-            use_biases=False,
-            layer_scale=True,
-            half_attn_window_upon_downsampling=True,
-        )
-        for key, value in expected.items():
-            if getattr(self, key) != value:
+        for key in fields(self):
+            value = getattr(self, key.name)
+            if (key.type is bool or key.name == "channels") and value != key.default:
                 raise CheckpointError(
-                    f"params.json: audio_tokenizer_args.{key} is {getattr(self, key)}, but the "
-                    f"Voxtral codec that this code knows has {value}."
+                    f"params.json: audio_tokenizer_args.{key.name} is {value}, but the Voxtral codec that this code "
+                    f"knows has {key.default}."
                 )
 
     @property

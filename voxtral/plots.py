@@ -114,14 +114,8 @@ def layers_figure(rows: list[dict]) -> Figure:
             for row, color in ((rows[0], "tab:gray"), (rows[-1], "tab:blue")):
                 for prompt, style in (("ours", "-"), ("preset", "--")):
                     values = row[f"validation/{prompt}_{measure}_{kind}_by_layer"]
-                    axis.plot(
-                        np.arange(1, len(values) + 1),
-                        values,
-                        style,
-                        color=color,
-                        marker=".",
-                        label=f"{prompt}, step {row['step']}",
-                    )
+                    x, label = np.arange(1, len(values) + 1), f"{prompt}, step {row['step']}"
+                    axis.plot(x, values, style, color=color, marker=".", label=label)
             axis.set_title(f"{kind}: {title}", fontsize=9)
             axis.grid(alpha=0.3)
         axes[1, column].set_xlabel("layer")

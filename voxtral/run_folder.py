@@ -213,25 +213,18 @@ class RunFolder:
 
     def _read_newest(self, weights: dict[str, Tensors]) -> dict:
         folders = step_folders(self.path)
-        for folder in reversed(folders):
-            try:
-                state = read_checkpoint(folder, weights)
-            except DAMAGE as error:
-                if folder == folders[-1]:
-                    newest = error
-            else:
-                if folder == folders[-1]:
-                    return state
-                raise ConfigError(
-                    f"{folders[-1]} is damaged ({' '.join(str(newest).split())}): delete it, and resume=true goes on "
-                    f"from {folder}."
-                ) from newest
-        if folders:
+        if not folders:
+            return {}
+        try:
+            return read_checkpoint(folders[-1], weights)
+        except DAMAGE as error:
+            damage = f"{folders[-1]} is damaged ({' '.join(str(error).split())})"
+            whole = next((folder for folder in reversed(folders[:-1]) if _is_whole(folder, weights)), None)
+            if whole:
+                raise ConfigError(f"{damage}: delete it, and resume=true goes on from {whole}.") from error
             raise ConfigError(
-                f"{folders[-1]} is damaged ({' '.join(str(newest).split())}), and there is no older checkpoint: choose "
-                "another output_dir and start anew."
-            ) from newest
-        return {}
+                f"{damage}, and there is no older checkpoint: choose another output_dir and start anew."
+            ) from error
 
     def truncate_metrics(self, step: int) -> History:
         """Drops the lines of metrics.jsonl after `step`, which the run will write again; returns what is left."""
@@ -252,6 +245,14 @@ def read_checkpoint(folder: Path, names) -> dict:
     except DAMAGE as error:
         raise CheckpointError(f"{STATE}: {reason_of(error)}") from error
     return state | {name: SafetensorsFile(folder / name).read() for name in names}
+
+
+def _is_whole(folder: Path, names) -> bool:
+    try:
+        read_checkpoint(folder, names)
+    except DAMAGE:
+        return False
+    return True
 
 
 def write_files(folder: Path, files: dict[str, Tensors]) -> None:

@@ -53,7 +53,8 @@ def read_table(path, remarks: Remarks) -> Iterator[Row]:
     Raises TableError when there is no such file, it is empty, or no column names the files.
     """
     path, names = Path(path), {}
-    for place, values in (_json_rows if _is_json(path) else _delimited_rows)(path, names, remarks):
+    read_rows = _json_rows if path.suffix.lower() in JSON_SUFFIXES else _delimited_rows
+    for place, values in read_rows(path, names, remarks):
         row = row_of(values)
         if not row.path:
             remarks.pass_over(str(values.get("left_out") or "a row that names no file"), f"{path}, {place}")
@@ -152,10 +153,6 @@ def read_json_lines(path, remarks: Remarks) -> Iterator[dict]:
 
 
 # ---------------------------------------------------------------- JSON and delimited tables
-
-
-def _is_json(path: Path) -> bool:
-    return path.suffix.lower() in JSON_SUFFIXES
 
 
 def _json_rows(path: Path, names: dict, remarks: Remarks) -> Iterator[tuple[str, dict]]:
