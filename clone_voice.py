@@ -108,14 +108,13 @@ def speak(
             if i > 0:
                 for samples in StreamingDecoder(tts.codec).extend(take.codes[None]):
                     yield start + i, samples[0]
+            problem = ""
             if not take.ended:
-                limit_sec = max_frames / tts.codec.params.frame_rate_hz
-                print(
-                    f"warning: no END_AUDIO within {limit_sec:g} s, cut off there: {batch[i].text[:60]}",
-                    file=sys.stderr,
-                )
+                problem = f"no END_AUDIO within {max_frames / tts.codec.params.frame_rate_hz:g} s, cut off there"
             elif not take.codes.shape[1]:
-                print(f"warning: END_AUDIO came at once, there is no audio: {batch[i].text[:60]}", file=sys.stderr)
+                problem = "END_AUDIO came at once, there is no audio"
+            if problem:
+                print(f"warning: {problem}: {batch[i].text[:60]}", file=sys.stderr)
 
 
 def write_all(

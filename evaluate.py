@@ -149,14 +149,8 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
     for system, tensors in encoders.items():
         codec.load_encoder(tensors, files.get(system, "a fresh encoder"))
         rows[system], audio[system], encoded[system] = [], [], []
-        measured = measure_clips(
-            codec,
-            samples,
-            sources,
-            scorer,
-            agreement,
-            encoded["reference"] if system != "reference" and agreement else None,
-        )
+        expected = encoded["reference"] if agreement and system != "reference" else None
+        measured = measure_clips(codec, samples, sources, scorer, agreement, expected)
         for i, (row, clip, decoded) in enumerate(progress(measured, system, len(samples))):
             rows[system].append(row)
             encoded[system].append(clip)

@@ -65,7 +65,7 @@ from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation_report import arrow, bullets, cell, clones_figure, definitions, markdown, number, write_rows
 from voxtral.json_files import write_json
-from voxtral.listening import Voice, record, write_page
+from voxtral.listening import VoiceSection, record, write_page
 from voxtral.plots import save_figure
 from voxtral.processes import start_process
 from voxtral.reference import prepare_reference
@@ -147,22 +147,17 @@ def notes(row: dict) -> list[str]:
     return lines + ([] if row["ended"] else ["cut off at the length limit"])
 
 
-def write_voices(folder, items: list[Item], rows: list[dict], audio: dict) -> list[Voice]:
+def write_voices(folder, items: list[Item], rows: list[dict], audio: dict) -> list[VoiceSection]:
     """wavs and spectrograms of the first items -> what the page says of them. audio: system -> their clones [T]."""
     voices = []
     for i in range(len(next(iter(audio.values())))):
-        reference = record(
-            folder,
-            f"clone_{i}_reference",
-            "reference",
-            prepare_reference(items[i].reference).waveform[0, 0],
-            SAMPLE_RATE,
-        )
+        waveform = prepare_reference(items[i].reference).waveform[0, 0]
+        reference = record(folder, f"clone_{i}_reference", "reference", waveform, SAMPLE_RATE)
         clones = [
             record(folder, f"clone_{i}_{system}", system, clones[i], SAMPLE_RATE, notes(rows[len(items) * place + i]))
             for place, (system, clones) in enumerate(audio.items())
         ]
-        voices.append(Voice(items[i].speaker, items[i].text, reference, clones))
+        voices.append(VoiceSection(items[i].speaker, items[i].text, reference, clones))
     return voices
 
 

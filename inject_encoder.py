@@ -109,11 +109,9 @@ def main(arguments=None) -> None:
         if options.lora and not adapter_record(options.lora):
             print(f"{options.lora} does not say which encoder it was trained with", file=sys.stderr)
         folder = inject(options.checkpoint, encoder, options.lora, options.output, options.weights)
-        print(
-            f"{folder} now holds the encoder{' and the merged LoRA' if options.lora else ''}"
-            f"{' and the other weights of phase 2' if options.weights else ''}"
-            f"{'; --eject takes it out again' if options.in_place else ''}"
-        )
+        parts = "the encoder" + (" and the merged LoRA" if options.lora else "")
+        parts += " and the other weights of phase 2" if options.weights else ""
+        print(f"{folder} now holds {parts}{'; --eject takes it out again' if options.in_place else ''}")
         if lost:
             print(
                 f"voices of the earlier {folder} to be registered again (patch_tokenizer.py): {', '.join(lost)}",

@@ -104,10 +104,9 @@ def make_codec(config: StandinConfig, raw_params: dict, process: Process) -> dic
     many steps as they are given. Returns the codec's tensors, or None when a training was stopped before its end."""
     output = Path(config.output_dir)
     stages = [(output, config.train.trainable, config.train.max_steps)]
-    if config.standin.encoder_steps:
-        stages.append((output / "encoder", ["encoder"], config.standin.encoder_steps))
-    if config.standin.decoder_steps:
-        stages.append((output / "decoder", ["decoder"], config.standin.decoder_steps))
+    for part, steps in (("encoder", config.standin.encoder_steps), ("decoder", config.standin.decoder_steps)):
+        if steps:
+            stages.append((output / part, [part], steps))
     tensors = {}
     for run, trainable, max_steps in stages:
         stage = deepcopy(config)
@@ -163,15 +162,9 @@ def make_language_model(config: StandinConfig, folder: Path, process: Process) -
             flush=True,
         )
         held_out = {clip.path for clip in clips if clip.speaker in speakers}
-        encode_speech(
-            VoxtralCodec.from_checkpoint(folder, process.device),
-            clips,
-            held_out,
-            output / "coded",
-            language_model.data.max_sec,
-            language_model.speeds,
-            language_model.offsets_ms,
-        )
+        codec, data = VoxtralCodec.from_checkpoint(folder, process.device), language_model.data
+        played = language_model.speeds, language_model.offsets_ms
+        encode_speech(codec, clips, held_out, output / "coded", data.max_sec, *played)
     process.wait()
     if not finish(train_full_pipeline.train, language_model, process):
         return None

@@ -18,9 +18,9 @@ from voxtral.checkpoint import (
     EMBEDDING_NAME,
     ENCODER_PREFIXES,
     Checkpoint,
-    Item,
     SafetensorsFile,
-    write_items,
+    StoredTensor,
+    write_stored,
 )
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.layers import Transformer, WindowAttention, alibi_slopes
@@ -466,9 +466,9 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     def fail():
         raise KeyboardInterrupt
 
-    items = {"x": Item("F32", [3], lambda: torch.zeros(3)), "y": Item("F32", [2], fail)}
+    items = {"x": StoredTensor("F32", [3], lambda: torch.zeros(3)), "y": StoredTensor("F32", [2], fail)}
     with pytest.raises(KeyboardInterrupt):
-        write_items(path, items)
+        write_stored(path, items)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

@@ -36,7 +36,7 @@ from voxtral.data import load_segment
 from voxtral.errors import UserError
 from voxtral.inject import inject
 from voxtral.layout import withheld_layout
-from voxtral.listening import Recording, Voice, record, write_page
+from voxtral.listening import Recording, VoiceSection, record, write_page
 from voxtral.params import load_params
 from voxtral.reference import prepare_reference
 from voxtral.sources import Clip
@@ -455,7 +455,7 @@ def test_pages_show_text_as_it_is(tmp_path):
         "<p>hello</p>",
         ["", "h<"],
         [["row", "1\n[0, 2]"]],
-        [Voice("v", "a < b", Recording("reference", "a b.wav"), [clone, silent])],
+        [VoiceSection("v", "a < b", Recording("reference", "a b.wav"), [clone, silent])],
     )
     page = (tmp_path / "index.html").read_text()
     assert all(

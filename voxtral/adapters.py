@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from voxtral.checkpoint import TORCH_DTYPES, Item, SafetensorsFile, check_shapes, digest
+from voxtral.checkpoint import TORCH_DTYPES, SafetensorsFile, StoredTensor, check_shapes, digest
 from voxtral.json_files import read_json, read_record, write_json
 from voxtral.params import LORA_MODULES, CheckpointError, ModelParams
 
@@ -50,7 +50,7 @@ def check_adapter(folder, encoder) -> None:
 # ---------------------------------------------------------------- merging
 
 
-def merged_weights(folder, stored: dict[str, Item], params: ModelParams) -> dict[str, Item]:
+def merged_weights(folder, stored: dict[str, StoredTensor], params: ModelParams) -> dict[str, StoredTensor]:
     """W + alpha / r * B A, summed in fp32 and rounded to the stored dtype, for every projection that a peft adapter of
     transformers' MistralModel holds. stored: the checkpoint's tensors. Raises CheckpointError for an adapter that does
     not fit or asks for more.
@@ -104,6 +104,6 @@ def merged_weights(folder, stored: dict[str, Item], params: ModelParams) -> dict
         return weight.addmm_(b, a, alpha=config["lora_alpha"] / rank).to(TORCH_DTYPES[stored[native].dtype])
 
     return {
-        native: Item(stored[native].dtype, stored[native].shape, lambda native=native: merged(native))
+        native: StoredTensor(stored[native].dtype, stored[native].shape, lambda native=native: merged(native))
         for native in names
     }

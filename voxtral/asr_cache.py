@@ -113,10 +113,8 @@ class AsrCache:
         if any(one is None for one in kept):
             return None
         n_frames = kept[0][1].shape[1]
-        hidden, alignment = (
-            torch.zeros(len(kept), self.max_tokens, self.width),
-            torch.zeros(len(kept), self.max_tokens, n_frames),
-        )
+        hidden = torch.zeros(len(kept), self.max_tokens, self.width)
+        alignment = torch.zeros(len(kept), self.max_tokens, n_frames)
         for i, (states, weights) in enumerate(kept):
             hidden[i, : len(states)], alignment[i, : len(weights)] = states, weights
         n_text = torch.tensor([len(states) for states, _ in kept])

@@ -38,9 +38,8 @@ def to_transformers_name(name: str) -> str:
 
 def to_native_name(name: str) -> str:
     """ "layers.3.self_attn.q_proj[.weight]" -> "layers.3.attention.wq[.weight]". ValueError for any other module."""
-    return _rename(
-        name, {new: old for old, new in MODULE_NAMES.items()}, {new: old for old, new in LAYER_MODULE_NAMES.items()}
-    )
+    outside, inside = ({new: old for old, new in names.items()} for names in (MODULE_NAMES, LAYER_MODULE_NAMES))
+    return _rename(name, outside, inside)
 
 
 def _rename(name: str, outside: dict[str, str], inside: dict[str, str]) -> str:

@@ -56,11 +56,8 @@ class SafetensorsFile:
 
     def __init__(self, path):
         self.path = Path(path)
-        problem = no_file(path)
-        if problem:
-            raise CheckpointError(
-                f"{self.path} is missing." if problem == "does not exist" else f"{self.path} {problem}."
-            )
+        if problem := no_file(path):
+            raise CheckpointError(f"{path} {'is missing' if problem == 'does not exist' else problem}.")
         try:
             with self.path.open("rb") as file:
                 (header_size,) = struct.unpack("<Q", file.read(8))
@@ -231,7 +228,7 @@ class Span(NamedTuple):
 
 
 @dataclass
-class Item:
+class StoredTensor:
     """A tensor to be written: dtype (as in a safetensors header), shape, and where its bytes lie or what makes it."""
 
     dtype: str
@@ -255,7 +252,9 @@ class Item:
         return torch.frombuffer(data, dtype=TORCH_DTYPES[self.dtype]).view(self.shape)
 
 
-def write_items(path, items: dict[str, Item], metadata: dict | None = None, header: bytes | None = None) -> None:
+def write_stored(
+    path, items: dict[str, StoredTensor], metadata: dict | None = None, header: bytes | None = None
+) -> None:
     """Writes tensors in the order of `items`, those in files byte for byte; a few blocks and one tensor are in memory.
 
     Atomic. header: the first bytes of the file, when they are to be just these. Raises CheckpointError for a file that
@@ -347,9 +346,12 @@ class BlockWriter:
 
 def save_tensors(path, tensors: dict[str, Tensor]) -> None:
     """name -> tensor, on any device, as one .safetensors file, atomically."""
-    write_items(
+    write_stored(
         path,
-        {name: Item(DTYPE_NAMES[t.dtype], list(t.shape), lambda t=t: t.detach().cpu()) for name, t in tensors.items()},
+        {
+            name: StoredTensor(DTYPE_NAMES[t.dtype], list(t.shape), lambda t=t: t.detach().cpu())
+            for name, t in tensors.items()
+        },
     )
 
 

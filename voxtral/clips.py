@@ -234,19 +234,12 @@ def encode_speech(
             codes = codec.encode(waveforms[:, None].to(device), lengths).to("cpu", torch.int16).numpy()
             speaker = file_name(clip.speaker)
             (folder / speaker).mkdir(parents=True, exist_ok=True)
-            for (speed, offset, _), one, n_frames in zip(
-                played, codes, ceil_div(lengths, codec.params.frame_size).tolist()
-            ):
+            n_frames = ceil_div(lengths, codec.params.frame_size).tolist()
+            for (speed, offset, _), one, length in zip(played, codes, n_frames):
                 name = f"{speaker}/{number:05d}_{speed:g}_{offset:g}.npy"
-                np.save(folder / name, one[:, :n_frames])
-                rows.append(
-                    {
-                        "path": str(Path(clip.path).absolute()),
-                        "codes": name,
-                        "text": clip.text,
-                        "voice": clip.speaker if speed == 1 else f"{clip.speaker}@{speed:g}",
-                    }
-                )
+                np.save(folder / name, one[:, :length])
+                voice = clip.speaker if speed == 1 else f"{clip.speaker}@{speed:g}"
+                rows.append({"path": str(Path(clip.path).absolute()), "codes": name, "text": clip.text, "voice": voice})
     write_text(folder / "manifest.jsonl", "".join(map(json_line, rows)))
 
 

@@ -25,7 +25,7 @@ from voxtral.codec import VoxtralCodec
 from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError
 from voxtral.evaluation import Averages, fresh_encoder
-from voxtral.inject import all_items, original_files
+from voxtral.inject import original_files, stored_tensors
 from voxtral.reference import BadReference, prepare_reference
 from voxtral.refinement import reference_codes
 from voxtral.remarks import Remarks
@@ -253,7 +253,7 @@ def read_system(description: str, tts: TTS, seed: int = 0) -> System:
         check_shapes(found, expected, encoder)
     if adapter:
         # Only for its checks: peft lets adapters pass that do not fit.
-        merged_weights(adapter, all_items(original_files(tts.folder)), tts.models.backbone.params)
+        merged_weights(adapter, stored_tensors(original_files(tts.folder)), tts.models.backbone.params)
     return System(name, tensors, adapter)
 
 

@@ -120,9 +120,8 @@ class SpeechDataset(Dataset):
         n_frames = min(known.shape[1], int(self.max_sec * SAMPLE_RATE) // frame_size)
         start = int(random.integers(known.shape[1] - n_frames + 1))
         codes[:, :n_frames] = known[:, start : start + n_frames]
-        return self.padded(waveform[start * frame_size : (start + n_frames) * frame_size], SAMPLE_RATE) | {
-            "codes": codes
-        }
+        segment = waveform[start * frame_size : (start + n_frames) * frame_size]
+        return self.padded(segment, SAMPLE_RATE) | {"codes": codes}
 
     def padded(self, segment: np.ndarray, rate: int) -> dict:
         """What load_segment() gives -> waveform, length, native_rate: see load()."""
@@ -315,18 +314,10 @@ def print_row(name: str, clips: list[Clip], n_passed_over: int, opened: dict[str
     rates = Counter(header.rate for header in good)
     low = sum(count for rate, count in rates.items() if rate < SAMPLE_RATE) / max(len(good), 1)
     speakers = {(clip.source, clip.speaker) for clip in clips if clip.path in opened}
-    print(
-        ROW(
-            shown(name),
-            len(good),
-            len(clips) - len(good),
-            n_passed_over,
-            len(speakers),
-            f"{sum(header.seconds for header in good) / 3600:.2f}",
-            f"{low:.1%}",
-            ", ".join(f"{rate / 1000:g}: {count}" for rate, count in sorted(rates.items())),
-        )
-    )
+    counts = len(good), len(clips) - len(good), n_passed_over, len(speakers)
+    hours = sum(header.seconds for header in good) / 3600
+    by_rate = ", ".join(f"{rate / 1000:g}: {count}" for rate, count in sorted(rates.items()))
+    print(ROW(shown(name), *counts, f"{hours:.2f}", f"{low:.1%}", by_rate))
 
 
 def print_advice(opened: dict[str, Header]) -> None:

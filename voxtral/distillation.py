@@ -70,15 +70,10 @@ class FullPipeline(nn.Module):
             lora = config.lora
             shared = {id(tensor): tensor for tensor in models.backbone.state_dict(keep_vars=True).values()}
             self.base = deepcopy(models.backbone, shared)  # the same weights in modules that stay without LoRA
-            self.adapter = get_peft_model(
-                self.backbone.model,
-                LoraConfig(
-                    r=lora.rank,
-                    lora_alpha=lora.alpha,
-                    lora_dropout=lora.dropout,
-                    target_modules=list(lora.target_modules),
-                ),
+            adapter = LoraConfig(
+                r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
             )
+            self.adapter = get_peft_model(self.backbone.model, adapter)
             self.parts["lora"] = [p for name, p in self.adapter.named_parameters() if "lora_" in name]
             for module in self.adapter.modules():
                 if isinstance(module, BaseTunerLayer):

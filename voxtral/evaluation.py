@@ -235,7 +235,7 @@ def measure_clips(
 
 
 @dataclass
-class Voices:
+class VoiceStatistics:
     """Statistics of voice embeddings [L, dim] without their END_AUDIO rows."""
 
     rows: int
@@ -248,7 +248,7 @@ class Voices:
     cosine_between_speakers: float
 
 
-def voice_statistics(embeddings: Iterable[Tensor], speakers: list, rms: float) -> Voices:
+def voice_statistics(embeddings: Iterable[Tensor], speakers: list, rms: float) -> VoiceStatistics:
     """Embeddings [L, dim] (one at a time in memory), their speakers, the presets' root mean square."""
     total = square = norm = 0.0
     n_rows = small = 0
@@ -269,7 +269,7 @@ def voice_statistics(embeddings: Iterable[Tensor], speakers: list, rms: float) -
         pairs[speakers[i] == speakers[j]].append(cosine[i, j])
     mean = total / n_rows
     averages = {same: float(np.mean(values)) if values else math.nan for same, values in pairs.items()}
-    return Voices(
+    return VoiceStatistics(
         rows=n_rows,
         norm=norm / n_rows,
         mean=mean,
@@ -281,7 +281,7 @@ def voice_statistics(embeddings: Iterable[Tensor], speakers: list, rms: float) -
     )
 
 
-def compare_voices(voices: Voices, presets: Voices) -> dict[str, float]:
+def compare_voices(voices: VoiceStatistics, presets: VoiceStatistics) -> dict[str, float]:
     """Numbers for the report; with `presets` itself every comparison is perfect (1, and 0 for the distance)."""
     log_variances = np.log(np.maximum(np.stack([voices.variance.numpy(), presets.variance.numpy()]), 1e-12))
     return {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from voxtral.checkpoint import write_text
 from voxtral.data import SAMPLE_RATE
-from voxtral.evaluation import METRICS, Sample, Voices
+from voxtral.evaluation import METRICS, Sample, VoiceStatistics
 from voxtral.plots import save_figure, spectrogram_figure
 from voxtral.score_table import Metric
 
@@ -29,10 +29,11 @@ def cell(summary: dict | None, scale: float = 1.0) -> str:
     """ "value [low, high]" of {"value", "interval"}, times `scale`."""
     if summary is None or math.isnan(summary["value"]):
         return ""
-    interval = summary["interval"]
-    return number(scale * summary["value"]) + (
-        f" [{number(scale * interval[0])}, {number(scale * interval[1])}]" if interval else ""
-    )
+    value = number(scale * summary["value"])
+    if not summary["interval"]:
+        return value
+    low, high = (number(scale * end) for end in summary["interval"])
+    return f"{value} [{low}, {high}]"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -157,13 +158,8 @@ def scores_figure(systems: dict[str, dict]) -> Figure:
 
 def clones_figure(systems: dict[str, dict]) -> Figure:
     """How like its own reference and like the others' a clone is, and its word errors. systems: of summarize()."""
-    panels = [
-        (
-            "cosine of speaker embeddings",
-            {"own": ("own reference", "tab:blue"), "others": ("other voices", "tab:gray")},
-            1,
-        )
-    ]
+    likeness = {"own": ("own reference", "tab:blue"), "others": ("other voices", "tab:gray")}
+    panels = [("cosine of speaker embeddings", likeness, 1)]
     if "wer" in next(iter(systems.values())):
         panels.append(("word errors, %", {"wer": ("", "tab:red")}, 100))
     figure = Figure(figsize=(4.5 * len(panels), 1.4 + 0.4 * len(systems)), layout="constrained")
@@ -204,7 +200,7 @@ def gap_figure(gaps: dict[str, dict]) -> Figure:
     return figure
 
 
-def voices_figure(voices: dict[str, Voices], presets: Voices) -> Figure:
+def voices_figure(voices: dict[str, VoiceStatistics], presets: VoiceStatistics) -> Figure:
     """Mean and deviation of every dimension of the voice embeddings against the presets'."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     for axis, title, values in zip(

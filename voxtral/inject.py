@@ -19,15 +19,15 @@ from voxtral.checkpoint import (
     ENCODER_PREFIXES,
     TORCH_DTYPES,
     Checkpoint,
-    Item,
     SafetensorsFile,
     Span,
+    StoredTensor,
     atomic_path,
     check_shapes,
     flush,
     parse_header,
     weight_files,
-    write_items,
+    write_stored,
     write_text,
 )
 from voxtral.json_files import read_json, read_record, remove_json, set_json, write_json
@@ -66,11 +66,11 @@ def inject(checkpoint, encoder, lora=None, output=None, weights=None) -> Path:
     changes = encoder_changes(encoder, source.params)
     if lora is not None:
         check_adapter(lora, encoder)
-        changes |= merged_weights(lora, all_items(originals), source.params)
+        changes |= merged_weights(lora, stored_tensors(originals), source.params)
     if weights is not None:
         if output is None:
             raise CheckpointError(f"{weights} replaces more than an injection in place can undo: use --output.")
-        changes |= weight_changes(weights, all_items(originals))
+        changes |= weight_changes(weights, stored_tensors(originals))
     targets = [changed(original, changes, last=original is originals[-1]) for original in originals]
     files = {"encoder": encoder, "lora": lora, "weights": weights}
     record = json.dumps({what: path and str(path) for what, path in files.items()}, indent=2) + "\n"
@@ -154,7 +154,7 @@ def _inject_in_place(
         os.replace(temporary, folder / BACKUP)
         flush(folder)
     if to_save:
-        write_items(folder / BACKUP / SAVED_TENSORS, to_save)
+        write_stored(folder / BACKUP / SAVED_TENSORS, to_save)
     for name, text in notes.items():
         write_text(folder / name, text)
     target.write(target.path)
@@ -197,7 +197,7 @@ class Weights:
     """A .safetensors file as it should be. `header`: its first bytes, when they are to be these and no others."""
 
     path: Path  # where it lies in the source folder
-    items: dict[str, Item]  # in the order of the data
+    items: dict[str, StoredTensor]  # in the order of the data
     metadata: dict | None
     header: bytes | None
     is_untouched: bool  # the file at `path` is it already
@@ -208,7 +208,7 @@ class Weights:
 
     def write(self, path) -> None:
         """Streams the file to `path`, atomically."""
-        write_items(path, self.items, self.metadata, self.header)
+        write_stored(path, self.items, self.metadata, self.header)
 
 
 def original_files(folder) -> list[Weights]:
@@ -238,18 +238,18 @@ def original_files(folder) -> list[Weights]:
                     f"delete {kept.parent} and download the checkpoint again."
                 )
             begin, end = holder.entries[name]["data_offsets"]
-            items[name] = Item(
+            items[name] = StoredTensor(
                 entry["dtype"], entry["shape"], Span(holder.path, holder.data_start + begin, end - begin)
             )
         originals.append(Weights(path, items, metadata, header, is_untouched=not restoring))
     return originals
 
 
-def all_items(files: list[Weights]) -> dict[str, Item]:
+def stored_tensors(files: list[Weights]) -> dict[str, StoredTensor]:
     return {name: item for file in files for name, item in file.items.items()}
 
 
-def changed(original: Weights, changes: dict[str, Item], last: bool) -> Weights:
+def changed(original: Weights, changes: dict[str, StoredTensor], last: bool) -> Weights:
     """`original` with the items of `changes` of the same name; an encoder goes to the end of the last file."""
     items = {
         name: changes.get(name, item) for name, item in original.items.items() if not name.startswith(ENCODER_PREFIXES)
@@ -264,7 +264,7 @@ def changed(original: Weights, changes: dict[str, Item], last: bool) -> Weights:
 # ---------------------------------------------------------------- what changes
 
 
-def encoder_changes(path, params: ModelParams) -> dict[str, Item]:
+def encoder_changes(path, params: ModelParams) -> dict[str, StoredTensor]:
     """The encoder's tensors, bf16. Raises CheckpointError unless all are there, fit, are finite and not all zero."""
     file = SafetensorsFile(path)
     layout = withheld_layout(params)
@@ -279,12 +279,12 @@ def encoder_changes(path, params: ModelParams) -> dict[str, Item]:
         if not extremes.any():
             raise CheckpointError(f"{path}: {name} is all zero: this is no trained encoder.")
     return {
-        name: Item("BF16", list(shape), lambda name=name: file.tensor(name).bfloat16())
+        name: StoredTensor("BF16", list(shape), lambda name=name: file.tensor(name).bfloat16())
         for name, shape in layout.items()
     }
 
 
-def weight_changes(path, stored: dict[str, Item]) -> dict[str, Item]:
+def weight_changes(path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Tensors of phase 2 besides LoRA and encoder, in their stored dtypes. Raises CheckpointError for one that the
     checkpoint does not have or that holds no finite numbers."""
     file, changes = SafetensorsFile(path), {}
@@ -297,7 +297,7 @@ def weight_changes(path, stored: dict[str, Item]) -> dict[str, Item]:
         if not file.tensor(name).isfinite().all():
             raise CheckpointError(f"{path}: {name} holds values that are no finite numbers.")
         dtype = stored[name].dtype
-        changes[name] = Item(
+        changes[name] = StoredTensor(
             dtype, entry["shape"], lambda name=name, dtype=dtype: file.tensor(name).to(TORCH_DTYPES[dtype])
         )
     return changes

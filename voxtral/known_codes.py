@@ -133,15 +133,11 @@ class CodeMatching:
         self.quantizer = codec.quantizer
         seen = [self.quantizer.decode(one[None]).double() for one in codes]  # [1, D, L]
         together = torch.cat([one[0] for one in seen], dim=1)
-        self.mean = together.mean(dim=1)[:, None].float().to(device)  # [D, 1]
+        mean = together.mean(dim=1)[:, None]
+        self.mean = mean.float().to(device)  # [D, 1]
         self.deviation = together.std(dim=1).clamp(min=1e-4)[:, None].float().to(device)  # [D, 1]
-        sums = [
-            pair_sums(
-                (one - together.mean(dim=1)[:, None]) / self.deviation.cpu(),
-                torch.ones(1, one.shape[-1], dtype=torch.bool),
-            )
-            for one in seen
-        ]
+        every = torch.ones(1, max(one.shape[-1] for one in seen), dtype=torch.bool)
+        sums = [pair_sums((one - mean) / self.deviation.cpu(), every[:, : one.shape[-1]]) for one in seen]
         self.target = tuple(part.float().to(device) for part in mean_and_covariance(*map(sum, zip(*sums))))
         self.running = tuple(map(torch.zeros_like, self.target))
         self.steps = 0

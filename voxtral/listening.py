@@ -55,7 +55,7 @@ class Recording:
 
 
 @dataclass
-class Voice:
+class VoiceSection:
     """A part of the page: a voice, what is said in it, the recording it was cloned from, and the clones."""
 
     name: str
@@ -76,7 +76,7 @@ def record(folder, stem: str, name: str, waveform: Tensor, sampling_rate: int, n
 
 
 def write_page(
-    path, title: str, intro_html: str, headers: list[str], table_rows: list[list[str]], voices: list[Voice]
+    path, title: str, intro_html: str, headers: list[str], table_rows: list[list[str]], voices: list[VoiceSection]
 ) -> None:
     """Writes the page. All but intro_html is text, in which < and & stand for themselves, and a line break in the table
     for one; the first column names the rows."""
@@ -105,7 +105,7 @@ def write_page(
     )
 
 
-def _section(voice: Voice) -> str:
+def _section(voice: VoiceSection) -> str:
     takes = "".join(map(_take, [voice.reference, *voice.clones]))
     return (
         f"<section>\n<h2>{escape(voice.name)}</h2>\n<blockquote>“{escape(voice.text)}”</blockquote>\n"

@@ -141,14 +141,10 @@ def _known(cls, values: dict):
     for key in fields(cls):
         if key.name in values:
             value = known[key.name] = values[key.name]
-            right = isinstance(value, (int, float) if key.type is float else key.type) and (
-                key.type is bool or not isinstance(value, bool)
-            )
+            right = type(value) in ((int, float) if key.type is float else (key.type,))
             if not right or key.type is int and value < 1:
-                raise CheckpointError(
-                    f"params.json: {key.name} is {value!r}: it must be a {key.type.__name__}"
-                    f"{' above 0' if key.type is int else ''}."
-                )
+                kind = key.type.__name__ + (" above 0" if key.type is int else "")
+                raise CheckpointError(f"params.json: {key.name} is {value!r}: it must be a {kind}.")
             if key.name.endswith("_str") and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
                 raise CheckpointError(
                     f"params.json: {key.name} is {value!r}: it must be numbers above 0 between commas."

@@ -22,15 +22,9 @@ def spectrogram_figure(rows: dict[str, Tensor], sampling_rate: int) -> Figure:
     ]
     top = max(image.max() for image in images)
     for axis, title, waveform, image in zip(axes, rows, rows.values(), images):
-        shown = axis.imshow(
-            image,
-            origin="lower",
-            aspect="auto",
-            cmap="magma",
-            vmin=top - 80,
-            vmax=top,
-            extent=(0, len(waveform) / sampling_rate, 0, sampling_rate / 2000),
-        )
+        extent = (0, len(waveform) / sampling_rate, 0, sampling_rate / 2000)
+        scale = {"cmap": "magma", "vmin": top - 80, "vmax": top}
+        shown = axis.imshow(image, origin="lower", aspect="auto", extent=extent, **scale)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_ylabel("kHz")
     axes[-1].set_xlabel("seconds")

@@ -85,9 +85,8 @@ class RunFolder:
         if self.changes:
             kept = self.path / "former_configs"
             kept.mkdir(exist_ok=True)
-            os.replace(
-                self.path / CONFIG, kept / f"{len(list(kept.iterdir())):03d}_until_step_{last_step(self.path):08d}.yaml"
-            )
+            name = f"{len(list(kept.iterdir())):03d}_until_step_{last_step(self.path):08d}.yaml"
+            os.replace(self.path / CONFIG, kept / name)
         dump_config(self.config, self.path / CONFIG)
 
     @property
@@ -320,11 +319,9 @@ def changes_on_resuming(former, config, path) -> list[str]:
 
 def environment(process: Process) -> dict:
     """What a reader needs to repeat a run."""
-    device = (
-        torch.cuda.get_device_name(process.device)
-        if process.device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    device = platform.processor() or platform.machine()
+    if process.device.type == "cuda":
+        device = torch.cuda.get_device_name(process.device)
     return {
         "command": " ".join(sys.argv),
         "python": platform.python_version(),

@@ -193,14 +193,8 @@ def estoi(source: np.ndarray, decoded: np.ndarray, sampling_rate: int) -> float:
 
 def transcribe(model: whisper.Whisper, audio: np.ndarray, language: str | None) -> tuple[str, str]:
     """[T] at SCORE_RATE -> what Whisper writes down, greedily, and the language (None: it is detected)."""
-    result = model.transcribe(
-        audio,
-        language=language,
-        temperature=0.0,
-        verbose=None,
-        condition_on_previous_text=False,
-        fp16=model.device.type == "cuda",
-    )
+    greedy = {"temperature": 0.0, "condition_on_previous_text": False, "verbose": None}
+    result = model.transcribe(audio, language=language, fp16=model.device.type == "cuda", **greedy)
     return result["text"].strip(), result["language"]
 
 

@@ -305,13 +305,8 @@ def read_manifest(manifest: Path, index: int, folder: Path, remarks: Remarks) ->
         path = os.path.join(folder, row.path)
         if "\\" in row.path and not os.path.exists(path):
             path = os.path.join(folder, row.path.replace("\\", "/"))  # written on Windows
-        yield Clip(
-            path,
-            row.speaker or _folder_name(path),
-            index,
-            row.text,
-            os.path.join(folder, row.codes) if row.codes else "",
-        )
+        codes = os.path.join(folder, row.codes) if row.codes else ""
+        yield Clip(path, row.speaker or _folder_name(path), index, row.text, codes)
 
 
 def _huggingface(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:

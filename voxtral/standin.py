@@ -15,7 +15,7 @@ import torch
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from torch import Tensor
 
-from voxtral.checkpoint import EMBEDDING_NAME, Item, atomic_path, write_items, write_text
+from voxtral.checkpoint import EMBEDDING_NAME, StoredTensor, atomic_path, write_stored, write_text
 from voxtral.errors import UserError
 from voxtral.layout import meta_codec, released_layout
 from voxtral.params import CodecParams, ModelParams, parse_params
@@ -221,8 +221,10 @@ def write_random_checkpoint(
     def tensor(name: str) -> Tensor:
         return trained[name] if name in trained else random_tensor(name, layout[name], seed)
 
-    items = {name: Item("BF16", list(layout[name]), lambda name=name: tensor(name).bfloat16()) for name in layout}
-    write_items(folder / "consolidated.safetensors", items, metadata={"format": "pt"})
+    items = {
+        name: StoredTensor("BF16", list(layout[name]), lambda name=name: tensor(name).bfloat16()) for name in layout
+    }
+    write_stored(folder / "consolidated.safetensors", items, metadata={"format": "pt"})
     write_text(folder / "params.json", json.dumps(raw, indent=2))
     table = tensor(EMBEDDING_NAME)
     embeddings = {

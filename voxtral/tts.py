@@ -94,11 +94,8 @@ class TTS:
         prompts = [self.prompt(request.text, request.voice) for request in requests]
         loop = self._loop_for(prompts, max_frames)
         dim = self.codec.params.acoustic_dim
-        loop.start(
-            prompts,
-            torch.stack([noise(request.seed, max_frames, dim) for request in requests]),
-            torch.tensor([[request.cfg_alpha] for request in requests]),
-        )
+        noises = torch.stack([noise(request.seed, max_frames, dim) for request in requests])
+        loop.start(prompts, noises, torch.tensor([[request.cfg_alpha] for request in requests]))
         takes = [Take(loop.ids.new_empty(loop.ids.shape[-1], 0, device="cpu")) for _ in requests]
         done = 0
         while done < max_frames and not all(take.ended for take in takes):
@@ -136,12 +133,11 @@ class TTS:
                 "shorten the text or the length limit."
             )
         loop = self._loop
-        if not (
-            loop and len(loop.ids) == len(prompts) and loop.max_frames >= max_frames and loop.cache.n_slots >= needed
-        ):
+        n_prompts = len(prompts)
+        if not (loop and len(loop.ids) == n_prompts and loop.max_frames >= max_frames and loop.cache.n_slots >= needed):
             self._loop = loop = None  # frees its memory first
             n_slots = -(-needed // SLOT_MULTIPLE) * SLOT_MULTIPLE
-            self._loop = FrameLoop(self.backbone, self.models.acoustic, self.codec, len(prompts), n_slots, max_frames)
+            self._loop = FrameLoop(self.backbone, self.models.acoustic, self.codec, n_prompts, n_slots, max_frames)
         return self._loop
 
 

@@ -84,9 +84,8 @@ def test_weights(codec: VoxtralCodec, folder: Path, clips: list[Clip], config: D
     groups, all_bad = {"all": clips}, []
     numbers = sorted({clip.source for clip in clips})
     if len(numbers) > 1:
-        groups |= {
-            source_name(config.sources[number]): [clip for clip in clips if clip.source == number] for number in numbers
-        }
+        for number in numbers:
+            groups[source_name(config.sources[number])] = [clip for clip in clips if clip.source == number]
     metrics = {}
     for name, group in groups.items():
         batches = validation_batches(group, config)

@@ -204,8 +204,8 @@ def load_embedding(path, params: ModelParams, end_row: Tensor) -> tuple[Tensor, 
             f"[N, {params.dim}] floats."
         )
     ends = len(embedding) and (embedding[-1].float() - end_row).norm() <= MAX_END_ERROR * end_row.norm()
-    n_rows = len(embedding) + (not ends)
     least, most = (math.ceil(seconds * params.codec.frame_rate_hz) + 1 for seconds in (MIN_SPEECH_SEC, MAX_SEC))
+    n_rows = len(embedding) + (not ends and len(embedding) <= most)  # a missing END_AUDIO row is appended
     if not least <= n_rows <= most:  # before anything of its size is made
         raise VoiceError(
             f"{path} has {n_rows} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are {least} to {most}."
