@@ -13,7 +13,7 @@ SHARED = {
         "metavar": "SECONDS",
         "type": float,
         "default": 0.0,
-        "help": "fit the codes of the recording to it for so long, in at most 40 steps (default: 0, the encoder's)",
+        "help": "fit the codes of the recording to it, at most so long and 40 steps (default: 0, the encoder's)",
     },
     "--cfg-alpha": {
         "metavar": "WEIGHT",
@@ -56,8 +56,8 @@ def script_parser(
     return parser
 
 
-def _or_variable(folder: str) -> str:
-    return os.environ.get(VARIABLE[1:], "") if folder == VARIABLE else folder
+def _or_variable(folder: str) -> str | None:
+    return os.environ.get(VARIABLE[1:]) if folder == VARIABLE else folder
 
 
 def add_shared(parser: argparse.ArgumentParser, *names: str, **changes) -> None:
