@@ -66,9 +66,11 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from voxtral.audio import SAMPLE_RATE
 from voxtral.checkpoint import SafetensorsFile, write_text
+from voxtral.clip_list import Clip
 from voxtral.codec import VoxtralCodec
-from voxtral.data import SAMPLE_RATE, read_config
+from voxtral.data import read_config
 from voxtral.degrade import DEGRADATIONS, order
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import (
@@ -91,7 +93,7 @@ from voxtral.json_files import write_json
 from voxtral.plots import levels_figure, save_figure
 from voxtral.processes import start_process
 from voxtral.scores import Scorer, check_scores, not_measured
-from voxtral.sources import Clip, DataConfig, SourceConfig, final_clips, find_clips, split_validation
+from voxtral.sources import DataConfig, SourceConfig, final_clips, find_clips, split_validation
 from voxtral.voices import preset_embeddings
 
 # ---------------------------------------------------------------- what is measured

@@ -59,9 +59,9 @@ add_shared(COMMAND_LINE, "--cfg-alpha", "--device")
 if __name__ == "__main__":
     COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
 
+from voxtral.audio import SAMPLE_RATE
 from voxtral.checkpoint import write_text
 from voxtral.clones import METRICS, Item, Judge, items_of_manifest, read_list, read_system, speak_and_score, summarize
-from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation_report import arrow, bullets, cell, clones_figure, definitions, markdown, number, write_rows
 from voxtral.json_files import write_json

@@ -55,7 +55,7 @@ LINE_SEC = 30  # between lines of progress, where there is no bar
 WRITERS = 8  # threads
 
 
-def check_voices(checkpoint: str, names: list[str] | None) -> list[str]:
+def chosen_voices(checkpoint: str, names: list[str] | None) -> list[str]:
     """The voices to use: those named, or all that serving would find. Raises UserError when there is none."""
     if names:
         return list(dict.fromkeys(name.lower() for name in names))
@@ -92,7 +92,7 @@ def make_batch(tts: TTS, folder: ClipFolder, clips: list[PlannedClip], voices: d
 
 def generate(options, process: Process) -> None:
     sentences = read_sentences(options.texts)
-    names = check_voices(options.checkpoint, options.voices)
+    names = chosen_voices(options.checkpoint, options.voices)
     voices = {name: named_voice(options.checkpoint, name) for name in names}
     folder = ClipFolder(options.output, process.rank)
     clips = plan(names, sentences, options.per_voice, options.seed)

@@ -49,6 +49,7 @@ from torch import Tensor
 import train_full_pipeline
 from train_encoder import train
 from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile, save_tensors
+from voxtral.clip_list import Clip
 from voxtral.clips import encode_speech
 from voxtral.clones import Judge, items_of_clips, read_system, speak_and_score, summarize
 from voxtral.codec import VoxtralCodec
@@ -58,7 +59,7 @@ from voxtral.json_files import write_json
 from voxtral.params import CodecParams, TransformerParams, load_params, parse_params
 from voxtral.processes import Process, training_process
 from voxtral.run_folder import last_step, load_run_config
-from voxtral.sources import Clip, SourceConfig, find_clips, split_validation
+from voxtral.sources import SourceConfig, find_clips, split_validation
 from voxtral.standin import N_SPECIAL_TOKENS, full_params, random_tensor, small_params, write_random_checkpoint
 from voxtral.tts import TTS
 from voxtral.voices import encode_reference

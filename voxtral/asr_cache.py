@@ -19,11 +19,12 @@ from torch import Tensor
 
 from voxtral.asr import AsrConfig, AsrTargets, WhisperTeacher
 from voxtral.audio import load_segment, read_header
+from voxtral.checkpoint import digest
+from voxtral.clip_list import Clip
 from voxtral.codec import valid_mask
 from voxtral.data import Batch, SpeechDataset, collate
 from voxtral.errors import UserError
 from voxtral.json_files import write_json
-from voxtral.sources import Clip
 
 
 @dataclass
@@ -43,12 +44,9 @@ class AsrCache:
     def __init__(self, folder: str, teacher: WhisperTeacher, config: AsrConfig, max_sec: float):
         self.folder, self.max_sec = Path(folder), max_sec
         self.max_tokens, self.width, self.dtype = teacher.max_tokens, teacher.width, teacher.dtype
-        model = hashlib.sha256(
-            teacher.model.decoder.ln.weight.float().cpu().numpy().tobytes()
-            + teacher.model.encoder.conv1.weight.float().cpu().numpy().tobytes()
-        )
+        weights = teacher.model.decoder.ln.weight, teacher.model.encoder.conv1.weight
         made_with = {
-            "whisper": model.hexdigest(),
+            "whisper": digest(("", weight.float()) for weight in weights),
             "language": config.language,
             "context_sec": config.context_sec,
             "tokens_per_sec": config.tokens_per_sec,

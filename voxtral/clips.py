@@ -10,6 +10,7 @@ import random
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -36,13 +37,14 @@ from tqdm import tqdm
 
 from voxtral.audio import BadClip, load_segment
 from voxtral.checkpoint import atomic_path, write_text
+from voxtral.clip_list import Clip
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.data import read_config
 from voxtral.errors import UserError, one_sentence, shown
 from voxtral.known_codes import write_codes
 from voxtral.paths import file_name, is_inside
 from voxtral.remarks import Remarks
-from voxtral.sources import Clip, find_clips
+from voxtral.sources import find_clips
 from voxtral.tables import json_line, read_json_lines
 from voxtral.tts import Take
 
@@ -101,12 +103,7 @@ def defect(take: Take, samples: Tensor, sample_rate_hz: int) -> str:
 
 def longest_run(values: Tensor) -> int:
     """[L] -> length of the longest stretch of equal values."""
-    longest = run = 0
-    previous = None
-    for value in values.tolist():
-        run = run + 1 if value == previous else 1
-        longest, previous = max(longest, run), value
-    return longest
+    return max((len(list(run)) for _, run in groupby(values.tolist())), default=0)
 
 
 class ClipFolder:

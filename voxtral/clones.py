@@ -20,9 +20,10 @@ from whisper.tokenizer import LANGUAGES
 from voxtral.acoustic import CFG_ALPHA
 from voxtral.adapters import merged_weights
 from voxtral.asr import load_whisper
+from voxtral.audio import SAMPLE_RATE
 from voxtral.checkpoint import SafetensorsFile, check_shapes
+from voxtral.clip_list import Clip
 from voxtral.codec import VoxtralCodec
-from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError
 from voxtral.evaluation import Averages, fresh_encoder
 from voxtral.inject import original_files, stored_tensors
@@ -31,7 +32,7 @@ from voxtral.refinement import reference_codes
 from voxtral.remarks import Remarks
 from voxtral.score_table import Metric
 from voxtral.scores import SCORE_RATE, normaliser, transcribe, word_error_rate
-from voxtral.sources import Absent, Clip, read_manifest
+from voxtral.sources import Absent, read_manifest
 from voxtral.speaker import SpeakerEncoder
 from voxtral.streaming import decode_batch
 from voxtral.text import read_text

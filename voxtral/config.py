@@ -17,13 +17,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from voxtral.asr import AsrConfig
-from voxtral.data import SAMPLE_RATE, DataConfig
+from voxtral.audio import SAMPLE_RATE
 from voxtral.discriminator import DiscriminatorConfig
 from voxtral.errors import UserError, reason_of
 from voxtral.known_codes import MatchConfig
 from voxtral.losses import LossWeights
 from voxtral.params import LORA_MODULES
-from voxtral.sources import CODEC_FRAME_SEC, check_config
+from voxtral.sources import CODEC_FRAME_SEC, DataConfig, check_config
 from voxtral.tracking import TRACKERS, dotted, is_installed
 
 PARTS = ("encoder", "codebook", "decoder")

@@ -36,14 +36,14 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from voxtral.audio import SAMPLE_RATE, BadClip, Header, complaints, load_segment, read_header
-from voxtral.clip_list import Clips
+from voxtral.clip_list import Clip, Clips
 from voxtral.codec import ceil_div
-from voxtral.errors import one_sentence, reason_of, shown
+from voxtral.errors import DataError, one_sentence, reason_of, shown
 from voxtral.known_codes import read_coded
 from voxtral.loader import Loader, TensorBatch
 from voxtral.params import CodecParams
 from voxtral.remarks import Remarks
-from voxtral.sources import Clip, DataConfig, DataError, find_sources, split_validation
+from voxtral.sources import DataConfig, find_sources, split_validation
 
 MAX_BAD_IN_A_ROW = 20
 ORDER, CROP = 0, 1  # the two random streams of a seed

@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from voxtral.audio import BadClip, is_silent, load_segment
+from voxtral.clip_list import Clip
 from voxtral.code_metrics import code_agreement, code_statistics
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.errors import shown
+from voxtral.errors import DataError, shown
 from voxtral.known_codes import read_codes
 from voxtral.losses import codebook_scale
 from voxtral.params import CodecParams
 from voxtral.score_table import SCORES, Metric
 from voxtral.scores import Scorer, Source
-from voxtral.sources import Clip, DataError
 from voxtral.validation import known_agreement
 
 N_RESAMPLES = 2000

@@ -9,8 +9,8 @@ import soundfile
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from voxtral.audio import SAMPLE_RATE
 from voxtral.checkpoint import write_text
-from voxtral.data import SAMPLE_RATE
 from voxtral.evaluation import METRICS, Sample, VoiceStatistics
 from voxtral.plots import save_figure, spectrogram_figure
 from voxtral.score_table import Metric

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from voxtral.audio import BadClip, load_segment
 from voxtral.checkpoint import atomic_path
+from voxtral.clip_list import Clip
 from voxtral.codec import CodecOutput, VoxtralCodec, valid_mask
-from voxtral.errors import reason_of
+from voxtral.errors import DataError, reason_of
 from voxtral.params import CodecParams
-from voxtral.sources import Clip, DataError
 
 MAX_CLIPS = 2000  # spread over a folder; more do not change the statistics
 DECAY = 0.9  # of the running statistics, per micro-batch
@@ -55,14 +55,14 @@ def codes_of_clips(clips: list[Clip], batches: list, params: CodecParams) -> tup
     found, bad = [], []
     for batch in batches:
         for index, length in zip(batch.indices, batch.lengths.tolist()):
-            codes = None
-            if clips[index].codes:
-                try:
-                    codes = read_codes(clips[index].codes, params)
-                    if length not in (codes.shape[1] * params.frame_size, batch.waveform.shape[-1]):
-                        raise BadClip(clips[index].codes, f"{codes.shape[1]} frames are not the length of its clip")
-                except BadClip as error:
-                    codes = bad.append((clips[index].codes, error.reason))
+            path, codes = clips[index].codes, None
+            try:
+                codes = read_codes(path, params) if path else None
+                if path and length not in (codes.shape[1] * params.frame_size, batch.waveform.shape[-1]):
+                    raise BadClip(path, f"{codes.shape[1]} frames are not the length of its clip")
+            except BadClip as error:
+                codes = None
+                bad.append((path, error.reason))
             found.append(codes)
     return found, bad
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from voxtral.sources import DataConfig, DataError
+from voxtral.errors import DataError
+from voxtral.sources import DataConfig
 
 PREFETCHED, BATCHES_IN_USE = 4, 2  # batches of each loader process on their way; those that the trainer holds
 LOST_AFTER_SEC = 600  # a batch that has not come by then will not come

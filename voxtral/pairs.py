@@ -17,12 +17,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from voxtral.audio import BadClip
+from voxtral.clip_list import Clip
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.data import SpeechDataset
+from voxtral.errors import DataError
 from voxtral.known_codes import read_coded, read_codes
 from voxtral.loader import Loader, TensorBatch
 from voxtral.params import CodecParams
-from voxtral.sources import Clip, DataConfig, DataError
+from voxtral.sources import DataConfig
 from voxtral.tts import prompt_tokens
 
 PADDING, TEXT, AUDIO, GENERATION = 0, 1, 2, 3  # kinds of positions

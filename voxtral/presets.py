@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from voxtral.codec import VoxtralCodec, codebook_offsets
-from voxtral.errors import one_sentence
+from voxtral.errors import DataError, one_sentence
 from voxtral.known_codes import PRESETS, known_codes, write_codes
 from voxtral.params import N_SPECIAL_IDS, CodecParams
-from voxtral.sources import DataError
 from voxtral.voices import preset_embeddings
 
 NOISE = 0.005  # of the root mean square of a row: a little above what bfloat16 leaves (0.0017)

@@ -129,10 +129,10 @@ def look_for_source(source: SourceConfig, index: int, root: Path) -> Found:
     # Each part (a subset, for most kinds the whole) may be there without the others.
     for part in source.subsets if source.kind == "librispeech" else [""]:
         try:
-            before = len(clips)
-            clips += FINDERS[source.kind](source, index, root, part, found.remarks)
-            if len(clips) == before:
+            of_part = list(FINDERS[source.kind](source, index, root, part, found.remarks))
+            if not of_part:
                 raise Absent(f"no audio in {root / source.path / part}")
+            clips += of_part
         except Absent as reason:
             found.absent.append(f"{found.name}: {reason}")
     found.clips = Clips.of_list(sorted(clips, key=lambda clip: clip.path))

@@ -11,13 +11,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 
 from voxtral.checkpoint import SafetensorsFile
+from voxtral.clip_list import Clip
 from voxtral.code_metrics import code_agreement, code_statistics
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
 from voxtral.data import Batch, validation_batches
 from voxtral.known_codes import codes_of_clips
 from voxtral.losses import MelDistance, stft_distance
 from voxtral.plots import save_figure, spectrogram_figure
-from voxtral.sources import Clip, DataConfig, source_name
+from voxtral.sources import DataConfig, source_name
 
 
 @dataclass
