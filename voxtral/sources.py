@@ -154,19 +154,20 @@ def check_config(config: DataConfig) -> None:
             raise DataError(f"{key}.subsets is empty; name at least one, such as train-clean-360.")
         if source.kind == "common_voice" and not source.language:
             raise DataError(f"{key}.language is empty; name one, such as en.")
+    if not config.max_sec >= CODEC_FRAME_SEC:
+        raise DataError(f"data.max_sec is {config.max_sec}; a codec frame is {CODEC_FRAME_SEC} s, the least.")
     if len(config.speed) != 2 or not 0.5 <= config.speed[0] <= config.speed[1] <= 2:
         raise DataError(
             f"data.speed is {list(config.speed)}; it must be two numbers from 0.5 to 2, the lower one first."
         )
     for key, value, least in (
         *((f"sources[{index}].max_clips", source.max_clips, 1) for index, source in enumerate(config.sources)),
-        ("max_sec", config.max_sec, CODEC_FRAME_SEC),
         ("batch_size", config.batch_size, 1),
         ("num_workers", config.num_workers, 0),
         ("validation.clips", config.validation.clips, 1),
         ("validation.test_clips", config.validation.test_clips, 0),
     ):
-        if not value >= least:
+        if value < least:
             raise DataError(f"data.{key} is {value}; it must be at least {least}.")
 
 
