@@ -27,7 +27,6 @@ if __name__ == "__main__":
 import generate_clips
 import train_encoder
 import train_full_pipeline
-from evaluate_clones import write_voices
 from voxtral.clones import Item, Judge, items_of_clips, read_system, speak_and_score, summarize
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, load_config
@@ -35,7 +34,7 @@ from voxtral.data import validation_batches
 from voxtral.errors import one_sentence
 from voxtral.inject import inject
 from voxtral.json_files import write_json
-from voxtral.listening import write_page
+from voxtral.listening import clone_sections, write_page
 from voxtral.plots import levels_figure, save_figure
 from voxtral.sources import find_clips, split_validation
 from voxtral.tts import TTS
@@ -118,7 +117,7 @@ def write_report(
         f"<p>{escape(intro)}</p>",
         HEADERS,
         table_rows(rows, report["clones"]),
-        write_voices(folder, items, spoken, audio),
+        clone_sections(folder, items, spoken, audio),
     )
 
 

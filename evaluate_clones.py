@@ -7,7 +7,6 @@ with the first one, pair by pair.
 OUTPUT gets index.html to listen to, metrics.json, table.md, clips.csv, clones.png and the first clones as wavs.
 """
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,16 +58,14 @@ add_shared(COMMAND_LINE, "--cfg-alpha", "--device")
 if __name__ == "__main__":
     COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
 
-from voxtral.audio import SAMPLE_RATE
 from voxtral.checkpoint import write_text
 from voxtral.clones import METRICS, Item, Judge, items_of_manifest, read_list, read_system, speak_and_score, summarize
 from voxtral.errors import UserError, one_sentence
-from voxtral.evaluation_report import arrow, bullets, cell, clones_figure, definitions, markdown, number, write_rows
+from voxtral.evaluation_report import arrow, bullets, cell, clones_figure, definitions, markdown, write_rows
 from voxtral.json_files import write_json
-from voxtral.listening import VoiceSection, record, write_page
+from voxtral.listening import clone_sections, write_page
 from voxtral.plots import save_figure
 from voxtral.processes import start_process
-from voxtral.reference import prepare_reference
 from voxtral.sources import CODEC_FRAME_SEC
 from voxtral.text import read_sentences
 from voxtral.tts import TTS
@@ -138,29 +135,6 @@ def table(report: dict) -> str:
     return "\n".join(parts)
 
 
-def notes(row: dict) -> list[str]:
-    """What the page says of a clone."""
-    others = "" if math.isnan(row["others"]) else f" (other voices {row['others']:.2f})"
-    lines = [f"similarity {row['own']:.2f}{others}, {row['seconds']:.1f} s"]
-    if "wer" in row:
-        lines.append(f"word errors {number(100 * row['wer'])} %: “{row['transcript']}”")
-    return lines + ([] if row["ended"] else ["cut off at the length limit"])
-
-
-def write_voices(folder, items: list[Item], rows: list[dict], audio: dict) -> list[VoiceSection]:
-    """wavs and spectrograms of the first items -> what the page says of them. audio: system -> their clones [T]."""
-    voices = []
-    for i in range(len(next(iter(audio.values())))):
-        waveform = prepare_reference(items[i].reference).waveform[0, 0]
-        reference = record(folder, f"clone_{i}_reference", "reference", waveform, SAMPLE_RATE)
-        clones = [
-            record(folder, f"clone_{i}_{system}", system, clones[i], SAMPLE_RATE, notes(rows[len(items) * place + i]))
-            for place, (system, clones) in enumerate(audio.items())
-        ]
-        voices.append(VoiceSection(items[i].speaker, items[i].text, reference, clones))
-    return voices
-
-
 def main(arguments=None) -> None:
     options = COMMAND_LINE.parse_args(arguments)
 
@@ -221,7 +195,7 @@ def main(arguments=None) -> None:
             intro,
             header,
             [[value.replace(" [", "\n[") for value in line] for line in lines],
-            write_voices(options.output, items, rows, audio),
+            clone_sections(options.output, items, rows, audio),
         )
         print(f"{text}\nwritten to {options.output}/, to be heard in {options.output}/index.html")
 

@@ -445,9 +445,9 @@ def test_the_default_is_the_checkpoints_own_encoder(run, checkpoint, encoder, tm
 
 
 def test_pages_show_text_as_it_is(tmp_path):
-    clone = record(tmp_path, "a b", "<i>", torch.zeros(24_000), 24_000, ["1 < 2"])
+    clone = record(tmp_path, "a b", "<i>", torch.zeros(24_000), ["1 < 2"])
     assert clone == Recording("<i>", "a b.wav", "a b.png", ["1 < 2"]) and (tmp_path / "a b.png").is_file()
-    silent = record(tmp_path, "none", "mute", torch.zeros(0), 24_000)
+    silent = record(tmp_path, "none", "mute", torch.zeros(0))
     assert silent == Recording("mute", notes=["no audio"]) and not (tmp_path / "none.wav").exists()
     write_page(
         tmp_path / "index.html",

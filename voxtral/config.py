@@ -4,6 +4,7 @@ An unknown key at any depth, or a value of a wrong type, is an error that names 
 """
 
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from voxtral.known_codes import MatchConfig
 from voxtral.losses import LossWeights
 from voxtral.params import LORA_MODULES
 from voxtral.sources import CODEC_FRAME_SEC, DataConfig, check_config
-from voxtral.tracking import TRACKERS, dotted, is_installed
+from voxtral.tracking import TRACKERS, dotted
 
 PARTS = ("encoder", "codebook", "decoder")
 PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under true references
@@ -290,7 +291,7 @@ def _check_run(config: RunConfig, parts: tuple[str, ...]) -> None:
         raise ConfigError(f"train.trainable: {unknown or 'nothing'} is not one of {', '.join(parts)}.")
     if config.tracker not in ("none", *TRACKERS):
         raise ConfigError(f"tracker is {config.tracker}: it must be none or one of {', '.join(TRACKERS)}.")
-    if config.tracker != "none" and not is_installed(config.tracker):
+    if config.tracker != "none" and not importlib.util.find_spec(config.tracker):
         raise ConfigError(
             f"tracker is {config.tracker}, which is not installed: pip install {config.tracker}, or set tracker=none."
         )

@@ -110,13 +110,13 @@ class ModelParams:
     @property
     def semantic_output_size(self) -> int:
         """Rows of the semantic head: the codebook and its two special ids, padded to a multiple of 128."""
-        return padded(self.codec.semantic_codebook_size + N_SPECIAL_IDS)
+        return round_up(self.codec.semantic_codebook_size + N_SPECIAL_IDS)
 
     @property
     def audio_embedding_size(self) -> int:
         """Rows of the audio embedding table: every codebook with its two special ids, padded to a multiple of 128."""
         levels = self.codec.acoustic_codebook_size + N_SPECIAL_IDS
-        return padded(self.codec.semantic_codebook_size + N_SPECIAL_IDS + self.codec.acoustic_dim * levels)
+        return round_up(self.codec.semantic_codebook_size + N_SPECIAL_IDS + self.codec.acoustic_dim * levels)
 
 
 # What a LoRA may change: wq, wk, wv and wo under transformers' names.
@@ -126,7 +126,7 @@ LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS = 0, 1, 2
 
 
-def padded(size: int, multiple: int = 128) -> int:
+def round_up(size: int, multiple: int = 128) -> int:
     return -(-size // multiple) * multiple
 
 

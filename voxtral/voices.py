@@ -68,6 +68,10 @@ class Voice:
         return ""
 
 
+def embedding_file(folder, name: str) -> Path:
+    return Path(folder) / "voice_embedding" / f"{name}.pt"
+
+
 def list_voices(folder) -> list[Voice]:
     """Every voice that any of the three places knows, by index. Raises CheckpointError when one cannot be read."""
     folder = Path(folder)
@@ -87,7 +91,7 @@ def list_voices(folder) -> list[Voice]:
 def preset_embeddings(folder) -> dict[str, Tensor]:
     """Name -> rows [L, dim], END_AUDIO's left out, of every preset that serving can use."""
     names = [voice.name for voice in list_voices(folder) if voice.is_preset and not voice.problem]
-    return {name: load_pt(Path(folder) / "voice_embedding" / f"{name}.pt")[:-1] for name in names}
+    return {name: load_pt(embedding_file(folder, name))[:-1] for name in names}
 
 
 def register(folder, name: str, embedding: Tensor, source: str, force: bool = False) -> bool:
@@ -100,7 +104,7 @@ def register(folder, name: str, embedding: Tensor, source: str, force: bool = Fa
     check_name(folder, name, force)
     (params_text, indices), (tekken_text, tokens) = _read_map(folder, PARAMS), _read_map(folder, TEKKEN)
     registered = read_record(folder / RECORD)
-    path = folder / "voice_embedding" / f"{name}.pt"
+    path = embedding_file(folder, name)
     data = io.BytesIO()
     torch.save(embedding.detach().to("cpu", torch.bfloat16).contiguous(), data)
     index = indices.get(name, max(indices.values(), default=-1) + 1)
@@ -124,7 +128,7 @@ def remove(folder, name: str, force: bool = False) -> None:
     folder = Path(folder)
     (params_text, indices), (tekken_text, tokens) = _read_map(folder, PARAMS), _read_map(folder, TEKKEN)
     registered = read_record(folder / RECORD)
-    path = folder / "voice_embedding" / f"{name}.pt"
+    path = embedding_file(folder, name)
     if not is_inside(f"{name}.pt") or "/" in name:
         raise VoiceError(f"'{name}' is no voice name: it would lead out of {path.parent}.")
     if name not in registered and name not in indices and name not in tokens and not path.is_file():
