@@ -4,8 +4,6 @@ No server is needed. The reference is cleaned and cut to at most 25 s, and encod
 inject_encoder.py put into the checkpoint.
 """
 
-import argparse
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from voxtral.command_line import script_parser
+from voxtral.command_line import add_shared, check_options, script_parser
 
 EXAMPLES = """examples:
   # a sentence in the voice of a recording (3 to 25 s of one clean speaker)
@@ -29,56 +27,24 @@ EXAMPLES = """examples:
       --output hello.wav
 """
 
-
-def command_line() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
-    who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--reference", metavar="FILE", help="recording of the voice; needs an injected encoder")
-    who.add_argument("--voice", metavar="NAME", help="voice of the checkpoint; patch_tokenizer.py --list shows them")
-    parser.add_argument("--text", metavar="TEXT", action="append", default=[], help="what to say; repeatable")
-    parser.add_argument(
-        "--text-file",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="one text in a UTF-8 file; long texts are split at sentences; repeatable",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        required=True,
-        help=".wav, .flac or .ogg; several texts get -1, -2, … before the suffix",
-    )
-    parser.add_argument(
-        "--refine",
-        metavar="SECONDS",
-        type=float,
-        default=0.0,
-        help="fit the codes of the recording to it for at most so long, in at most 40 steps (default: "
-        "0, the encoder's codes)",
-    )
-    parser.add_argument("--save-voice", metavar="NAME", help="register the reference as a voice of the checkpoint")
-    parser.add_argument(
-        "--max-sec",
-        type=float,
-        default=60.0,
-        help="longest audio of a piece of about 300 characters, for speech that finds no end (default: 60)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another reading (default: 0)")
-    parser.add_argument(
-        "--cfg-alpha",
-        metavar="WEIGHT",
-        type=float,
-        default=1.2,
-        help="more than 1 pushes the speech towards voice and text (default: 1.2, as in serving)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    return parser
-
+COMMAND_LINE = script_parser(__doc__, EXAMPLES, checkpoint=True)
+option = COMMAND_LINE.add_argument
+who = COMMAND_LINE.add_mutually_exclusive_group(required=True)
+who.add_argument("--reference", metavar="FILE", help="recording of the voice; needs an injected encoder")
+who.add_argument("--voice", metavar="NAME", help="voice of the checkpoint; patch_tokenizer.py --list shows them")
+option("--text", metavar="TEXT", action="append", default=[], help="what to say; repeatable")
+option("--text-file", metavar="FILE", action="append", default=[], help="one text, in UTF-8; repeatable")
+option(
+    "--output", metavar="FILE", type=Path, required=True, help=".wav, .flac or .ogg; of several texts with -1, -2, …"
+)
+add_shared(COMMAND_LINE, "--refine")
+option("--save-voice", metavar="NAME", help="register the reference as a voice of the checkpoint")
+option("--max-sec", type=float, default=60.0, help="longest audio of a piece of 300 characters (default: 60)")
+option("--seed", type=int, default=0, help="another seed is another reading (default: 0)")
+add_shared(COMMAND_LINE, "--cfg-alpha", "--device")
 
 if __name__ == "__main__":
-    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
 
 import soundfile
 import torch
@@ -89,6 +55,7 @@ from voxtral.checkpoint import atomic_path
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError, one_sentence, shown
 from voxtral.processes import start_process
+from voxtral.sources import CODEC_FRAME_SEC
 from voxtral.streaming import StreamingDecoder
 from voxtral.text import read_text, split_text
 from voxtral.tts import TTS, Request, named_voice
@@ -141,14 +108,13 @@ def speak(
             if i > 0:
                 for samples in StreamingDecoder(tts.codec).extend(take.codes[None]):
                     yield start + i, samples[0]
+            problem = ""
             if not take.ended:
-                limit_sec = max_frames / tts.codec.params.frame_rate_hz
-                print(
-                    f"warning: no END_AUDIO within {limit_sec:g} s, cut off there: {batch[i].text[:60]}",
-                    file=sys.stderr,
-                )
+                problem = f"no END_AUDIO within {max_frames / tts.codec.params.frame_rate_hz:g} s, cut off there"
             elif not take.codes.shape[1]:
-                print(f"warning: END_AUDIO came at once, there is no audio: {batch[i].text[:60]}", file=sys.stderr)
+                problem = "END_AUDIO came at once, there is no audio"
+            if problem:
+                print(f"warning: {problem}: {batch[i].text[:60]}", file=sys.stderr)
 
 
 def write_all(
@@ -186,24 +152,17 @@ def write_all(
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_args(arguments)
+    options = COMMAND_LINE.parse_args(arguments)
 
     with one_sentence():
-        if not options.checkpoint:
-            raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
+        check_options(options, refine=0, max_sec=CODEC_FRAME_SEC, seed=0, cfg_alpha=0)
         texts = [*options.text, *(read_text(path) for path in options.text_file)]
         pieces = [Piece(i, piece) for i, text in enumerate(texts) for piece in split_text(text)]
         if len({piece.file for piece in pieces}) < max(1, len(texts)):
             raise UserError("nothing to say: pass --text or --text-file with some text in it.")
         paths = output_paths(options.output, len(texts))
-        if options.seed < 0:
-            raise UserError(f"--seed is {options.seed}; it must be 0 or more.")
-        if not 0 <= options.refine < math.inf:
-            raise UserError(f"--refine is {options.refine}; it must be 0 seconds or more, and finite.")
         if options.refine and not options.reference:
             raise UserError("--refine needs --reference: a named voice is codes already.")
-        if not 0 <= options.cfg_alpha < math.inf:
-            raise UserError(f"--cfg-alpha is {options.cfg_alpha}; it must be 0 or more, and finite.")
         if options.save_voice and not options.reference:
             raise UserError("--save-voice needs --reference: a named voice is there already.")
         if options.save_voice:
@@ -219,10 +178,7 @@ def main(arguments=None) -> None:
             print(f"{options.save_voice}: registered; restart the server to use it")
 
         tts = TTS.from_checkpoint(options.checkpoint, device)
-        max_frames = round(options.max_sec * tts.codec.params.frame_rate_hz)
-        if max_frames < 1:
-            frame_sec = 1 / tts.codec.params.frame_rate_hz
-            raise UserError(f"--max-sec is {options.max_sec:g}; one frame is {frame_sec:.2f} s, the least.")
+        max_frames = max(1, round(options.max_sec * tts.codec.params.frame_rate_hz))
         if device.type == "cuda":
             tts.warm_up([Request(piece.text, voice) for piece in pieces[:BATCH_SIZE]], max_frames)
         write_all(tts, paths, pieces, voice, options.seed, max_frames, options.cfg_alpha)

@@ -5,7 +5,6 @@ Its true encoder was withheld from training. So what this prints is what nobody 
 voice that it never heard comes through the true encoder, through ours, and through an untrained one.
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -13,50 +12,29 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+from voxtral.command_line import add_shared, script_parser
+
 CONFIG = "configs/demo.yaml"
 
-
-from voxtral.command_line import script_parser
-
-
-def command_line() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
-    parser.add_argument(
-        "--whisper",
-        metavar="MODEL",
-        help="counts wrong words, too: openai-whisper's name of a model (base: downloaded once, 145 MB) or a local .pt",
-    )
-    parser.add_argument(
-        "--speaker-model",
-        metavar="FILE",
-        default="resemblyzer",
-        help="Resemblyzer's pretrained.pt (default: the one in its package)",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help=f"settings that override {CONFIG}, such as train.max_steps=100",
-    )
-    return parser
-
-
+COMMAND_LINE = script_parser(__doc__)
+add_shared(COMMAND_LINE, "--whisper", "--speaker-model")
+COMMAND_LINE.add_argument(
+    "overrides", nargs="*", metavar="key=value", help=f"settings that override {CONFIG}, such as train.max_steps=100"
+)
 if __name__ == "__main__":
-    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
 
 import generate_clips
 import train_encoder
 import train_full_pipeline
-from evaluate_clones import write_voices
-from voxtral.checkpoint import write_text
 from voxtral.clones import Item, Judge, items_of_clips, read_system, speak_and_score, summarize
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, load_config
 from voxtral.data import validation_batches
 from voxtral.errors import one_sentence
-from voxtral.evaluation import finite
 from voxtral.inject import inject
-from voxtral.listening import write_page
+from voxtral.json_files import write_json
+from voxtral.listening import clone_sections, write_page
 from voxtral.plots import levels_figure, save_figure
 from voxtral.sources import find_clips, split_validation
 from voxtral.tts import TTS
@@ -88,15 +66,6 @@ LABELS = {
 }
 
 
-def adapt(config: EncoderConfig, injected: Path) -> dict:
-    """Phase 2 on the clips that the stand-in has spoken -> {"before": ..., "after": ...}."""
-    run = Path(config.output_dir)
-    train_full_pipeline.main(
-        ["--config", FULL_CONFIG, f"checkpoint={injected}", f"output_dir={run / 'full'}", f"data.data_root={run}"]
-    )
-    return json.loads((run / "full" / "report.json").read_text())
-
-
 def sound(config: EncoderConfig, systems: list) -> dict[str, dict]:
     """Name -> sound and codes of the clips of unheard speakers through each encoder; the first one is the true one."""
     _, clips = split_validation(find_clips(config.data)[0], config.data.validation)
@@ -109,7 +78,7 @@ def sound(config: EncoderConfig, systems: list) -> dict[str, dict]:
     return rows
 
 
-def unheard(config: EncoderConfig) -> list[Item]:
+def new_sentences(config: EncoderConfig) -> list[Item]:
     """What is said: sentences of other unheard speakers, in the voices of the unheard speakers."""
     _, clips = split_validation(find_clips(config.data)[0], config.data.validation)
     order = config.data.validation.speakers.index
@@ -124,16 +93,8 @@ def table_rows(rows: dict[str, dict], clones: dict) -> list[list[str]]:
         kept = clones["margin_kept"].get(name, {"value": 1.0})["value"]
         words = f"{metrics['wer']['value']:.0%}" if "wer" in metrics else "–"
         distance = f"{rows[name]['mel_distance']:.2f}" if name in rows else "–"
-        lines.append(
-            [
-                LABELS[name],
-                distance,
-                f"{metrics['own']['value']:.2f}",
-                f"{metrics['others']['value']:.2f}",
-                f"{kept:.0%}",
-                words,
-            ]
-        )
+        own, others = f"{metrics['own']['value']:.2f}", f"{metrics['others']['value']:.2f}"
+        lines.append([LABELS[name], distance, own, others, f"{kept:.0%}", words])
     return lines
 
 
@@ -147,7 +108,7 @@ def write_report(
 ) -> None:
     """metrics.json, levels.png, and index.html with its wavs and spectrograms."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "metrics.json", json.dumps(finite(report), indent=2) + "\n")
+    write_json(folder / "metrics.json", report)
     histograms = {name: metrics["level_histogram"] for name, metrics in rows.items()}
     save_figure(levels_figure(histograms), folder / "levels.png")
     write_page(
@@ -156,12 +117,12 @@ def write_report(
         f"<p>{escape(intro)}</p>",
         HEADERS,
         table_rows(rows, report["clones"]),
-        write_voices(folder, items, spoken, audio),
+        clone_sections(folder, items, spoken, audio),
     )
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_intermixed_args(arguments)
+    options = COMMAND_LINE.parse_intermixed_args(arguments)
     with one_sentence():
         run, started = Path(load_config(EncoderConfig, CONFIG, options.overrides).output_dir), time.monotonic()
         overrides = [*options.overrides, f"data.sources.1.path={(run / 'generated').resolve()}"]
@@ -172,20 +133,8 @@ def main(arguments=None) -> None:
 
         # ---- 1. the checkpoint's presets speak: clips whose codes are known ----
         generate_clips.main(
-            [
-                "--checkpoint",
-                config.checkpoint,
-                "--output",
-                str(run / "generated"),
-                "--device",
-                "cpu",
-                "--per-voice",
-                str(CLIPS_PER_VOICE),
-                "--max-sec",
-                str(LONGEST_SEC),
-                "--texts",
-                SENTENCES,
-            ]
+            [f"--checkpoint={config.checkpoint}", f"--output={run / 'generated'}", "--device=cpu"]
+            + [f"--per-voice={CLIPS_PER_VOICE}", f"--max-sec={LONGEST_SEC}", f"--texts={SENTENCES}"]
         )
         # ---- 2. phase 1, and the encoder into the checkpoint ----
         began = time.monotonic()
@@ -193,7 +142,11 @@ def main(arguments=None) -> None:
         trained_sec = time.monotonic() - began
         injected = inject(config.checkpoint, run / "best" / "encoder.safetensors", output=run / "checkpoint")
         # ---- 3. phase 2 ----
-        full, adapted = adapt(config, injected), run / "full" / "best" / "encoder.safetensors"
+        train_full_pipeline.main(
+            ["--config", FULL_CONFIG, f"checkpoint={injected}", f"output_dir={run / 'full'}", f"data.data_root={run}"]
+        )
+        full = json.loads((run / "full" / "report.json").read_text())
+        adapted = run / "full" / "best" / "encoder.safetensors"
         # ---- 4. new sentences in voices that nothing here has heard ----
         tts = TTS.from_checkpoint(injected)
         systems = [
@@ -202,20 +155,15 @@ def main(arguments=None) -> None:
         ]
         # As patch_tokenizer.py --refine registers a voice: the codes of our encoder, fitted to the recording.
         systems.insert(2, replace(systems[1], name="refined", refine_sec=LONGEST_REFINED_SEC))
-        items = unheard(config)
+        items = new_sentences(config)
         spoken, audio = speak_and_score(tts, systems, items, judge, LONGEST_SEC, config.seed, N_LISTEN)
         # ---- 5. report ----
         rows = sound(config, [system for system in systems if not system.refine_sec])
         mel = {name: metrics["mel_distance"] for name, metrics in rows.items()}
         closed = (mel["untrained"] - mel["trained"]) / (mel["untrained"] - mel["true"])
         clones = summarize(spoken, config.seed)
-        report = {
-            "rows": rows,
-            "mel_gap_closed": closed,
-            "clones": clones,
-            "full_pipeline": full,
-            "trained_sec": trained_sec,
-        }
+        report = {"rows": rows, "mel_gap_closed": closed, "clones": clones, "full_pipeline": full}
+        report["trained_sec"] = trained_sec
         intro = (
             f"{len(config.data.validation.speakers)} voices that neither the stand-in nor our encoder has heard say "
             f"{len(items)} sentences that were in no training. The language model hears the voice in the codes of "

@@ -9,16 +9,13 @@ is worth.
 OUTPUT gets metrics.json, table.md, clips.csv, plots (png), and the first clips as wavs and spectrograms.
 """
 
-import argparse
-import json
 import math
 from pathlib import Path
 
+from voxtral.command_line import SHARED, add_shared, check_options, script_parser, settings
 from voxtral.score_table import DEFAULT_SCORES, ECAPA_MODEL, SCORES
 
 NEEDS = "\n".join(f"  {name:<8} {metric.install}" for name, metric in SCORES.items() if metric.install)
-from voxtral.command_line import script_parser
-
 EXAMPLES = f"""scores that need more than requirements.txt:
 {NEEDS}
 
@@ -37,61 +34,43 @@ examples:
   python evaluate.py --degrade --data configs/demo.yaml --metrics mel,stft,sisdr,pesq,estoi --output runs/calibration
 """
 
-
-def command_line() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
-    parser.add_argument("--encoder", metavar="FILE", help="encoder .safetensors (default: the checkpoint's own)")
-    parser.add_argument("--reference-encoder", metavar="FILE", help="the true encoder, to compare with")
-    parser.add_argument("--degrade", action="store_true", help="score known degradations; no checkpoint is read")
-    parser.add_argument(
-        "--data",
-        metavar="CONFIG|FOLDER",
-        required=True,
-        help="a folder of recordings, whose sub-folders are the speakers, or a YAML with a data: block",
-    )
-    parser.add_argument("--all", action="store_true", help="all clips of a config, not its held-out ones alone")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--metrics",
-        metavar="NAME,...",
-        default=",".join(DEFAULT_SCORES),
-        help=f"scores, of {','.join(SCORES)} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--whisper",
-        metavar="MODEL",
-        default="base",
-        help="for wer: openai-whisper's name of a model, or a local .pt (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--speaker-model",
-        metavar="FILE",
-        default="resemblyzer",
-        help="for speaker: a pretrained.pt (default: the one in the resemblyzer package)",
-    )
-    parser.add_argument(
-        "--ecapa-model",
-        metavar="MODEL",
-        default=ECAPA_MODEL,
-        help="for ecapa: a SpeechBrain model, or the folder that holds one (default: %(default)s)",
-    )
-    parser.add_argument("--max-sec", type=float, default=20.0, help="longer clips are cut (default: %(default)g)")
-    parser.add_argument("--samples", metavar="N", type=int, default=4, help="clips to write as audio (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the untrained encoder and the bootstrap (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config of --data")
-    return parser
-
+COMMAND_LINE = script_parser(__doc__, EXAMPLES, checkpoint=True)
+option = COMMAND_LINE.add_argument
+option("--encoder", metavar="FILE", help="encoder .safetensors (default: the checkpoint's own)")
+option("--reference-encoder", metavar="FILE", help="the true encoder, to compare with")
+option("--degrade", action="store_true", help="score known degradations; no checkpoint is read")
+option(
+    "--data", metavar="CONFIG|FOLDER", required=True, help="recordings in a folder per speaker, or a YAML with data:"
+)
+option("--all", action="store_true", help="all clips of a config, not its held-out ones alone")
+option("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
+option(
+    "--metrics",
+    metavar="NAME,...",
+    default=",".join(DEFAULT_SCORES),
+    help=f"scores, of {','.join(SCORES)} (default: %(default)s)",
+)
+add_shared(COMMAND_LINE, "--whisper", default="base", help=SHARED["--whisper"]["help"] + " (default: base)")
+add_shared(COMMAND_LINE, "--speaker-model")
+option(
+    "--ecapa-model", metavar="MODEL", default=ECAPA_MODEL, help="a name or a folder, for ecapa (default: %(default)s)"
+)
+option("--max-sec", type=float, default=20.0, help="longer clips are cut (default: %(default)g)")
+option("--samples", metavar="N", type=int, default=4, help="clips to write as audio (default: 4)")
+option("--seed", type=int, default=0, help="of the untrained encoder and the bootstrap (default: 0)")
+add_shared(COMMAND_LINE, "--device")
+option("overrides", nargs="*", metavar="data.key=value", help="changes to the config of --data")
 
 if __name__ == "__main__":
-    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
 
-import torch
 from tqdm import tqdm
 
+from voxtral.audio import SAMPLE_RATE
 from voxtral.checkpoint import SafetensorsFile, write_text
+from voxtral.clip_list import Clip
 from voxtral.codec import VoxtralCodec
-from voxtral.data import SAMPLE_RATE, read_config
+from voxtral.data import read_config
 from voxtral.degrade import DEGRADATIONS, order
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import (
@@ -102,7 +81,6 @@ from voxtral.evaluation import (
     Sample,
     all_codes,
     compare_voices,
-    finite,
     fresh_encoder,
     gap_closed,
     load_samples,
@@ -111,11 +89,12 @@ from voxtral.evaluation import (
     voice_statistics,
 )
 from voxtral.evaluation_report import gap_figure, scores_figure, table, voices_figure, write_clips, write_listening
+from voxtral.json_files import write_json
 from voxtral.plots import levels_figure, save_figure
 from voxtral.processes import start_process
 from voxtral.scores import Scorer, check_scores, not_measured
-from voxtral.sources import Clip, DataConfig, SourceConfig, final_clips, find_clips, split_validation
-from voxtral.voices import list_voices, load_pt
+from voxtral.sources import DataConfig, SourceConfig, final_clips, find_clips, split_validation
+from voxtral.voices import preset_embeddings
 
 # ---------------------------------------------------------------- what is measured
 
@@ -152,12 +131,6 @@ def read_encoders(codec: VoxtralCodec, options, samples: list[Sample]) -> dict[s
     return encoders
 
 
-def read_presets(folder) -> list[torch.Tensor]:
-    """Embeddings [N, dim] of the checkpoint's presets without their END_AUDIO rows."""
-    names = [voice.name for voice in list_voices(folder) if voice.is_preset and not voice.problem]
-    return [load_pt(Path(folder) / "voice_embedding" / f"{name}.pt").float()[:-1] for name in names]
-
-
 # ---------------------------------------------------------------- the two ways to measure
 
 
@@ -167,7 +140,8 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
     codec = VoxtralCodec.from_checkpoint(options.checkpoint)
     encoders = read_encoders(codec, options, samples)
     codec.to(device)
-    presets, bad_codes = read_presets(options.checkpoint), read_true_codes(samples, codec.params)
+    presets = [rows.float() for rows in preset_embeddings(options.checkpoint).values()]
+    bad_codes = read_true_codes(samples, codec.params)
 
     # ---- 2. every clip through every encoder ----
     agreement = Agreement(codec) if "reference" in encoders else None
@@ -177,14 +151,8 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
     for system, tensors in encoders.items():
         codec.load_encoder(tensors, files.get(system, "a fresh encoder"))
         rows[system], audio[system], encoded[system] = [], [], []
-        measured = measure_clips(
-            codec,
-            samples,
-            sources,
-            scorer,
-            agreement,
-            encoded["reference"] if system != "reference" and agreement else None,
-        )
+        expected = encoded["reference"] if agreement and system != "reference" else None
+        measured = measure_clips(codec, samples, sources, scorer, agreement, expected)
         for i, (row, clip, decoded) in enumerate(progress(measured, system, len(samples))):
             rows[system].append(row)
             encoded[system].append(clip)
@@ -276,22 +244,14 @@ def progress(items, what: str, total: int):
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_intermixed_args(arguments)
+    options = COMMAND_LINE.parse_intermixed_args(arguments)
 
     with one_sentence():
         names = list(dict.fromkeys(name.strip() for name in options.metrics.split(",")))
         check_scores(names, options.speaker_model)
         if options.degrade and (options.encoder or options.reference_encoder):
             raise UserError("--degrade uses no encoder: leave out --encoder and --reference-encoder.")
-        if not (options.degrade or options.checkpoint):
-            raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
-        for name, value, least in (
-            ("--samples", options.samples, 0),
-            ("--seed", options.seed, 0),
-            ("--max-sec", options.max_sec, 0.1),
-        ):
-            if not least <= value < math.inf:
-                raise UserError(f"{name} is {value}; it must be {least} or more.")
+        check_options(options, not options.degrade, samples=0, seed=0, max_sec=0.1)
         clips, absent = choose_clips(options.data, options.overrides, options.all)
         samples, bad = load_samples(clips, options.max_sec)
         device = start_process(options.device).device
@@ -307,10 +267,7 @@ def main(arguments=None) -> None:
             "clips": len(samples),
             "speakers": averages.n_speakers,
             "seconds": sum(len(sample.waveform) for sample in samples) / SAMPLE_RATE,
-            "settings": {
-                name: value if isinstance(value, (int, float, list, type(None))) else str(value)
-                for name, value in vars(options).items()
-            },
+            "settings": settings(options),
             "not_measured": not_measured(names),
             "absent_sources": absent,
             "bad_clips": bad,
@@ -325,7 +282,7 @@ def main(arguments=None) -> None:
         if not (options.degrade or options.reference_encoder):
             report["not_measured"]["agreement and gap closed"] = "give --reference-encoder"
         text = table(report)
-        write_text(options.output / "metrics.json", json.dumps(finite(report), indent=2) + "\n")
+        write_json(options.output / "metrics.json", report)
         write_text(options.output / "table.md", text)
         write_clips(options.output / "clips.csv", samples, rows)
         save_figure(

@@ -7,13 +7,10 @@ with the first one, pair by pair.
 OUTPUT gets index.html to listen to, metrics.json, table.md, clips.csv, clones.png and the first clones as wavs.
 """
 
-import argparse
-import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
-from voxtral.command_line import script_parser
+from voxtral.command_line import add_shared, check_options, script_parser, settings
 
 EXAMPLES = """examples:
   # the voices of a manifest say sentences of each other
@@ -30,71 +27,46 @@ EXAMPLES = """examples:
       --root LibriSpeech/test-clean --whisper large-v3 --output B
 """
 
-
-def command_line() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--system",
-        metavar="NAME=ENCODER[,ADAPTER]",
-        action="append",
-        default=[],
-        help="an encoder .safetensors, `own` (the checkpoint's) or `untrained`, and a LoRA adapter's "
-        "folder; repeatable, the others are compared with the first (default: own=own)",
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", metavar="FILE", help="Seed-TTS-eval's meta.lst or F5-TTS's LibriSpeech-PC list")
-    what.add_argument("--data", metavar="MANIFEST", help="CSV, TSV or JSON lines with path, speaker and text")
-    parser.add_argument("--root", metavar="DIR", help="of the paths in --list (default: the folder of the list)")
-    parser.add_argument("--speakers", metavar="NAME,...", help="of --data (default: all)")
-    parser.add_argument("--prompts", metavar="N", type=int, help="references of each speaker (default: 1)")
-    parser.add_argument("--sentences", metavar="FILE", help="to be said, one a line (default: texts of other speakers)")
-    parser.add_argument("--per-voice", metavar="K", type=int, help="sentences that each reference says (default: 2)")
-    parser.add_argument("--whisper", metavar="MODEL", help="for word errors: openai-whisper's name of one, or a .pt")
-    parser.add_argument(
-        "--speaker-model",
-        metavar="FILE",
-        default="resemblyzer",
-        help="a pretrained.pt (default: the one in the resemblyzer package)",
-    )
-    parser.add_argument("--language", metavar="CODE", default="en", help="that is spoken (default: %(default)s)")
-    parser.add_argument("--max-sec", type=float, default=20.0, help="longest clone (default: %(default)g)")
-    parser.add_argument("--samples", metavar="N", type=int, default=6, help="items to write as audio (default: 6)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of noise, sentences, untrained encoder and bootstrap (default: 0)"
-    )
-    parser.add_argument(
-        "--refine",
-        metavar="SECONDS",
-        type=float,
-        default=0.0,
-        help="every system once more, as "
-        "NAME_refined: with the codes that clone_voice.py --refine makes (default: 0, no)",
-    )
-    parser.add_argument(
-        "--cfg-alpha",
-        metavar="WEIGHT",
-        type=float,
-        default=1.2,
-        help="more than 1 pushes the speech towards voice and text (default: 1.2, as in serving)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    return parser
-
+COMMAND_LINE = script_parser(__doc__, EXAMPLES, checkpoint=True)
+option = COMMAND_LINE.add_argument
+option("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
+option(
+    "--system",
+    metavar="NAME=ENCODER[,ADAPTER]",
+    action="append",
+    default=[],
+    help="an encoder .safetensors, `own` (the checkpoint's) or `untrained`, and a LoRA adapter's "
+    "folder; repeatable, the others are compared with the first (default: own=own)",
+)
+what = COMMAND_LINE.add_mutually_exclusive_group(required=True)
+what.add_argument("--list", metavar="FILE", help="Seed-TTS-eval's meta.lst or F5-TTS's LibriSpeech-PC list")
+what.add_argument("--data", metavar="MANIFEST", help="CSV, TSV or JSON lines with path, speaker and text")
+option("--root", metavar="DIR", help="of the paths in --list (default: the folder of the list)")
+option("--speakers", metavar="NAME,...", help="of --data (default: all)")
+option("--prompts", metavar="N", type=int, help="references of each speaker (default: 1)")
+option("--sentences", metavar="FILE", help="to be said, one a line (default: texts of other speakers)")
+option("--per-voice", metavar="K", type=int, help="sentences that each reference says (default: 2)")
+add_shared(COMMAND_LINE, "--whisper", "--speaker-model")
+option("--language", metavar="CODE", default="en", help="that is spoken (default: %(default)s)")
+option("--max-sec", type=float, default=20.0, help="longest clone (default: %(default)g)")
+option("--samples", metavar="N", type=int, default=6, help="items to write as audio (default: 6)")
+option("--seed", type=int, default=0, help="of noise, sentences, untrained encoder and bootstrap (default: 0)")
+again = "every system once more, as NAME_refined, with codes as clone_voice.py --refine makes them (default: 0, no)"
+add_shared(COMMAND_LINE, "--refine", help=again)
+add_shared(COMMAND_LINE, "--cfg-alpha", "--device")
 
 if __name__ == "__main__":
-    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
 
 from voxtral.checkpoint import write_text
 from voxtral.clones import METRICS, Item, Judge, items_of_manifest, read_list, read_system, speak_and_score, summarize
-from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError, one_sentence
-from voxtral.evaluation import finite
-from voxtral.evaluation_report import arrow, cell, clones_figure, markdown, number, write_rows
-from voxtral.listening import Voice, record, write_page
+from voxtral.evaluation_report import arrow, bullets, cell, clones_figure, definitions, markdown, write_rows
+from voxtral.json_files import write_json
+from voxtral.listening import clone_sections, write_page
 from voxtral.plots import save_figure
 from voxtral.processes import start_process
-from voxtral.reference import prepare_reference
+from voxtral.sources import CODEC_FRAME_SEC
 from voxtral.text import read_sentences
 from voxtral.tts import TTS
 
@@ -159,63 +131,17 @@ def table(report: dict) -> str:
         )
     if report["speakers"] > 1:
         parts.append("In brackets: 95 % intervals, bootstrapped over speakers.\n")
-    for key, title in (("not_measured", "Not measured"), ("definitions", "Definitions")):
-        if report[key]:
-            parts.append(f"## {title}\n\n" + "".join(f"- {name}: {text}\n" for name, text in report[key].items()))
-    if report["left_out"]:
-        parts.append(
-            f"## Left out: {len(report['left_out'])} clips\n\n" + "".join(f"- {line}\n" for line in report["left_out"])
-        )
+    parts += [*definitions(report), *bullets(f"Left out: {len(report['left_out'])} clips", report["left_out"])]
     return "\n".join(parts)
 
 
-def notes(row: dict) -> list[str]:
-    """What the page says of a clone."""
-    others = "" if math.isnan(row["others"]) else f" (other voices {row['others']:.2f})"
-    lines = [f"similarity {row['own']:.2f}{others}, {row['seconds']:.1f} s"]
-    if "wer" in row:
-        lines.append(f"word errors {number(100 * row['wer'])} %: “{row['transcript']}”")
-    return lines + ([] if row["ended"] else ["cut off at the length limit"])
-
-
-def write_voices(folder, items: list[Item], rows: list[dict], audio: dict) -> list[Voice]:
-    """wavs and spectrograms of the first items -> what the page says of them. audio: system -> their clones [T]."""
-    voices = []
-    for i in range(len(next(iter(audio.values())))):
-        reference = record(
-            folder,
-            f"clone_{i}_reference",
-            "reference",
-            prepare_reference(items[i].reference).waveform[0, 0],
-            SAMPLE_RATE,
-        )
-        clones = [
-            record(folder, f"clone_{i}_{system}", system, clones[i], SAMPLE_RATE, notes(rows[len(items) * place + i]))
-            for place, (system, clones) in enumerate(audio.items())
-        ]
-        voices.append(Voice(items[i].speaker, items[i].text, reference, clones))
-    return voices
-
-
 def main(arguments=None) -> None:
-    options = command_line().parse_args(arguments)
+    options = COMMAND_LINE.parse_args(arguments)
 
     with one_sentence():
         # ---- 1. what is asked for ----
-        if not options.checkpoint:
-            raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
-        for name, least in (
-            ("prompts", 1),
-            ("per_voice", 1),
-            ("samples", 0),
-            ("seed", 0),
-            ("max_sec", 0.08),
-            ("cfg_alpha", 0),
-            ("refine", 0),
-        ):
-            value = getattr(options, name)
-            if value is not None and not least <= value < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more.")
+        least = {"prompts": 1, "per_voice": 1, "samples": 0, "seed": 0, "cfg_alpha": 0, "refine": 0}
+        check_options(options, max_sec=CODEC_FRAME_SEC, **least)
         items, left_out = choose_items(options)
 
         # ---- 2. models ----
@@ -236,15 +162,11 @@ def main(arguments=None) -> None:
 
         # ---- 4. report ----
         speakers = {item.speaker for item in items}
-        settings = {
-            name: value if isinstance(value, (int, float, list, type(None))) else str(value)
-            for name, value in vars(options).items()
-        }
         report = {
             "items": len(items),
             "references": len({item.reference for item in items}),
             "speakers": len(speakers),
-            "settings": settings,
+            "settings": settings(options),
             "left_out": left_out,
             "not_measured": {},
             "definitions": {name: metric.definition for name, metric in METRICS.items() if name in rows[0]},
@@ -257,7 +179,7 @@ def main(arguments=None) -> None:
         if len(speakers) == 1:
             report["not_measured"]["likeness with other voices"] = "needs references of two speakers or more"
         text = table(report)
-        write_text(options.output / "metrics.json", json.dumps(finite(report), indent=2) + "\n")
+        write_json(options.output / "metrics.json", report)
         write_text(options.output / "table.md", text)
         write_rows(options.output / "clips.csv", rows)
         save_figure(clones_figure(report["systems"]), options.output / "clones.png")
@@ -273,7 +195,7 @@ def main(arguments=None) -> None:
             intro,
             header,
             [[value.replace(" [", "\n[") for value in line] for line in lines],
-            write_voices(options.output, items, rows, audio),
+            clone_sections(options.output, items, rows, audio),
         )
         print(f"{text}\nwritten to {options.output}/, to be heard in {options.output}/index.html")
 

@@ -5,12 +5,11 @@ after an interruption, or with a larger --per-voice, and it makes what is missin
 its share.
 """
 
-import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from voxtral.command_line import script_parser
+from voxtral.command_line import add_shared, check_options, script_parser
 
 EXAMPLES = """examples:
   # 100 clips of every voice, about 6 s each
@@ -24,36 +23,28 @@ EXAMPLES = """examples:
 """
 SENTENCES = Path(__file__).parent / "assets" / "sentences.tsv"
 
-
-def command_line() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of clips and manifest.jsonl")
-    parser.add_argument("--per-voice", metavar="N", type=int, required=True, help="clips of every voice")
-    parser.add_argument("--voices", metavar="NAME", nargs="+", help="which voices (default: all of the checkpoint)")
-    parser.add_argument(
-        "--texts",
-        metavar="FILE",
-        type=Path,
-        default=SENTENCES,
-        help="sentences to say (default: the list that comes with this project, nine languages)",
-    )
-    parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="clips made at once (default: 32)")
-    parser.add_argument(
-        "--max-sec", type=float, default=30.0, help="a clip without END_AUDIO by then is dropped (default: 30)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="other texts per voice, other noise (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    return parser
-
+COMMAND_LINE = script_parser(__doc__, EXAMPLES, checkpoint=True)
+option = COMMAND_LINE.add_argument
+option("--output", metavar="DIR", type=Path, required=True, help="folder of clips and manifest.jsonl")
+option("--per-voice", metavar="N", type=int, required=True, help="clips of every voice")
+option("--voices", metavar="NAME", nargs="+", help="which voices (default: all of the checkpoint)")
+option(
+    "--texts", metavar="FILE", type=Path, default=SENTENCES, help="what to say (default: sentences in nine languages)"
+)
+option("--batch-size", metavar="N", type=int, default=32, help="clips made at once (default: 32)")
+option("--max-sec", type=float, default=30.0, help="a clip without END_AUDIO by then is dropped (default: 30)")
+option("--seed", type=int, default=0, help="other texts per voice, other noise (default: 0)")
+add_shared(COMMAND_LINE, "--device")
 
 if __name__ == "__main__":
-    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
 
 from tqdm import tqdm
 
 from voxtral.clips import ClipFolder, PlannedClip, defect, plan
 from voxtral.errors import UserError, one_sentence
 from voxtral.processes import Process, stoppable_process
+from voxtral.sources import CODEC_FRAME_SEC
 from voxtral.streaming import decode_batch
 from voxtral.text import read_sentences
 from voxtral.tts import TTS, Request, named_voice
@@ -64,7 +55,7 @@ LINE_SEC = 30  # between lines of progress, where there is no bar
 WRITERS = 8  # threads
 
 
-def check_voices(checkpoint: str, names: list[str] | None) -> list[str]:
+def chosen_voices(checkpoint: str, names: list[str] | None) -> list[str]:
     """The voices to use: those named, or all that serving would find. Raises UserError when there is none."""
     if names:
         return list(dict.fromkeys(name.lower() for name in names))
@@ -101,7 +92,7 @@ def make_batch(tts: TTS, folder: ClipFolder, clips: list[PlannedClip], voices: d
 
 def generate(options, process: Process) -> None:
     sentences = read_sentences(options.texts)
-    names = check_voices(options.checkpoint, options.voices)
+    names = chosen_voices(options.checkpoint, options.voices)
     voices = {name: named_voice(options.checkpoint, name) for name in names}
     folder = ClipFolder(options.output, process.rank)
     clips = plan(names, sentences, options.per_voice, options.seed)
@@ -110,7 +101,7 @@ def generate(options, process: Process) -> None:
     if mine:
         tts = TTS.from_checkpoint(options.checkpoint, process.device)
         max_frames = max(1, round(options.max_sec * tts.codec.params.frame_rate_hz))
-        started, seconds, said = time.perf_counter(), 0.0, 0.0
+        started, seconds, reported = time.perf_counter(), 0.0, 0.0
         with tqdm(total=len(mine), unit="clip", disable=None if process.is_main else True) as bar:
             for batch in batches_of(mine, options.batch_size):
                 seconds += make_batch(tts, folder, batch, voices, max_frames)
@@ -118,8 +109,8 @@ def generate(options, process: Process) -> None:
                 n_made += len(batch)
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{seconds / elapsed:.1f} s of audio per second")
-                if bar.disable and elapsed - said > LINE_SEC:
-                    said = elapsed
+                if bar.disable and elapsed - reported > LINE_SEC:
+                    reported = elapsed
                     print(
                         f"process {process.rank}: {n_made} of {len(mine)} clips, "
                         f"{seconds / elapsed:.1f} s of audio per second",
@@ -137,20 +128,10 @@ def generate(options, process: Process) -> None:
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_args(arguments)
+    options = COMMAND_LINE.parse_args(arguments)
 
     with one_sentence():
-        if not options.checkpoint:
-            raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
-        for name, value, least in (
-            ("--per-voice", options.per_voice, 1),
-            ("--batch-size", options.batch_size, 1),
-            ("--seed", options.seed, 0),
-        ):
-            if value < least:
-                raise UserError(f"{name} is {value}; it must be {least} or more.")
-        if not options.max_sec > 0:
-            raise UserError(f"--max-sec is {options.max_sec:g}; it must be above 0.")
+        check_options(options, per_voice=1, batch_size=1, seed=0, max_sec=CODEC_FRAME_SEC)
         with stoppable_process(options.device) as process:
             generate(options, process)
 

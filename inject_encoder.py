@@ -6,11 +6,10 @@ gate looks for. VOICE_CLONE.md, beside the release's own README.md, says what wa
 trained on; --eject removes it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from voxtral.command_line import script_parser
+from voxtral.command_line import check_options, script_parser
 
 EXAMPLES = """examples:
   # a new folder beside the checkpoint; what does not change is hard-linked
@@ -25,35 +24,19 @@ EXAMPLES = """examples:
   python inject_encoder.py --eject
 """
 
-
-def command_line() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
-    parser.add_argument(
-        "--encoder",
-        metavar="FILE",
-        type=Path,
-        help="encoder.safetensors of a run (default: the newest runs/*/best/encoder.safetensors)",
-    )
-    parser.add_argument(
-        "--lora", metavar="DIR", type=Path, help="peft adapter folder to merge into the attention weights"
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        type=Path,
-        help="weights.safetensors of phase 2 (train.trainable=[embedding]) in the place of the "
-        "checkpoint's; with --output",
-    )
-    parser.add_argument("--verify", metavar="CLIP", help="read the result back, compare the codes of this audio file")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", metavar="DIR", type=Path, help="folder to write; one of an earlier run is replaced")
-    where.add_argument("--in-place", action="store_true", help="change the checkpoint itself; --eject undoes it")
-    where.add_argument("--eject", action="store_true", help="undo an earlier --in-place")
-    return parser
-
+COMMAND_LINE = script_parser(__doc__, EXAMPLES, checkpoint=True)
+option = COMMAND_LINE.add_argument
+option("--encoder", metavar="FILE", type=Path, help="of a run (default: the newest runs/*/best/encoder.safetensors)")
+option("--lora", metavar="DIR", type=Path, help="peft adapter folder to merge into the attention weights")
+option("--weights", metavar="FILE", type=Path, help="weights.safetensors of phase 2, in the place of the checkpoint's")
+option("--verify", metavar="CLIP", help="read the result back, compare the codes of this audio file")
+where = COMMAND_LINE.add_mutually_exclusive_group(required=True)
+where.add_argument("--output", metavar="DIR", type=Path, help="folder to write; one of an earlier run is replaced")
+where.add_argument("--in-place", action="store_true", help="change the checkpoint itself; --eject undoes it")
+where.add_argument("--eject", action="store_true", help="undo an earlier --in-place")
 
 if __name__ == "__main__":
-    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
 
 import torch
 
@@ -90,7 +73,7 @@ def verify(folder: Path, encoder: Path, clip: str) -> None:
     codec = VoxtralCodec.from_checkpoint(folder)
     file = SafetensorsFile(encoder)
     for name, tensor in codec.encoder_tensors().items():
-        if not torch.equal(tensor, file.read([name])[name].bfloat16().float()):
+        if not torch.equal(tensor, file.tensor(name).bfloat16().float()):
             raise UserError(f"{folder}: {name} is not the tensor of {encoder}: inject it again.")
     rounded, served = codec.quantizer.encode(codec.encode_latent(waveform)), codec.encode(waveform)
     codec.load_encoder(file.read(), encoder)
@@ -112,11 +95,10 @@ def lost_voices(checkpoint: str, output: Path) -> list[str]:
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_args(arguments)
+    options = COMMAND_LINE.parse_args(arguments)
 
     with one_sentence():
-        if not options.checkpoint:
-            raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
+        check_options(options)
         if options.eject:
             print(f"{eject(options.checkpoint)} is again what it was before the injection")
             return
@@ -127,11 +109,9 @@ def main(arguments=None) -> None:
         if options.lora and not adapter_record(options.lora):
             print(f"{options.lora} does not say which encoder it was trained with", file=sys.stderr)
         folder = inject(options.checkpoint, encoder, options.lora, options.output, options.weights)
-        print(
-            f"{folder} now holds the encoder{' and the merged LoRA' if options.lora else ''}"
-            f"{' and the other weights of phase 2' if options.weights else ''}"
-            f"{'; --eject takes it out again' if options.in_place else ''}"
-        )
+        parts = "the encoder" + (" and the merged LoRA" if options.lora else "")
+        parts += " and the other weights of phase 2" if options.weights else ""
+        print(f"{folder} now holds {parts}{'; --eject takes it out again' if options.in_place else ''}")
         if lost:
             print(
                 f"voices of the earlier {folder} to be registered again (patch_tokenizer.py): {', '.join(lost)}",

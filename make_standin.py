@@ -8,8 +8,6 @@ language_model: leaves backbone and acoustic transformer random: what such a che
 repeats is speech.
 """
 
-import argparse
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
@@ -28,42 +26,40 @@ EXAMPLES = """examples:
   python make_standin.py --random --size full --output /tmp/voxtral_random
 """
 
-
-def command_line() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__, EXAMPLES)
-    parser.add_argument("--config", metavar="YAML", help="train a stand-in with these settings")
-    parser.add_argument("--random", action="store_true", help="write random weights, nothing is trained")
-    parser.add_argument(
-        "--size",
-        choices=("small", "codec", "full"),
-        default="small",
-        help="of a --random checkpoint: 0.9 M parameters, the full codec with a small backbone (what "
-        "train_encoder.py reads, 0.3 GB), or all 4 G (8 GB) (default: %(default)s)",
-    )
-    parser.add_argument("--output", metavar="DIR", help="folder of a --random checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the YAML")
-    return parser
-
+COMMAND_LINE = script_parser(__doc__, EXAMPLES)
+option = COMMAND_LINE.add_argument
+option("--config", metavar="YAML", help="train a stand-in with these settings")
+option("--random", action="store_true", help="write random weights, nothing is trained")
+option(
+    "--size",
+    choices=("small", "codec", "full"),
+    default="small",
+    help="of a --random checkpoint: 0.9 M parameters, the full codec with a small backbone (what "
+    "train_encoder.py reads, 0.3 GB), or all 4 G (8 GB) (default: %(default)s)",
+)
+option("--output", metavar="DIR", help="folder of a --random checkpoint")
+option("overrides", nargs="*", metavar="key=value", help="settings that override the YAML")
 
 if __name__ == "__main__":
-    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
 
 import soundfile
 from torch import Tensor
 
 import train_full_pipeline
 from train_encoder import train
-from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile, save_tensors, write_text
+from voxtral.checkpoint import EMBEDDING_NAME, ENCODER_PREFIXES, SafetensorsFile, save_tensors
+from voxtral.clip_list import Clip
 from voxtral.clips import encode_speech
 from voxtral.clones import Judge, items_of_clips, read_system, speak_and_score, summarize
 from voxtral.codec import VoxtralCodec
 from voxtral.config import ConfigError, StandinConfig, check_encoder_config, check_full_pipeline_config, dump_config
 from voxtral.errors import UserError, one_sentence
-from voxtral.evaluation import finite
+from voxtral.json_files import write_json
 from voxtral.params import CodecParams, TransformerParams, load_params, parse_params
 from voxtral.processes import Process, training_process
 from voxtral.run_folder import last_step, load_run_config
-from voxtral.sources import Clip, SourceConfig, find_clips, split_validation
+from voxtral.sources import SourceConfig, find_clips, split_validation
 from voxtral.standin import N_SPECIAL_TOKENS, full_params, random_tensor, small_params, write_random_checkpoint
 from voxtral.tts import TTS
 from voxtral.voices import encode_reference
@@ -109,10 +105,9 @@ def make_codec(config: StandinConfig, raw_params: dict, process: Process) -> dic
     many steps as they are given. Returns the codec's tensors, or None when a training was stopped before its end."""
     output = Path(config.output_dir)
     stages = [(output, config.train.trainable, config.train.max_steps)]
-    if config.standin.encoder_steps:
-        stages.append((output / "encoder", ["encoder"], config.standin.encoder_steps))
-    if config.standin.decoder_steps:
-        stages.append((output / "decoder", ["decoder"], config.standin.decoder_steps))
+    for part, steps in (("encoder", config.standin.encoder_steps), ("decoder", config.standin.decoder_steps)):
+        if steps:
+            stages.append((output / part, [part], steps))
     tensors = {}
     for run, trainable, max_steps in stages:
         stage = deepcopy(config)
@@ -168,15 +163,9 @@ def make_language_model(config: StandinConfig, folder: Path, process: Process) -
             flush=True,
         )
         held_out = {clip.path for clip in clips if clip.speaker in speakers}
-        encode_speech(
-            VoxtralCodec.from_checkpoint(folder, process.device),
-            clips,
-            held_out,
-            output / "coded",
-            language_model.data.max_sec,
-            language_model.speeds,
-            language_model.offsets_ms,
-        )
+        codec, data = VoxtralCodec.from_checkpoint(folder, process.device), language_model.data
+        played = language_model.speeds, language_model.offsets_ms
+        encode_speech(codec, clips, held_out, output / "coded", data.max_sec, *played)
     process.wait()
     if not finish(train_full_pipeline.train, language_model, process):
         return None
@@ -269,7 +258,7 @@ def what_it_says(config: StandinConfig, judge: Judge) -> str:
     system = read_system(f"true={output}/withheld_encoder.safetensors", tts)
     rows, _ = speak_and_score(tts, [system], items, judge, LONGEST_SPOKEN * language_model.data.max_sec)
     found = summarize(rows)["systems"]["true"]
-    write_text(output / "clones.json", json.dumps(finite(found), indent=2) + "\n")
+    write_json(output / "clones.json", found)
     return f"{len(items)} new sentences in {len({item.speaker for item in items})} held-out voices: " + ", ".join(
         f"{name} {metric['value']:.3g}" for name, metric in found.items()
     )
@@ -313,7 +302,7 @@ def make_random(size: str, output: str) -> None:
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_intermixed_args(arguments)
+    options = COMMAND_LINE.parse_intermixed_args(arguments)
     with one_sentence():
         if options.random == bool(options.config):
             raise UserError("pass either --config configs/standin_small.yaml or --random --output DIR.")

@@ -5,12 +5,10 @@ A voice is made of a recording (prepared, then encoded with the checkpoint's inj
 installed package is changed.
 """
 
-import argparse
-import math
 import os
 from pathlib import Path
 
-from voxtral.command_line import script_parser
+from voxtral.command_line import add_shared, check_options, script_parser
 
 EXAMPLES = """examples:
   # every recording and embedding of a folder; a file's name is the voice's name
@@ -23,34 +21,22 @@ EXAMPLES = """examples:
   python patch_tokenizer.py --checkpoint Voxtral-clone --remove anna
 """
 
-
-def command_line() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__, EXAMPLES, checkpoint=True)
-    parser.add_argument(
-        "--voice-dir",
-        metavar="DIR",
-        help="register every recording and embedding in it (default: $VOXTRAL_VOICE_DIR, unless "
-        "--voice, --remove or --list is given)",
-    )
-    parser.add_argument(
-        "--voice", metavar="NAME=FILE", action="append", default=[], help="register one voice; repeatable"
-    )
-    parser.add_argument("--remove", metavar="NAME", action="append", default=[], help="remove a voice; repeatable")
-    parser.add_argument("--list", action="store_true", help="show all voices, and where their three places disagree")
-    parser.add_argument(
-        "--refine",
-        metavar="SECONDS",
-        type=float,
-        default=0.0,
-        help="fit the codes of each recording to it for at most so long, in at most 40 steps (default: "
-        "0, the encoder's codes)",
-    )
-    parser.add_argument("--force", action="store_true", help="allow replacing or removing presets")
-    return parser
-
+COMMAND_LINE = script_parser(__doc__, EXAMPLES, checkpoint=True)
+option = COMMAND_LINE.add_argument
+option(
+    "--voice-dir",
+    metavar="DIR",
+    help="register every recording and embedding in it (default: $VOXTRAL_VOICE_DIR, unless "
+    "--voice, --remove or --list is given)",
+)
+option("--voice", metavar="NAME=FILE", action="append", default=[], help="register one voice; repeatable")
+option("--remove", metavar="NAME", action="append", default=[], help="remove a voice; repeatable")
+option("--list", action="store_true", help="show all voices, and where their three places disagree")
+add_shared(COMMAND_LINE, "--refine")
+option("--force", action="store_true", help="allow replacing or removing presets")
 
 if __name__ == "__main__":
-    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
 
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import one_sentence, shown
@@ -109,26 +95,15 @@ def show(checkpoint: str) -> None:
     for voice in list_voices(checkpoint):
         rows = voice.n_rows or voice.n_tokens
         seconds = f"{(rows - 1) / load_params(checkpoint).codec.frame_rate_hz:.1f}" if rows else ""
-        print(
-            row(
-                voice.name,
-                "" if voice.index is None else voice.index,
-                rows or "",
-                seconds,
-                "preset" if voice.is_preset else "registered",
-                voice.problem or "ok",
-            )
-        )
+        kind, index = "preset" if voice.is_preset else "registered", "" if voice.index is None else voice.index
+        print(row(voice.name, index, rows or "", seconds, kind, voice.problem or "ok"))
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_args(arguments)
+    options = COMMAND_LINE.parse_args(arguments)
 
     with one_sentence():
-        if not options.checkpoint:
-            raise VoiceError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
-        if not 0 <= options.refine < math.inf:
-            raise VoiceError(f"--refine is {options.refine}; it must be 0 seconds or more, and finite.")
+        check_options(options, refine=0)
         named = parse_voices(options.voice)
         folder = options.voice_dir
         if folder is None and not (named or options.remove or options.list):

@@ -30,13 +30,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from voxtral.adapters import write_adapter_record
-from voxtral.checkpoint import SafetensorsFile, fingerprint, save_tensors, write_text
+from voxtral.checkpoint import SafetensorsFile, fingerprint, save_tensors
 from voxtral.config import FullPipelineConfig, check_full_pipeline_config, checkpoint_folder
 from voxtral.data import make_loader, steps_per_epoch
 from voxtral.distillation import FullPipeline, compare, held_out_losses, native_tensors
 from voxtral.errors import UserError
 from voxtral.generation import Models
 from voxtral.history import metric_rows
+from voxtral.json_files import write_json
 from voxtral.pairs import PairDataset, collate_pairs, fixed_batches, hold_out_texts
 from voxtral.plots import layers_figure, plot_run, save_figure
 from voxtral.processes import Process
@@ -68,7 +69,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     """The whole training; what it writes is in the run folder."""
     # ---- 1. config, checkpoint -------------------------------------------------------------------------------------
     check_full_pipeline_config(config)
-    settings, weights = config.train, {name: weight for name, weight in vars(config.loss).items() if weight}
+    settings = config.train
     torch.manual_seed(config.seed)
     models = load_models(config, process.device)
     params = models.codec.params
@@ -173,7 +174,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
             with nullcontext() if synchronizes else parallel_model.no_sync():
                 with autocast:
                     losses = parallel_model(batch.to(process.device, non_blocking=True), seed)
-                total = sum(weights[name] * loss for name, loss in losses.items())
+                total = sum(model.weights[name] * loss for name, loss in losses.items())
                 (total / settings.accumulation).backward()
             for name, loss in {"total": total, **losses}.items():
                 scalars[f"loss/{name}"] = scalars.get(f"loss/{name}", 0.0) + loss.detach() / settings.accumulation
@@ -211,7 +212,7 @@ def write_report(run: RunFolder) -> str:
         name: {key.removeprefix("validation/"): value for key, value in row.items() if key.startswith("validation/")}
         for name, row in (("before", rows[0]), ("after", next(row for row in rows if row["step"] == step)))
     }
-    write_text(run.path / "report.json", json.dumps({"best_step": step, **found}, indent=2) + "\n")
+    write_json(run.path / "report.json", {"best_step": step, **found})
     shown = [name for name, value in found["before"].items() if isinstance(value, float)]
     lines = [f"{'held-out pairs':<28}{'before':>12}{f'step {step}':>14}"]
     return "\n".join(

@@ -17,7 +17,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -53,7 +52,7 @@ PARTS = {
     "loss codes": [(encoder_training, "codes_loss")],
     "loss match": [(CodeMatching, "__call__")],
     "gradient clipping": [(nn.utils, "clip_grad_norm_")],
-    "weight averaging": [(AveragedModel, "update_parameters")],
+    "weight averaging": [(encoder_training.WeightAverage, "update")],
 }
 RANGE, OPTIMIZERS, REST, DATA = "part: ", "optimizers", "the rest", "data"
 BACKWARD = "autograd::engine::evaluate_function: "  # of one node of the graph

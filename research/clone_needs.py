@@ -23,8 +23,8 @@ from voxtral.code_metrics import code_agreement
 from voxtral.codec import VoxtralCodec
 from voxtral.command_line import script_parser
 from voxtral.errors import UserError, one_sentence
-from voxtral.evaluation import finite
 from voxtral.evaluation_report import cell, markdown, number
+from voxtral.json_files import finite
 from voxtral.losses import MelDistance
 from voxtral.params import CodecParams
 from voxtral.plots import save_figure

@@ -24,7 +24,6 @@ from torch import Tensor
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
 from withheld_data import check_at_least, training_clips, unseen_clips, withheld_parser
 
-from evaluate import finite
 from voxtral.checkpoint import SafetensorsFile, write_text
 from voxtral.code_metrics import code_agreement
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
@@ -34,6 +33,7 @@ from voxtral.encoder_training import choose_trainable
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import fresh_encoder
 from voxtral.evaluation_report import markdown
+from voxtral.json_files import finite
 from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss
 from voxtral.processes import start_process
 from voxtral.run import cosine_with_warmup, set_learning_rate

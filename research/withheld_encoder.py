@@ -26,7 +26,7 @@ sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
 from withheld_data import check_at_least, training_clips, unseen_clips, withheld_parser
 from withheld_runs import KNOWN_CODES, PAPER, ROWS, TRUE_CHECKPOINT, Run, make_run, train_until
 
-from evaluate import finite, summaries
+from evaluate import summaries
 from voxtral.checkpoint import SafetensorsFile, write_text
 from voxtral.clips import resynthesize
 from voxtral.codec import VoxtralCodec
@@ -45,6 +45,7 @@ from voxtral.evaluation import (
 )
 from voxtral.evaluation_report import arrow, markdown, number
 from voxtral.inject import inject
+from voxtral.json_files import finite
 from voxtral.processes import StopSignal, start_process
 from voxtral.run import duration
 from voxtral.run_folder import environment

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.audio import BadClip, load_segment, read_header
 from voxtral.checkpoint import SafetensorsFile, save_tensors
 from voxtral.errors import UserError
-from voxtral.json_edit import read_json
+from voxtral.json_files import read_json
 from voxtral.known_codes import read_codes
 from voxtral.params import load_params, parse_params
 from voxtral.reference import prepare_reference

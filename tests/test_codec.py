@@ -21,7 +21,8 @@ from voxtral.checkpoint import (
     ENCODER_PREFIXES,
     Checkpoint,
     SafetensorsFile,
-    write_safetensors,
+    StoredTensor,
+    write_stored,
 )
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.layers import Transformer, WindowAttention
@@ -413,11 +414,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     save_file({"x": torch.ones(3)}, path)
     before = path.read_bytes()
 
-    def fail(name):
+    def fail():
         raise KeyboardInterrupt
 
+    items = {"x": StoredTensor("F32", [3], lambda: torch.zeros(3)), "y": StoredTensor("F32", [2], fail)}
     with pytest.raises(KeyboardInterrupt):
-        write_safetensors(path, {"x": (3,), "y": (2,)}, lambda name: torch.float32, fail)
+        write_stored(path, items)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

@@ -21,7 +21,6 @@ from omegaconf import OmegaConf
 from voxtral import data
 from voxtral.data import (
     BadClip,
-    BadClipLog,
     BatchSampler,
     SampleStream,
     SpeechDataset,
@@ -33,6 +32,7 @@ from voxtral.data import (
 )
 from voxtral.params import CodecParams
 from voxtral.processes import StopSignal, training_process
+from voxtral.run import BadClipLog
 from voxtral.sources import Clip, DataConfig, DataError, SourceConfig, ValidationConfig, find_clips, split_validation
 
 

@@ -301,7 +301,7 @@ def test_voice_statistics_by_hand():
         ["anna", "anna", "ben"],
         rms=15.0,
     )
-    assert (voices.n_rows, voices.norm) == (6, pytest.approx(7 / 6))
+    assert (voices.rows, voices.norm) == (6, pytest.approx(7 / 6))
     assert voices.mean.tolist() == pytest.approx([5 / 6, 2 / 6])
     assert voices.variance.tolist() == pytest.approx([5 / 6 - 25 / 36, 4 / 6 - 4 / 36])
     assert voices.near_zero_share == pytest.approx(11 / 12)  # all but the 2

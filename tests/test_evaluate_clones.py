@@ -35,7 +35,7 @@ from voxtral.clones import (
 from voxtral.data import load_segment
 from voxtral.errors import UserError
 from voxtral.inject import inject
-from voxtral.listening import Recording, Voice, record, write_page
+from voxtral.listening import Recording, VoiceSection, record, write_page
 from voxtral.reference import prepare_reference
 from voxtral.sources import Clip
 from voxtral.standin import small_params, write_random_checkpoint
@@ -172,7 +172,9 @@ def test_every_speaker_says_what_others_say(manifest):
 
 
 def test_prompts_speakers_and_sentences_can_be_chosen(manifest):
-    items, bad = items_of_manifest(manifest, ["New.", "Three.", "Newer."], ["eve", "ben"], prompts=2, per_voice=2)
+    items, bad = items_of_manifest(
+        manifest, sentences=["New.", "Three.", "Newer."], speakers=["eve", "ben"], prompts=2, per_voice=2
+    )
     assert bad == []
     references = ["ben0.wav", "ben1.wav", "eve0.wav", "eve1.wav"]
     assert [row[1] for row in said_by(items)] == [name for name in references for _ in range(2)]
@@ -205,10 +207,12 @@ def test_word_errors_are_against_the_text(judge, monkeypatch):
     heard = iter([" Number 1 7-8, it's for mister Jones."] * 2)
 
     class FakeWhisper:
+        device = torch.device("cpu")
+
         @staticmethod
         def transcribe(audio, language, **options):
             assert len(audio) == 16_000 and language == "en" and options["temperature"] == 0
-            return {"text": next(heard)}
+            return {"text": next(heard), "language": language}
 
     assert judge.words("anything", torch.ones(24_000)) == {}
     monkeypatch.setattr(judge, "whisper", FakeWhisper)
@@ -410,9 +414,9 @@ def test_the_default_is_the_checkpoints_own_encoder(run, checkpoint, encoder, tm
 
 
 def test_pages_show_text_as_it_is(tmp_path):
-    clone = record(tmp_path, "a b", "<i>", torch.zeros(24_000), 24_000, ["1 < 2"])
+    clone = record(tmp_path, "a b", "<i>", torch.zeros(24_000), ["1 < 2"])
     assert clone == Recording("<i>", "a b.wav", "a b.png", ["1 < 2"]) and (tmp_path / "a b.png").is_file()
-    silent = record(tmp_path, "none", "mute", torch.zeros(0), 24_000)
+    silent = record(tmp_path, "none", "mute", torch.zeros(0))
     assert silent == Recording("mute", notes=["no audio"]) and not (tmp_path / "none.wav").exists()
     write_page(
         tmp_path / "index.html",
@@ -420,7 +424,7 @@ def test_pages_show_text_as_it_is(tmp_path):
         "<p>hello</p>",
         ["", "h<"],
         [["row", "1\n[0, 2]"]],
-        [Voice("v", "a < b", Recording("reference", "a b.wav"), [clone, silent])],
+        [VoiceSection("v", "a < b", Recording("reference", "a b.wav"), [clone, silent])],
     )
     page = (tmp_path / "index.html").read_text()
     assert all(

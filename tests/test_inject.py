@@ -25,7 +25,7 @@ from voxtral.checkpoint import Checkpoint, SafetensorsFile, save_tensors
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, dump_config
 from voxtral.inject import BACKUP, INDEX, MARKER, RECORD, eject, inject
-from voxtral.json_edit import remove_json, set_json
+from voxtral.json_files import remove_json, set_json
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.model_card import CARD
 from voxtral.params import CheckpointError, load_params
@@ -610,7 +610,7 @@ def test_the_card_of_an_injection_in_place_comes_and_goes_with_it(folder, encode
     assert "--eject" in card and "Not known" in card and digest(encoder) in card
     eject(folder)
     assert snapshot(folder) == snapshot(pristine) and not (folder / CARD).exists()
-    assert CARD in inject_encoder.command_line().format_help()
+    assert CARD in inject_encoder.COMMAND_LINE.format_help()
 
 
 @pytest.mark.parametrize("text", ["data: [", "data: {}", "", "loss: 3"])

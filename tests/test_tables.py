@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from voxtral.checkpoint import write_text
-from voxtral.data import BadClipLog
 from voxtral.errors import UserError, shown
 from voxtral.paths import MAX_NAME_BYTES, file_name, find_files, is_inside
 from voxtral.remarks import Remarks
+from voxtral.run import BadClipLog
 from voxtral.sources import DataConfig, SourceConfig, find_clips, split_validation
 from voxtral.tables import Row, TableError, json_line, read_json_lines, read_table
 from voxtral.text import read_sentences, says_something

@@ -1,5 +1,6 @@
 """wandb, mlflow, trackio: what each is told, that a resumed run goes on in its own, that none can end a run."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -44,7 +45,7 @@ def two_rows(log, first):
 def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_anything(schema, check, monkeypatch):
     with pytest.raises(ConfigError, match="none or one of wandb, mlflow, trackio"):
         check(replace(schema(), tracker="comet"))
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install mlflow"):
         check(replace(schema(), tracker="mlflow"))
 

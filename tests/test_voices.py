@@ -19,7 +19,6 @@ from mistral_common.exceptions import InvalidRequestException
 from mistral_common.protocol.speech.request import SpeechRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-import evaluate
 import patch_tokenizer
 from voxtral import voices
 from voxtral.checkpoint import EMBEDDING_NAME, SafetensorsFile, save_tensors
@@ -36,6 +35,7 @@ from voxtral.voices import (
     end_audio_row,
     list_voices,
     load_embedding,
+    preset_embeddings,
     register,
     remove,
     voice_files,
@@ -349,7 +349,7 @@ def test_presets_saved_on_a_gpu_are_listed_read_and_compared(as_released, capsys
     assert end_audio_row(folder).norm() == pytest.approx(14.75, rel=0.01)
     for name, preset in presets.items():
         assert torch.equal(named_voice(folder, name), preset)
-    read = evaluate.read_presets(folder)
+    read = [rows.float() for rows in preset_embeddings(folder).values()]
     assert all(torch.equal(rows, preset[:-1].float()) for rows, preset in zip(read, presets.values(), strict=True))
     own = voice_statistics(read, [0, 1, 2], 4.4 / math.sqrt(3072))
     compared = compare_voices(own, own)

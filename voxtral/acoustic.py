@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from voxtral.checkpoint import Checkpoint, check_shapes
+from voxtral.checkpoint import Checkpoint
 from voxtral.layers import FeedForward
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS, ModelParams, TransformerParams
 
@@ -74,8 +74,7 @@ class AcousticTransformer(nn.Module):
         with torch.device("meta"):
             model = cls(checkpoint.params)
         expected = {PREFIX + name: tuple(t.shape) for name, t in model.state_dict().items()}
-        found = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(PREFIX)}
-        check_shapes(found, expected, checkpoint.folder)
+        checkpoint.check(expected, PREFIX)
         weights = {name.removeprefix(PREFIX): checkpoint.read([name])[name].to(device, dtype) for name in expected}
         model.load_state_dict(weights, assign=True)
         return model.eval()

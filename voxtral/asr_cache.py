@@ -19,11 +19,12 @@ from torch import Tensor
 
 from voxtral.asr import AsrConfig, AsrTargets, WhisperTeacher
 from voxtral.audio import load_segment, read_header
-from voxtral.checkpoint import write_text
+from voxtral.checkpoint import digest
+from voxtral.clip_list import Clip
 from voxtral.codec import valid_mask
 from voxtral.data import Batch, SpeechDataset, collate
 from voxtral.errors import UserError
-from voxtral.sources import Clip
+from voxtral.json_files import write_json
 
 
 @dataclass
@@ -43,12 +44,9 @@ class AsrCache:
     def __init__(self, folder: str, teacher: WhisperTeacher, config: AsrConfig, max_sec: float):
         self.folder, self.max_sec = Path(folder), max_sec
         self.max_tokens, self.width, self.dtype = teacher.max_tokens, teacher.width, teacher.dtype
-        model = hashlib.sha256(
-            teacher.model.decoder.ln.weight.float().cpu().numpy().tobytes()
-            + teacher.model.encoder.conv1.weight.float().cpu().numpy().tobytes()
-        )
+        weights = teacher.model.decoder.ln.weight, teacher.model.encoder.conv1.weight
         made_with = {
-            "whisper": model.hexdigest(),
+            "whisper": digest(("", weight.float()) for weight in weights),
             "language": config.language,
             "context_sec": config.context_sec,
             "tokens_per_sec": config.tokens_per_sec,
@@ -59,7 +57,7 @@ class AsrCache:
         path = self.folder / "made_with.json"
         with FileLock(self.folder / ".lock"):
             if not path.exists():
-                write_text(path, json.dumps(made_with, indent=2) + "\n")
+                write_json(path, made_with)
         before = json.loads(path.read_text())
         changed = [
             f"{key} {before.get(key)} against {value}" for key, value in made_with.items() if before.get(key) != value
@@ -113,10 +111,8 @@ class AsrCache:
         if any(one is None for one in kept):
             return None
         n_frames = kept[0][1].shape[1]
-        hidden, alignment = (
-            torch.zeros(len(kept), self.max_tokens, self.width),
-            torch.zeros(len(kept), self.max_tokens, n_frames),
-        )
+        hidden = torch.zeros(len(kept), self.max_tokens, self.width)
+        alignment = torch.zeros(len(kept), self.max_tokens, n_frames)
         for i, (states, weights) in enumerate(kept):
             hidden[i, : len(states)], alignment[i, : len(weights)] = states, weights
         n_text = torch.tensor([len(states) for states, _ in kept])

@@ -30,104 +30,34 @@ DECODER_LINE = re.compile(rb"\[src/libmpg123/|Note: |Warning: |.*libmpg123")
 BLOCK_FRAMES = 4096
 MAX_VALUES = 2**27  # decoded at once, of a file whose length is not known beforehand
 SPEECH_HZ, BLOCK, MAX_BLOCKS = (100, 4000), 1024, 1000  # where a channel is weighed, in so many blocks of frames
-AUDIO_SUFFIXES = {
-    ".wav",
-    ".wave",
-    ".bwf",
-    ".rf64",
-    ".w64",
-    ".flac",
-    ".mp3",
-    ".mp2",
-    ".mpga",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".aif",
-    ".aiff",
-    ".aifc",
-    ".au",
-    ".snd",
-    ".caf",
-    ".sph",
-    ".nist",
-    ".voc",
-    ".ircam",
-    ".sf",
-    ".avr",
-    ".paf",
-    ".pvf",
-    ".iff",
-    ".8svx",
-    ".svx",
-    ".sds",
-    ".xi",
-}  # libsndfile's, but for those without a header
-OTHER_MEDIA = {
-    ".m4a",
-    ".m4b",
-    ".m4r",
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".3gp",
-    ".3ga",
-    ".aac",
-    ".ac3",
-    ".eac3",
-    ".dts",
-    ".wma",
-    ".wmv",
-    ".asf",
-    ".amr",
-    ".awb",
-    ".webm",
-    ".weba",
-    ".mkv",
-    ".mka",
-    ".avi",
-    ".flv",
-    ".f4a",
-    ".ts",
-    ".mpg",
-    ".mpeg",
-    ".ape",
-    ".wv",
-    ".tta",
-    ".mpc",
-    ".tak",
-    ".dsf",
-    ".dff",
-    ".ra",
-    ".rm",
-    ".spx",
-    ".ogv",
-    ".ogx",
-    ".qcp",
-    ".alac",
-}
+# Suffixes of libsndfile's formats, but for those without a header; and of what it does not read.
+AUDIO_SUFFIXES = set(
+    """
+    .wav .wave .bwf .rf64 .w64 .flac .mp3 .mp2 .mpga .ogg .oga .opus .aif .aiff .aifc .au .snd .caf .sph .nist .voc
+    .ircam .sf .avr .paf .pvf .iff .8svx .svx .sds .xi
+    """.split()
+)
+OTHER_MEDIA = set(
+    """
+    .m4a .m4b .m4r .mp4 .m4v .mov .3gp .3ga .aac .ac3 .eac3 .dts .wma .wmv .asf .amr .awb .webm .weba .mkv .mka .avi
+    .flv .f4a .ts .mpg .mpeg .ape .wv .tta .mpc .tak .dsf .dff .ra .rm .spx .ogv .ogx .qcp .alac
+    """.split()
+)
 CONVERT = "libsndfile does not read it; convert it: ffmpeg -i IN -ac 1 OUT.flac"
-# What files are that are named as audio: first bytes -> name.
-SIGNATURES = [
-    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: git lfs pull"),
-    (b"\0\5\x16\7", "is a ._ file of macOS, not audio"),
-    (b"\x1aE\xdf\xa3", f"is WebM or Matroska; {CONVERT}"),
-    (b"0&\xb2u\x8ef\xcf\x11", f"is Windows Media; {CONVERT}"),
-    (b"#!AMR", f"is AMR; {CONVERT}"),
-    (b"wvpk", f"is WavPack; {CONVERT}"),
-    (b"MAC ", f"is Monkey's Audio; {CONVERT}"),
-    (b"FLV", f"is Flash video; {CONVERT}"),
-    (b"PK\3\4", "is an archive: unpack it"),
-    (b"\x1f\x8b", "is an archive: unpack it"),
-    (b"Rar!", "is an archive: unpack it"),
-    (b"7z\xbc\xaf", "is an archive: unpack it"),
-    (b"BZh", "is an archive: unpack it"),
-    (b"\xfd7zXZ", "is an archive: unpack it"),
-    (b"%PDF", "is PDF, not audio"),
-    (b"\x89PNG", "is a picture, not audio"),
-    (b"\xff\xd8\xff", "is a picture, not audio"),
-    (b"GIF8", "is a picture, not audio"),
-]
+# First bytes -> what files are that are named as audio.
+SIGNATURES = {
+    (b"version https://git-lfs",): "is a pointer of Git LFS, not the file itself: git lfs pull",
+    (b"\0\5\x16\7",): "is a ._ file of macOS, not audio",
+    (b"\x1aE\xdf\xa3",): f"is WebM or Matroska; {CONVERT}",
+    (b"0&\xb2u\x8ef\xcf\x11",): f"is Windows Media; {CONVERT}",
+    (b"#!AMR",): f"is AMR; {CONVERT}",
+    (b"wvpk",): f"is WavPack; {CONVERT}",
+    (b"MAC ",): f"is Monkey's Audio; {CONVERT}",
+    (b"FLV",): f"is Flash video; {CONVERT}",
+    (b"PK\3\4", b"\x1f\x8b", b"Rar!", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ"): "is an archive: unpack it",
+    (b"%PDF",): "is PDF, not audio",
+    (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"): "is a picture, not audio",
+}
 
 
 class BadClip(ValueError):
@@ -279,8 +209,8 @@ def what_it_is(path) -> str:
             start = file.read(1024)
     except OSError:
         return ""
-    for signature, name in SIGNATURES:
-        if start.startswith(signature):
+    for signatures, name in SIGNATURES.items():
+        if start.startswith(signatures):
             return name
     if start[4:8] == b"ftyp":
         return f"is MP4 (m4a, mp4, mov); {CONVERT}"

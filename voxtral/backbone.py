@@ -5,6 +5,7 @@ rotates its two halves, so the rows of wq and wk are reordered once at load, and
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
-from voxtral.checkpoint import TEXT_EMBEDDING_NAME, Checkpoint, check_shapes
+from voxtral.checkpoint import TEXT_EMBEDDING_NAME, Checkpoint
 from voxtral.params import CheckpointError, ModelParams, TransformerParams
 
 # Native module name -> transformers' name; inside a layer, both follow `layers.N.`.
@@ -37,9 +38,8 @@ def to_transformers_name(name: str) -> str:
 
 def to_native_name(name: str) -> str:
     """ "layers.3.self_attn.q_proj[.weight]" -> "layers.3.attention.wq[.weight]". ValueError for any other module."""
-    return _rename(
-        name, {new: old for old, new in MODULE_NAMES.items()}, {new: old for old, new in LAYER_MODULE_NAMES.items()}
-    )
+    outside, inside = ({new: old for old, new in names.items()} for names in (MODULE_NAMES, LAYER_MODULE_NAMES))
+    return _rename(name, outside, inside)
 
 
 def _rename(name: str, outside: dict[str, str], inside: dict[str, str]) -> str:
@@ -64,6 +64,12 @@ def halves_to_native(weight: Tensor, n_heads: int, head_dim: int) -> Tensor:
 def rotated_heads(sizes: TransformerParams) -> dict[str, int]:
     """Native name of a projection whose rows RoPE rotates -> its number of heads."""
     return {"wq": sizes.n_heads, "wk": sizes.n_kv_heads}
+
+
+def _reordered(name: str, weight: Tensor, sizes: TransformerParams, reorder: Callable) -> Tensor:
+    """A tensor by its native name; with its rows in another order where RoPE rotates them."""
+    n_heads = rotated_heads(sizes).get(name.removesuffix(".weight").rpartition(".")[2])
+    return reorder(weight, n_heads, sizes.head_dim) if n_heads else weight
 
 
 def check_rope(rotary: nn.Module, sizes: TransformerParams) -> None:
@@ -118,20 +124,11 @@ class Backbone(nn.Module):
         with torch.device("meta"):
             backbone = cls(checkpoint.params)
         expected = {to_native_name(name): tuple(t.shape) for name, t in backbone.model.state_dict().items()}
-        found = {
-            name: shape
-            for name, shape in checkpoint.shapes.items()
-            if name.startswith(("layers.", "norm.")) or name == TEXT_EMBEDDING_NAME
-        }
-        check_shapes(found, expected, checkpoint.folder)
-        heads = rotated_heads(checkpoint.params.backbone)
+        checkpoint.check(expected, "layers.", "norm.", TEXT_EMBEDDING_NAME)
         weights = {}
         for name in expected:
             weight = checkpoint.read([name])[name].to(device, dtype)
-            module = name.removesuffix(".weight").rpartition(".")[2]
-            if module in heads:
-                weight = native_to_halves(weight, heads[module], checkpoint.params.backbone.head_dim)
-            weights[to_transformers_name(name)] = weight
+            weights[to_transformers_name(name)] = _reordered(name, weight, checkpoint.params.backbone, native_to_halves)
         backbone.model.load_state_dict(weights, assign=True)  # the modules take these very tensors
         # Computed at construction, not stored: on the meta device it has no values yet. It stays float32.
         backbone.model.rotary_emb = MistralRotaryEmbedding(backbone.model.config).to(device)
@@ -140,15 +137,9 @@ class Backbone(nn.Module):
 
     def native_state_dict(self) -> dict[str, Tensor]:
         """The weights as the checkpoint has them: its names, RoPE on adjacent rows."""
-        heads = rotated_heads(self.params.backbone)
-        weights = {}
-        for name, weight in self.model.state_dict().items():
-            name = to_native_name(name)
-            module = name.removesuffix(".weight").rpartition(".")[2]
-            if module in heads:
-                weight = halves_to_native(weight, heads[module], self.params.backbone.head_dim)
-            weights[name] = weight
-        return weights
+        weights = {to_native_name(name): weight for name, weight in self.model.state_dict().items()}
+        sizes = self.params.backbone
+        return {name: _reordered(name, weight, sizes, halves_to_native) for name, weight in weights.items()}
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> [..., dim]"""
@@ -161,7 +152,7 @@ class Backbone(nn.Module):
         """
         return self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask).last_hidden_state
 
-    def hidden_states(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
+    def hidden_states(self, inputs_embeds: Tensor) -> list[Tensor]:
         """The output of every layer, n_layers tensors [B, S, dim]; the last one too is taken before the final norm
         (transformers' own `output_hidden_states` would return it normed)."""
         outputs = []
@@ -170,7 +161,7 @@ class Backbone(nn.Module):
             for layer in self.model.layers
         ]
         try:
-            self(inputs_embeds, attention_mask)
+            self(inputs_embeds)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from voxtral.backbone import Backbone
+from voxtral.params import round_up
 
 CACHE_MULTIPLE = 64  # slots; attention kernels want aligned masks
 
@@ -54,7 +55,7 @@ class CachedBackbone:
     def new_cache(self, batch_size: int, n_slots: int) -> Cache:
         """Room for at least n_slots tokens of every item, prompt and padding included."""
         sizes = self.sizes
-        n_slots = -(-n_slots // CACHE_MULTIPLE) * CACHE_MULTIPLE
+        n_slots = round_up(n_slots, CACHE_MULTIPLE)
         shape = (sizes.n_layers, batch_size, sizes.n_kv_heads, n_slots, sizes.head_dim)
         # Zeros, not empty: a masked slot still enters the weighted sum, with weight 0.
         return Cache(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)))

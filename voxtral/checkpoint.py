@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,11 +56,8 @@ class SafetensorsFile:
 
     def __init__(self, path):
         self.path = Path(path)
-        problem = no_file(path)
-        if problem:
-            raise CheckpointError(
-                f"{self.path} is missing." if problem == "does not exist" else f"{self.path} {problem}."
-            )
+        if problem := no_file(path):
+            raise CheckpointError(f"{path} {'is missing' if problem == 'does not exist' else problem}.")
         try:
             with self.path.open("rb") as file:
                 (header_size,) = struct.unpack("<Q", file.read(8))
@@ -91,6 +87,10 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{self.path} cannot be read ({reason_of(error)}): download or copy it again."
             ) from error
+
+    def tensor(self, name: str) -> Tensor:
+        """A single one, likewise."""
+        return self.read([name])[name]
 
 
 def parse_header(text: bytes) -> tuple[dict | None, dict[str, dict]]:
@@ -130,6 +130,11 @@ class Checkpoint:
     def encoder_names(self) -> list[str]:
         """Names of the encoder's tensors that the folder holds (none in the release)."""
         return [name for name in self.shapes if name.startswith(ENCODER_PREFIXES)]
+
+    def check(self, expected: dict[str, tuple], *prefixes: str) -> None:
+        """Raises CheckpointError unless the tensors whose names begin so are those expected (name -> shape)."""
+        found = {name: shape for name, shape in self.shapes.items() if name.startswith(prefixes)}
+        check_shapes(found, expected, self.folder)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """name -> CPU tensor in the stored dtype. Raises CheckpointError naming the first tensor that is missing."""
@@ -209,34 +214,6 @@ def write_text(path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
 
 
-def write_safetensors(
-    path,
-    shapes: dict[str, tuple],
-    dtype_of: Callable[[str], torch.dtype],
-    tensor_of: Callable[[str], Tensor],
-    metadata: dict | None = None,
-) -> None:
-    """Writes tensors one at a time, in the order of `shapes`; at most one is in memory. Atomic."""
-
-    def made(name: str) -> Tensor:
-        tensor = tensor_of(name).to(dtype_of(name))
-        if tuple(tensor.shape) != tuple(shapes[name]):
-            raise CheckpointError(f"{name}: shape {list(tensor.shape)} instead of {list(shapes[name])}")
-        return tensor
-
-    write_items(
-        path,
-        {name: Item(DTYPE_NAMES[dtype_of(name)], list(shape), partial(made, name)) for name, shape in shapes.items()},
-        metadata,
-    )
-
-
-def header_bytes(header: dict) -> bytes:
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensor data starts at a multiple of 8
-    return struct.pack("<Q", len(text)) + text
-
-
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -251,7 +228,7 @@ class Span(NamedTuple):
 
 
 @dataclass
-class Item:
+class StoredTensor:
     """A tensor to be written: dtype (as in a safetensors header), shape, and where its bytes lie or what makes it."""
 
     dtype: str
@@ -275,27 +252,35 @@ class Item:
         return torch.frombuffer(data, dtype=TORCH_DTYPES[self.dtype]).view(self.shape)
 
 
-def write_items(path, items: dict[str, Item], metadata: dict | None, header: bytes | None = None) -> None:
+def write_stored(
+    path, items: dict[str, StoredTensor], metadata: dict | None = None, header: bytes | None = None
+) -> None:
     """Writes tensors in the order of `items`, those in files byte for byte; a few blocks and one tensor are in memory.
 
     Atomic. header: the first bytes of the file, when they are to be just these. Raises CheckpointError for a file that
-    is cut.
+    is cut, and for a tensor that is not what its item says.
     """
     entries, offset = {} if metadata is None else {"__metadata__": metadata}, 0
     for name, item in items.items():
         entries[name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": [offset, offset + item.size]}
         offset += item.size
+    if header is None:
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensor data starts at a multiple of 8
+        header = struct.pack("<Q", len(text)) + text
     with atomic_path(path) as temporary, BlockWriter(temporary) as file:
-        start = header_bytes(entries) if header is None else header
-        file.append(io.BytesIO(start), len(start))
-        for item in items.values():
+        file.append(io.BytesIO(header), len(header))
+        for name, item in items.items():
             if isinstance(item.data, Span):
                 with item.data.path.open("rb", buffering=0) as source:
                     source.seek(item.data.start)
                     if file.append(source, item.size) < item.size:
                         raise CheckpointError(f"{item.data.path} ends too early: download or copy it again.")
             else:
-                file.append(io.BytesIO(tensor_bytes(item.data().contiguous())), item.size)
+                tensor = item.data()
+                if tensor.dtype != TORCH_DTYPES[item.dtype] or tensor.shape != torch.Size(item.shape):
+                    raise CheckpointError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not what its item says.")
+                file.append(io.BytesIO(tensor_bytes(tensor.contiguous())), item.size)
 
 
 class BlockWriter:
@@ -360,13 +345,13 @@ class BlockWriter:
 
 
 def save_tensors(path, tensors: dict[str, Tensor]) -> None:
-    """A small dict of tensors -> one .safetensors file, atomically."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    write_safetensors(
+    """name -> tensor, on any device, as one .safetensors file, atomically."""
+    write_stored(
         path,
-        {name: tuple(t.shape) for name, t in tensors.items()},
-        lambda name: tensors[name].dtype,
-        lambda name: tensors[name],
+        {
+            name: StoredTensor(DTYPE_NAMES[t.dtype], list(t.shape), lambda t=t: t.detach().cpu())
+            for name, t in tensors.items()
+        },
     )
 
 

@@ -36,9 +36,7 @@ class ClipCache:
             record = json.loads(self.record.read_text(encoding="utf-8"))
             if any(stamp(path) != found for path, found in record["looked_at"].items()):
                 return None
-            remarks = Remarks()
-            remarks.passed_over = {reason: tuple(what) for reason, what in record["passed_over"].items()}
-            remarks.notes, remarks.looked_at = record["notes"], record["looked_at"]
+            remarks = Remarks.of(record)
             return Columns.read(self.folder / record["columns"]), record["absent"], remarks
         except (OSError, ValueError, LookupError):  # none, or one that another process is just removing
             return None
@@ -52,18 +50,8 @@ class ClipCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             name = f"{self.name}-{uuid.uuid4().hex[:8]}"
             columns.write(self.folder / name)
-            write_text(
-                self.record,
-                json.dumps(
-                    {
-                        "columns": name,
-                        "absent": absent,
-                        "passed_over": remarks.passed_over,
-                        "notes": remarks.notes,
-                        "looked_at": remarks.looked_at,
-                    }
-                ),
-            )
+            record = {"columns": name, "absent": absent, **vars(remarks)}
+            write_text(self.record, json.dumps(record))
             for former in self.folder.glob(f"{self.name}-*"):
                 if former.name != name:
                     shutil.rmtree(former, ignore_errors=True)

@@ -134,12 +134,11 @@ class Clips(Sequence):
 
     def is_by(self, speakers: set[str]) -> np.ndarray:
         """bool [n]: whose speaker is one of these."""
-        return self._of_each(
-            bool,
-            lambda columns, rows: np.array([name in speakers for name in columns.speakers], bool)[
-                columns.speaker[rows]
-            ],
-        )
+
+        def chosen(columns: Columns, rows: np.ndarray) -> np.ndarray:
+            return np.array([name in speakers for name in columns.speakers], bool)[columns.speaker[rows]]
+
+        return self._of_each(bool, chosen)
 
     def speakers(self) -> set[str]:
         return {

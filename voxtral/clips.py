@@ -5,30 +5,27 @@ A clip is FOLDER/VOICE/00012.flac with its codes in 00012.npy (int16 [37, L]). I
 records-RANK.jsonl, which comes last. manifest.jsonl lists the clips that were kept.
 """
 
-import argparse
 import os
 import random
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+from voxtral.command_line import script_parser
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m voxtral.clips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a checkpoint with its encoder")
-    parser.add_argument("--data", required=True, metavar="CONFIG.yaml", help="its data: block is read")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of clips and manifest.jsonl")
-    parser.add_argument("--max-sec", type=float, default=10.0, help="longer recordings are cut (default: 10)")
-    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config")
-    return parser
-
+COMMAND_LINE = script_parser(__doc__, module="voxtral.clips")
+option = COMMAND_LINE.add_argument
+option("--checkpoint", required=True, metavar="DIR", help="folder of a checkpoint with its encoder")
+option("--data", required=True, metavar="CONFIG.yaml", help="its data: block is read")
+option("--output", required=True, metavar="DIR", help="folder of clips and manifest.jsonl")
+option("--max-sec", type=float, default=10.0, help="longer recordings are cut (default: 10)")
+option("overrides", nargs="*", metavar="data.key=value", help="changes to the config")
 
 if __name__ == "__main__":
-    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
 
 import numpy as np
 import soundfile
@@ -40,12 +37,14 @@ from tqdm import tqdm
 
 from voxtral.audio import BadClip, load_segment
 from voxtral.checkpoint import atomic_path, write_text
+from voxtral.clip_list import Clip
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.data import read_config
 from voxtral.errors import UserError, one_sentence, shown
+from voxtral.known_codes import write_codes
 from voxtral.paths import file_name, is_inside
 from voxtral.remarks import Remarks
-from voxtral.sources import Clip, find_clips
+from voxtral.sources import find_clips
 from voxtral.tables import json_line, read_json_lines
 from voxtral.tts import Take
 
@@ -104,12 +103,7 @@ def defect(take: Take, samples: Tensor, sample_rate_hz: int) -> str:
 
 def longest_run(values: Tensor) -> int:
     """[L] -> length of the longest stretch of equal values."""
-    longest = run = 0
-    previous = None
-    for value in values.tolist():
-        run = run + 1 if value == previous else 1
-        longest, previous = max(longest, run), value
-    return longest
+    return max((len(list(run)) for _, run in groupby(values.tolist())), default=0)
 
 
 class ClipFolder:
@@ -144,21 +138,12 @@ class ClipFolder:
         """Codes [37, L] and samples [L * 1920], each file atomically."""
         with atomic_path(self.path / f"{clip.name}.flac") as temporary:
             soundfile.write(temporary, samples.clamp(-1, 1).numpy(), sample_rate_hz, format="FLAC", subtype="PCM_16")
-        with atomic_path(self.path / f"{clip.name}.npy") as temporary, temporary.open("wb") as file:
-            np.save(file, codes.numpy().astype(np.int16))
+        write_codes(self.path / f"{clip.name}.npy", codes)
 
     def record(self, clips: list[PlannedClip], defects: list[str], seconds: list[float]) -> None:
         """Once their files are whole. A clip with a defect is recorded too, and not made again."""
         rows = [
-            {
-                "name": clip.name,
-                "voice": clip.voice,
-                "language": clip.language,
-                "text": clip.text,
-                "seed": list(clip.seed),
-                "seconds": round(length, 2),
-                "dropped": reason,
-            }
+            {**vars(clip), "seed": list(clip.seed), "seconds": round(length, 2), "dropped": reason}
             for clip, reason, length in zip(clips, defects, seconds)
         ]
         with self.own.open("a", encoding="utf-8") as file:
@@ -172,22 +157,12 @@ class ClipFolder:
         with FileLock(self.path / ".lock"):  # who comes last has seen every record
             self.records = self._read()
             kept = [row for _, row in sorted(self.records.items()) if not row["dropped"]]
-            write_text(
-                self.path / "manifest.jsonl",
-                "".join(
-                    json_line(
-                        {
-                            "path": f"{row['name']}.flac",
-                            "codes": f"{row['name']}.npy",
-                            "voice": row["voice"],
-                            "language": row["language"],
-                            "text": row["text"],
-                            "seconds": row["seconds"],
-                        }
-                    )
-                    for row in kept
-                ),
+            manifest = (
+                {"path": f"{row['name']}.flac", "codes": f"{row['name']}.npy"}
+                | {key: row[key] for key in ("voice", "language", "text", "seconds")}
+                for row in kept
             )
+            write_text(self.path / "manifest.jsonl", "".join(map(json_line, manifest)))
         return Counter(row["dropped"] for row in self.records.values() if row["dropped"])
 
 
@@ -256,24 +231,17 @@ def encode_speech(
             codes = codec.encode(waveforms[:, None].to(device), lengths).to("cpu", torch.int16).numpy()
             speaker = file_name(clip.speaker)
             (folder / speaker).mkdir(parents=True, exist_ok=True)
-            for (speed, offset, _), one, n_frames in zip(
-                played, codes, ceil_div(lengths, codec.params.frame_size).tolist()
-            ):
+            n_frames = ceil_div(lengths, codec.params.frame_size).tolist()
+            for (speed, offset, _), one, length in zip(played, codes, n_frames):
                 name = f"{speaker}/{number:05d}_{speed:g}_{offset:g}.npy"
-                np.save(folder / name, one[:, :n_frames])
-                rows.append(
-                    {
-                        "path": str(Path(clip.path).absolute()),
-                        "codes": name,
-                        "text": clip.text,
-                        "voice": clip.speaker if speed == 1 else f"{clip.speaker}@{speed:g}",
-                    }
-                )
+                np.save(folder / name, one[:, :length])
+                voice = clip.speaker if speed == 1 else f"{clip.speaker}@{speed:g}"
+                rows.append({"path": str(Path(clip.path).absolute()), "codes": name, "text": clip.text, "voice": voice})
     write_text(folder / "manifest.jsonl", "".join(map(json_line, rows)))
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_intermixed_args(arguments)
+    options = COMMAND_LINE.parse_intermixed_args(arguments)
     with one_sentence():
         codec = VoxtralCodec.from_checkpoint(options.checkpoint)
         if not codec.has_encoder:

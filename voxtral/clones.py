@@ -18,19 +18,21 @@ from tqdm import tqdm
 from whisper.tokenizer import LANGUAGES
 
 from voxtral.acoustic import CFG_ALPHA
+from voxtral.adapters import merged_weights
 from voxtral.asr import load_whisper
+from voxtral.audio import SAMPLE_RATE
 from voxtral.checkpoint import SafetensorsFile, check_shapes
+from voxtral.clip_list import Clip
 from voxtral.codec import VoxtralCodec
-from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError
 from voxtral.evaluation import Averages, fresh_encoder
-from voxtral.inject import lora_changes, original_files
+from voxtral.inject import original_files, stored_tensors
 from voxtral.reference import BadReference, prepare_reference
-from voxtral.refinement import refined_codes
+from voxtral.refinement import reference_codes
 from voxtral.remarks import Remarks
 from voxtral.score_table import Metric
-from voxtral.scores import SCORE_RATE, normaliser, word_error_rate
-from voxtral.sources import Absent, Clip, read_manifest
+from voxtral.scores import SCORE_RATE, normaliser, transcribe, word_error_rate
+from voxtral.sources import Absent, read_manifest
 from voxtral.speaker import SpeakerEncoder
 from voxtral.streaming import decode_batch
 from voxtral.text import read_text
@@ -101,21 +103,14 @@ def read_list(path, root=None) -> list[Item]:
     return items
 
 
-def items_of_manifest(
-    path,
-    sentences: list[str] | None = None,
-    speakers: list[str] | None = None,
-    prompts: int = 1,
-    per_voice: int = 2,
-    seed: int = 0,
-) -> tuple[list[Item], list[str]]:
+def items_of_manifest(path, **choice) -> tuple[list[Item], list[str]]:
     """items_of_clips() of a CSV, TSV or JSON-lines manifest (columns path, speaker, text) in its order."""
     remarks = Remarks()
     try:
         clips = list(read_manifest(Path(path), 0, Path(path).parent, remarks))
     except Absent as error:
         raise UserError(f"manifest {path} does not exist.") from error
-    items, bad = items_of_clips(clips, sentences, speakers, prompts, per_voice, seed)
+    items, bad = items_of_clips(clips, **choice)
     return items, remarks.lines() + bad
 
 
@@ -193,18 +188,14 @@ class Judge:
     ):
         if language not in LANGUAGES:
             raise UserError(f"the language is '{language}': it must be one of Whisper's codes, such as en or ar.")
-        self.device, self.language = torch.device(device), language
+        self.device, self.language = device, language
         self.speaker = SpeakerEncoder(speaker_model, device)
         self.whisper = load_whisper(whisper_model, device) if whisper_model else None
 
-    @torch.no_grad()
     def embed(self, waveform: Tensor) -> Tensor:
         """[T] at 24 kHz -> unit-norm speaker embedding [256] on the CPU; zeros for a clone without audio, so that it is
         like nobody."""
-        if not len(waveform):
-            return torch.zeros(self.speaker.linear.out_features)
-        length = torch.tensor([len(waveform)], device=self.device)
-        return self.speaker(waveform[None, None].to(self.device), length)[0].cpu()
+        return self.speaker.embed(waveform) if len(waveform) else torch.zeros(self.speaker.linear.out_features)
 
     @torch.no_grad()
     def words(self, text: str, waveform: Tensor) -> dict[str, float | str]:
@@ -214,14 +205,7 @@ class Judge:
         transcript = ""
         if len(waveform):
             audio = soxr.resample(waveform.clamp(-1, 1).numpy(), SAMPLE_RATE, SCORE_RATE, quality="HQ")
-            transcript = self.whisper.transcribe(
-                audio,
-                language=self.language,
-                temperature=0.0,
-                verbose=None,
-                condition_on_previous_text=False,
-                fp16=self.device.type == "cuda",
-            )["text"].strip()
+            transcript, _ = transcribe(self.whisper, audio, self.language)
         # The texts are normalised: no language of their own.
         wer, words = word_error_rate(*(digit_words(each, self.language) for each in (text, transcript)), language="")
         return {"wer": wer, "words": words, "transcript": transcript}
@@ -270,7 +254,7 @@ def read_system(description: str, tts: TTS, seed: int = 0) -> System:
         check_shapes(found, expected, encoder)
     if adapter:
         # Only for its checks: peft lets adapters pass that do not fit.
-        lora_changes(adapter, original_files(tts.folder), tts.models.backbone.params)
+        merged_weights(adapter, stored_tensors(original_files(tts.folder)), tts.models.backbone.params)
     return System(name, tensors, adapter)
 
 
@@ -331,24 +315,23 @@ def speak_and_score(
         for system in systems:
             tts.codec.load_encoder(system.encoder, system.name)
             voices = {path: _voice(tts.codec, path, judge, system) for path in references.speaker_of}
-            spoken = _speak(
-                adapted(tts, system.adapter) if system.adapter else tts, items, voices, max_frames, seed, cfg_alpha
-            )
+            speaking = adapted(tts, system.adapter) if system.adapter else tts
+            requests = [
+                Request(item.text, voices[item.reference][0], (seed, number), cfg_alpha)
+                for number, item in enumerate(items)
+            ]
+            progress = tqdm(_speak(speaking, requests, max_frames), system.name, len(items), unit="clip", disable=None)
             audio[system.name] = []
-            progress = tqdm(spoken, system.name, len(items), unit="clip", disable=None)
-            for (clone, ended, codec_embedding), item in zip(progress, items, strict=True):
+            for item, (clone, ended) in zip(items, progress, strict=True):
                 embedding = judge.embed(clone)
-                similar = references.compare(item, embedding)
                 rows.append(
                     {
                         "system": system.name,
                         "item": item.name,
-                        "speaker": item.speaker,
-                        "reference": item.reference,
-                        "text": item.text,
+                        **{key: getattr(item, key) for key in ("speaker", "reference", "text")},
                         **judge.words(item.text, clone),
-                        **similar,
-                        "own_codec": (codec_embedding @ embedding).item(),
+                        **references.compare(item, embedding),
+                        "own_codec": (voices[item.reference][1] @ embedding).item(),
                         "ended": float(ended),
                         "seconds": len(clone) / SAMPLE_RATE,
                     }
@@ -361,18 +344,12 @@ def speak_and_score(
     return rows, audio
 
 
-def _speak(
-    tts: TTS, items: list[Item], voices: dict, max_frames: int, seed: int, cfg_alpha: float
-) -> Iterator[tuple[Tensor, bool, Tensor]]:
-    """Yields of every item its audio [T], whether it ended by itself, and what _voice() heard of its reference."""
-    for start in range(0, len(items), BATCH_SIZE):
-        batch = items[start : start + BATCH_SIZE]
-        requests = [
-            Request(item.text, voices[item.reference][0], (seed, start + i), cfg_alpha) for i, item in enumerate(batch)
-        ]
-        takes = tts.generate(requests, max_frames)
-        for item, take, clone in zip(batch, takes, decode_batch(tts.codec, [take.codes for take in takes])):
-            yield clone, take.ended, voices[item.reference][1]
+def _speak(tts: TTS, requests: list[Request], max_frames: int) -> Iterator[tuple[Tensor, bool]]:
+    """Yields of every request its audio [T], and whether it ended by itself."""
+    for start in range(0, len(requests), BATCH_SIZE):
+        takes = tts.generate(requests[start : start + BATCH_SIZE], max_frames)
+        for take, clone in zip(takes, decode_batch(tts.codec, [take.codes for take in takes])):
+            yield clone, take.ended
 
 
 @torch.no_grad()
@@ -380,7 +357,7 @@ def _voice(codec: VoxtralCodec, path: str, judge: Judge, system: System) -> tupl
     """A recording -> its voice embedding [N, dim] as registered voices are, and what the judge hears [256] in the audio
     of its codes."""
     waveform = prepare_reference(path).waveform.to(codec.audio_embedding.device)
-    codes = refined_codes(codec, waveform, system.refine_sec)[0] if system.refine_sec else codec.encode(waveform)
+    codes, _ = reference_codes(codec, waveform, system.refine_sec)
     codes = system.change(codes) if system.change else codes
     embedding = codec.voice_rows(codes, torch.tensor([codes.shape[-1]], device=codes.device))[0]
     return embedding.bfloat16(), judge.embed(codec.decode(codes)[0, 0, : waveform.shape[-1]].float().cpu())

@@ -4,49 +4,51 @@ An unknown key at any depth, or a value of a wrong type, is an error that names 
 """
 
 import difflib
+import importlib.util
+import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from voxtral.asr import AsrConfig
-from voxtral.data import SAMPLE_RATE, DataConfig
+from voxtral.audio import SAMPLE_RATE
 from voxtral.discriminator import DiscriminatorConfig
 from voxtral.errors import UserError, reason_of
 from voxtral.known_codes import MatchConfig
 from voxtral.losses import LossWeights
 from voxtral.params import LORA_MODULES
-from voxtral.sources import CODEC_FRAME_SEC, check_config
-from voxtral.tracking import TRACKERS, is_installed
+from voxtral.sources import CODEC_FRAME_SEC, DataConfig, check_config
+from voxtral.tracking import TRACKERS, dotted
 
 PARTS = ("encoder", "codebook", "decoder")
 PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under true references
 DISTILLATION = ("hidden", "semantic_kl", "velocity", *PRESET)  # losses that compare with the teacher
 FULL_PIPELINE_PARTS = ("lora", "encoder", "embedding", "backbone", "acoustic")
 # What the state of a run hangs on: a run goes on with the same values of these,
-KEPT_ON_RESUMING = (
-    "seed",
-    "reference_sec",
-    "data.sources",
-    "data.validation.clips",
-    "data.validation.speakers",
-    "train.trainable",
-    "optimizer.betas",
-    "discriminator.fft_sizes",
-    "discriminator.channels",
-    "asr.model",
-    "lora.rank",
-    "lora.alpha",
-    "lora.target_modules",
+KEPT_ON_RESUMING = set(
+    """
+    seed reference_sec data.sources data.validation.clips data.validation.speakers train.trainable optimizer.betas
+    discriminator.fft_sizes discriminator.channels asr.model lora.rank lora.alpha lora.target_modules
+    """.split()
 )
 SWITCHES = ("loss.feature", "loss.asr", "loss.match")  # and with these neither switched on nor off.
+# Numbers that are not 0, and those that are below 1.
+POSITIVE = set(
+    """
+    train.epochs train.max_steps train.accumulation train.gradient_clip train.max_total_loss train.log_every_steps
+    train.validate_every_steps train.save_every_steps train.save_every_minutes train.keep_last
+    train.reconstruction_decay optimizer.learning_rate discriminator.channels discriminator.crop_sec
+    discriminator.learning_rate lora.rank lora.alpha
+    """.split()
+)
+SHARES = {"train.ema_decay", "train.dropout", "lora.dropout", "optimizer.betas"}
 
 
 class ConfigError(UserError):
@@ -54,27 +56,34 @@ class ConfigError(UserError):
 
 
 @dataclass
-class TrainConfig:
-    trainable: list[str] = field(
-        default_factory=lambda: ["encoder"]
-    )  # of encoder, codebook, decoder; all: a whole codec
-    epochs: int = 15  # passes over the data, unless max_steps says otherwise
+class LoopConfig:
+    """What the training loops of both phases can be told."""
+
+    trainable: list[str] = MISSING
+    epochs: int = 1  # passes over the data, unless max_steps says otherwise
     max_steps: int | None = None  # optimizer steps; null: from epochs
     accumulation: int = 1  # micro-batches per optimizer step
-    precision: str = "bf16"  # bf16 (autocast) or fp32; spectral losses are always fp32
+    precision: str = "bf16"  # bf16 or fp32; spectral losses and LoRA weights are always fp32
+    gradient_clip: float = 1.0  # norm of the gradient, encoder and discriminators each
+    max_total_loss: float = 1e6  # above it the run stops as exploded; runs came back from thousands (RESULTS.md)
+    log_every_steps: int = 10
+    validate_every_steps: int = 500
+    save_every_minutes: float | None = 30  # minutes between checkpoints
+    save_every_steps: int | None = None  # optimizer steps between them, as well
+    keep_last: int = 3  # checkpoints kept besides best/
+    milestones: int = 20  # so many weights, spread over the run, are kept beside those: the best is known later
+
+
+@dataclass
+class TrainConfig(LoopConfig):
+    trainable: list[str] = field(default_factory=lambda: ["encoder"])  # of PARTS; all: a whole codec
+    epochs: int = 15
+    validate_every_steps: int = 1000
     cuda_graphs: bool = True  # replay recorded launches on a GPU; false: launch kernel by kernel
     compile: bool = True  # torch.compile on a GPU: a minute or two at the start, faster steps after it
     reconstruction_decay: float = 0.9999  # gamma: l1 and stft weigh gamma^step
     stft_fft_sizes: list[int] = field(default_factory=lambda: [2048, 1024, 512, 256, 128])
     ema_decay: float = 0.999  # of the weights that are validated and saved; 0 turns averaging off
-    gradient_clip: float = 1.0  # norm of the gradient, encoder and discriminators each
-    max_total_loss: float = 1e6  # above it the run stops as exploded; runs came back from thousands (RESULTS.md)
-    log_every_steps: int = 10
-    validate_every_steps: int = 1000
-    save_every_minutes: float | None = 30  # minutes between checkpoints
-    save_every_steps: int | None = None  # optimizer steps between them, as well
-    keep_last: int = 3  # checkpoints kept besides best/
-    milestones: int = 20  # so many encoders, spread over the run, are kept beside those: the best is known later
     n_samples: int = 4  # validation clips written as audio and spectrogram
 
 
@@ -87,17 +96,25 @@ class OptimizerConfig:
 
 
 @dataclass
-class EncoderConfig:
-    """Everything train_encoder.py can be told."""
+class RunConfig:
+    """What the runs of both phases can be told."""
 
     checkpoint: str | None = None  # folder; null: $VOXTRAL_CKPT
-    encoder: str | None = None  # start: null: fresh; an encoder.safetensors; checkpoint: the checkpoint's own
-    output_dir: str = "runs/encoder"
+    encoder: str | None = None
+    output_dir: str = MISSING
     resume: bool = False  # continue from the newest checkpoint in output_dir
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
     tracker: str = "none"  # beside TensorBoard: none, wandb, mlflow, trackio
     data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass
+class EncoderConfig(RunConfig):
+    """Everything train_encoder.py can be told. `encoder`, from which it starts: null: fresh; an encoder.safetensors;
+    checkpoint: the checkpoint's own."""
+
+    output_dir: str = "runs/encoder"
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossWeights = field(default_factory=LossWeights)
@@ -123,56 +140,34 @@ class FullPipelineLosses:
     hidden: float = 1.0  # squared error of the hidden states at the reference's positions, mean over layers
     semantic_kl: float = 0.0  # KL of the semantic ids' distribution where frames are predicted
     velocity: float = 0.0  # squared error of the acoustic transformer's velocity there
-    preset_hidden: float = (
-        0.0  # under true references, squared error of the hidden states at all positions: change nothing
-    )
+    preset_hidden: float = 0.0  # under true references, squared error of the hidden states at all positions
     preset_kl: float = 0.0  # under true references, KL of the semantic ids' distribution, likewise
-    cross_entropy: float = (
-        0.0  # of the semantic ids that were spoken: the paper's own objective, which needs no teacher
-    )
+    cross_entropy: float = 0.0  # of the semantic ids that were spoken: the paper's own objective, without a teacher
     flow: float = 0.0  # flow matching of the acoustic levels that were spoken, likewise
     mel: float = 0.0  # mel distance of what the decoder makes of the encoder's codes: a trained encoder keeps its sound
 
 
 @dataclass
-class FullPipelineTrainConfig:
-    trainable: list[str] = field(default_factory=lambda: ["lora"])  # of lora, encoder, embedding, backbone, acoustic
-    epochs: int = 1  # passes over the clips, unless max_steps says otherwise
-    max_steps: int | None = None  # optimizer steps; null: from epochs
-    accumulation: int = 1  # micro-batches per optimizer step
-    precision: str = "bf16"  # of backbone and acoustic transformer: bf16 or fp32; LoRA weights are fp32
+class FullPipelineTrainConfig(LoopConfig):
+    trainable: list[str] = field(default_factory=lambda: ["lora"])  # of FULL_PIPELINE_PARTS
     gradient_checkpointing: bool = False  # compute layers twice, keep only their inputs
     compile: bool = False  # with reference_sec: torch.compile of the layers on a GPU, half a minute at the start
     dropout: float = 0.0  # with reference_sec: of what layers add
-    gradient_clip: float = 1.0
-    max_total_loss: float = 1e6  # above it the run stops as exploded
-    log_every_steps: int = 10
-    validate_every_steps: int = 500
-    save_every_minutes: float | None = 30  # minutes between checkpoints
-    save_every_steps: int | None = None  # optimizer steps between them, as well
-    keep_last: int = 3  # checkpoints kept besides best/
-    milestones: int = 20  # so many adapters, spread over the run, are kept beside those
-
-
-def _phase_2_optimizer() -> OptimizerConfig:
-    return OptimizerConfig(learning_rate=2e-5, betas=[0.9, 0.999], weight_decay=0.0, warmup_steps=50)
 
 
 @dataclass
-class FullPipelineConfig:
-    """Everything train_full_pipeline.py can be told."""
+class FullPipelineConfig(RunConfig):
+    """Everything train_full_pipeline.py can be told. `encoder`: encoder.safetensors of phase 1; null: the one in the
+    checkpoint."""
 
-    checkpoint: str | None = None  # folder; null: $VOXTRAL_CKPT
-    encoder: str | None = None  # encoder.safetensors of phase 1; null: the one in the checkpoint
     output_dir: str = "runs/full"
-    resume: bool = False  # continue from the newest checkpoint in output_dir
-    seed: int = 0
-    device: str = "auto"  # auto, cpu, cuda
-    tracker: str = "none"  # beside TensorBoard: none, wandb, mlflow, trackio
-    data: DataConfig = field(default_factory=DataConfig)
     reference_sec: list[float] | None = None  # [shortest, longest]: references are random crops of their own true codes
     train: FullPipelineTrainConfig = field(default_factory=FullPipelineTrainConfig)
-    optimizer: OptimizerConfig = field(default_factory=_phase_2_optimizer)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=2e-5, betas=[0.9, 0.999], weight_decay=0.0, warmup_steps=50
+        )
+    )
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     loss: FullPipelineLosses = field(default_factory=FullPipelineLosses)
 
@@ -198,9 +193,7 @@ class LanguageModelConfig(FullPipelineConfig):
 
     speeds: list[float] = field(default_factory=lambda: [1.0])  # each clip is played at; each a speaker of its own
     offsets_ms: list[float] = field(default_factory=lambda: [0.0])  # and begun so much later against the frame grid
-    whisper: str | None = (
-        None  # counts wrong words of what it says at the end: openai-whisper's name of a model, or a .pt
-    )
+    whisper: str | None = None  # counts wrong words of what it says at the end: a model's name, or a .pt
 
 
 @dataclass
@@ -289,8 +282,8 @@ def checkpoint_folder(config) -> str:
     return folder
 
 
-def _check_run(config, parts: tuple[str, ...], positive: list[str], not_negative: list[str], shares: list[str]) -> None:
-    """What the configurations of both phases have in common; the lists name further keys."""
+def _check_run(config: RunConfig, parts: tuple[str, ...]) -> None:
+    """What the configurations of both phases have in common. No number in them may be negative."""
     check_config(config.data)
     train = config.train
     unknown = [part for part in train.trainable if part not in parts]
@@ -298,45 +291,17 @@ def _check_run(config, parts: tuple[str, ...], positive: list[str], not_negative
         raise ConfigError(f"train.trainable: {unknown or 'nothing'} is not one of {', '.join(parts)}.")
     if config.tracker not in ("none", *TRACKERS):
         raise ConfigError(f"tracker is {config.tracker}: it must be none or one of {', '.join(TRACKERS)}.")
-    if config.tracker != "none" and not is_installed(config.tracker):
+    if config.tracker != "none" and not importlib.util.find_spec(config.tracker):
         raise ConfigError(
             f"tracker is {config.tracker}, which is not installed: pip install {config.tracker}, or set tracker=none."
         )
     if train.precision not in ("bf16", "fp32"):
         raise ConfigError(f"train.precision is {train.precision}: it must be bf16 or fp32.")
-    positive = [
-        "train.epochs",
-        "train.accumulation",
-        "train.log_every_steps",
-        "train.validate_every_steps",
-        "train.keep_last",
-        "train.gradient_clip",
-        "train.max_total_loss",
-        "optimizer.learning_rate",
-        *positive,
-    ]
-    not_negative = [
-        "seed",
-        "train.milestones",
-        "optimizer.warmup_steps",
-        "optimizer.weight_decay",
-        *(f"loss.{name}" for name in vars(config.loss)),
-        *not_negative,
-    ]
-    positive += [
-        key
-        for key in ("train.max_steps", "train.save_every_steps", "train.save_every_minutes")
-        if attrgetter(key)(config) is not None
-    ]
-    for key in positive + not_negative:
-        value = attrgetter(key)(config)
-        if not 0 <= value < float("inf") or value == 0 and key in positive:
-            raise ConfigError(f"{key} is {value}: it must be {'above 0' if key in positive else '0 or more'}.")
-    for key, value in (
-        *((key, attrgetter(key)(config)) for key in shares),
-        *(("optimizer.betas", beta) for beta in config.optimizer.betas),
-    ):
-        if not 0 <= value < 1:
+    numbers = [(key, value) for key, value in dotted(asdict(config)).items() if isinstance(value, (int, float))]
+    for key, value in [*numbers, *(("optimizer.betas", beta) for beta in config.optimizer.betas)]:
+        if not 0 <= value < math.inf or value == 0 and key in POSITIVE:
+            raise ConfigError(f"{key} is {value}: it must be {'above 0' if key in POSITIVE else '0 or more'}.")
+        if key in SHARES and not value < 1:
             raise ConfigError(f"{key} is {value}: it must be at least 0 and below 1.")
     if len(config.optimizer.betas) != 2:
         raise ConfigError(f"optimizer.betas is {config.optimizer.betas}: it must be two numbers.")
@@ -346,7 +311,7 @@ def _check_run(config, parts: tuple[str, ...], positive: list[str], not_negative
 
 def check_full_pipeline_config(config: FullPipelineConfig) -> None:
     """Raises ConfigError (for the data block DataError) for values that parse but make no sense, naming the key."""
-    _check_run(config, FULL_PIPELINE_PARTS, ["lora.rank", "lora.alpha"], [], ["lora.dropout", "train.dropout"])
+    _check_run(config, FULL_PIPELINE_PARTS)
     unknown = sorted(set(config.lora.target_modules) - set(LORA_MODULES))
     if unknown or not config.lora.target_modules:
         raise ConfigError(f"lora.target_modules: {unknown or 'nothing'} is not one of {', '.join(LORA_MODULES)}.")
@@ -383,18 +348,7 @@ def check_full_pipeline_config(config: FullPipelineConfig) -> None:
 def check_encoder_config(config: EncoderConfig) -> None:
     """Raises ConfigError (for the data block DataError) for values that parse but make no sense, naming the key."""
     train = config.train
-    _check_run(
-        config,
-        PARTS,
-        [
-            "train.reconstruction_decay",
-            "discriminator.channels",
-            "discriminator.crop_sec",
-            "discriminator.learning_rate",
-        ],
-        ["train.n_samples", "discriminator.warmup_steps"],
-        ["train.ema_decay"],
-    )
+    _check_run(config, PARTS)
     if "encoder" not in train.trainable and not config.encoder:
         raise ConfigError(
             "train.trainable leaves the encoder as it is, which is a fresh one: set encoder to a file, "

@@ -5,32 +5,26 @@ so a run resumes by starting the stream at its step.
 `python -m voxtral.data --check CONFIG.yaml` describes the data.
 """
 
-import argparse
 import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from typing import Any
 
+from voxtral.command_line import script_parser
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m voxtral.data", description="Describes the data of a config.")
-    parser.add_argument("--check", required=True, metavar="CONFIG.yaml", help="its data: block is read")
-    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="changes to the config")
-    parser.add_argument(
-        "--audio-sec-per-sec",
-        type=float,
-        metavar="N",
-        help="training speed as train_encoder.py logs it, to estimate the time of an epoch",
-    )
-    return parser
-
+COMMAND_LINE = script_parser("Describes the data of a config.", module="voxtral.data")
+option = COMMAND_LINE.add_argument
+option("--check", required=True, metavar="CONFIG.yaml", help="its data: block is read")
+option("overrides", nargs="*", metavar="data.key=value", help="changes to the config")
+option(
+    "--audio-sec-per-sec", type=float, metavar="N", help="training speed, as it is logged: tells the time of an epoch"
+)
 
 if __name__ == "__main__":
-    command_line().parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_intermixed_args()  # --help and mistyped options: before imports that take seconds
 
 import numpy as np
 import torch
@@ -42,15 +36,14 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from voxtral.audio import SAMPLE_RATE, BadClip, Header, complaints, load_segment, read_header
-from voxtral.clip_list import Clips
+from voxtral.clip_list import Clip, Clips
 from voxtral.codec import ceil_div
-from voxtral.errors import one_sentence, reason_of, shown
+from voxtral.errors import DataError, one_sentence, reason_of, shown
 from voxtral.known_codes import read_coded
 from voxtral.loader import Loader, TensorBatch
 from voxtral.params import CodecParams
 from voxtral.remarks import Remarks
-from voxtral.sources import Clip, DataConfig, DataError, find_sources, split_validation
-from voxtral.tables import read_lines
+from voxtral.sources import DataConfig, find_sources, split_validation
 
 MAX_BAD_IN_A_ROW = 20
 ORDER, CROP = 0, 1  # the two random streams of a seed
@@ -127,9 +120,8 @@ class SpeechDataset(Dataset):
         n_frames = min(known.shape[1], int(self.max_sec * SAMPLE_RATE) // frame_size)
         start = int(random.integers(known.shape[1] - n_frames + 1))
         codes[:, :n_frames] = known[:, start : start + n_frames]
-        return self.padded(waveform[start * frame_size : (start + n_frames) * frame_size], SAMPLE_RATE) | {
-            "codes": codes
-        }
+        segment = waveform[start * frame_size : (start + n_frames) * frame_size]
+        return self.padded(segment, SAMPLE_RATE) | {"codes": codes}
 
     def padded(self, segment: np.ndarray, rate: int) -> dict:
         """What load_segment() gives -> waveform, length, native_rate: see load()."""
@@ -268,28 +260,6 @@ def validation_batches(clips: list[Clip], config: DataConfig) -> list[Batch]:
     return batches
 
 
-class BadClipLog:
-    """Lists each bad clip once in RUN_FOLDER/bad_files.txt, over resumed runs too; without a folder, counts only.
-
-    `count`: replacements in this run; `seen`: the lines so far, of a path and the reason, as shown() gives them.
-    """
-
-    def __init__(self, run_folder: str | Path | None):
-        self.path = run_folder and Path(run_folder) / "bad_files.txt"
-        self.count = 0
-        self.seen = set(read_lines(self.path)) if self.path and self.path.exists() else set()
-
-    def add(self, bad: list[tuple[str, str]]) -> None:
-        """Takes Batch.bad."""
-        self.count += len(bad)
-        for path, reason in bad:
-            line = f"{shown(path)}\t{shown(reason)}"
-            if self.path and line not in self.seen:
-                self.seen.add(line)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
-
-
 # ---------------------------------------------------------------- python -m voxtral.data --check
 
 ROW = "{:<40} {:>8} {:>5} {:>11} {:>8} {:>8} {:>12}  {}".format
@@ -344,18 +314,10 @@ def print_row(name: str, clips: list[Clip], n_passed_over: int, opened: dict[str
     rates = Counter(header.rate for header in good)
     low = sum(count for rate, count in rates.items() if rate < SAMPLE_RATE) / max(len(good), 1)
     speakers = {(clip.source, clip.speaker) for clip in clips if clip.path in opened}
-    print(
-        ROW(
-            shown(name),
-            len(good),
-            len(clips) - len(good),
-            n_passed_over,
-            len(speakers),
-            f"{sum(header.seconds for header in good) / 3600:.2f}",
-            f"{low:.1%}",
-            ", ".join(f"{rate / 1000:g}: {count}" for rate, count in sorted(rates.items())),
-        )
-    )
+    counts = len(good), len(clips) - len(good), n_passed_over, len(speakers)
+    hours = sum(header.seconds for header in good) / 3600
+    by_rate = ", ".join(f"{rate / 1000:g}: {count}" for rate, count in sorted(rates.items()))
+    print(ROW(shown(name), *counts, f"{hours:.2f}", f"{low:.1%}", by_rate))
 
 
 def print_advice(opened: dict[str, Header]) -> None:
@@ -413,7 +375,7 @@ def read_config(path: str, overrides: list[str]) -> DataConfig:
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_intermixed_args(arguments)
+    options = COMMAND_LINE.parse_intermixed_args(arguments)
     with one_sentence():
         if not report(read_config(options.check, options.overrides), options.audio_sec_per_sec):
             sys.exit(1)

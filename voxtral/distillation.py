@@ -5,6 +5,7 @@ model being adapted, whose prompt holds the rows of the codes that the encoder g
 speech behind the reference are the same, so every position has its counterpart.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from voxtral.pairs import AUDIO, GENERATION, KINDS, PADDING, PairBatch
 from voxtral.params import END_AUDIO, N_SPECIAL_IDS
 from voxtral.quantizer import QuantizationDraws
 
+BRANCHES = ("self_attn", "mlp", "attention", "feed_forward")  # of a layer of the backbone, of the acoustic transformer
 CONDITION_DROP = 0.1  # share of frames whose velocity is trained without a hidden state: what guidance subtracts
 
 
@@ -49,6 +51,7 @@ class FullPipeline(nn.Module):
     def __init__(self, models: Models, config: FullPipelineConfig):
         super().__init__()
         self.config = config
+        self.weights = {name: weight for name, weight in vars(config.loss).items() if weight}
         self.codec, self.backbone, self.acoustic = models.codec, models.backbone, models.acoustic
         self.codec.audio_embedding = self.codec.audio_embedding.float()
         self.requires_grad_(False)
@@ -64,20 +67,13 @@ class FullPipeline(nn.Module):
         }
         self.adapter, self.base = None, self.backbone
         if "lora" in config.train.trainable:
-            lora, shared = (
-                config.lora,
-                {id(tensor): tensor for tensor in models.backbone.state_dict(keep_vars=True).values()},
-            )
+            lora = config.lora
+            shared = {id(tensor): tensor for tensor in models.backbone.state_dict(keep_vars=True).values()}
             self.base = deepcopy(models.backbone, shared)  # the same weights in modules that stay without LoRA
-            self.adapter = get_peft_model(
-                self.backbone.model,
-                LoraConfig(
-                    r=lora.rank,
-                    lora_alpha=lora.alpha,
-                    lora_dropout=lora.dropout,
-                    target_modules=list(lora.target_modules),
-                ),
+            adapter = LoraConfig(
+                r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
             )
+            self.adapter = get_peft_model(self.backbone.model, adapter)
             self.parts["lora"] = [p for name, p in self.adapter.named_parameters() if "lora_" in name]
             for module in self.adapter.modules():
                 if isinstance(module, BaseTunerLayer):
@@ -85,15 +81,12 @@ class FullPipeline(nn.Module):
         for part in config.train.trainable:
             for parameter in self.parts[part]:
                 parameter.requires_grad_(True)
+        layers = *self.backbone.model.layers, *self.acoustic.layers
         if config.train.dropout:
-            for layer in self.backbone.model.layers:
-                add_dropout(layer.self_attn, config.train.dropout)
-                add_dropout(layer.mlp, config.train.dropout)
-            for layer in self.acoustic.layers:
-                add_dropout(layer.attention, config.train.dropout)
-                add_dropout(layer.feed_forward, config.train.dropout)
+            for branch in (child for layer in layers for name, child in layer.named_children() if name in BRANCHES):
+                add_dropout(branch, config.train.dropout)
         if config.train.compile and next(self.backbone.parameters()).is_cuda:
-            for layer in (*self.backbone.model.layers, *self.acoustic.layers):
+            for layer in layers:
                 layer.compile(dynamic=True)
         if config.train.gradient_checkpointing:
             self.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -153,28 +146,20 @@ class FullPipeline(nn.Module):
 
     def forward(self, batch: PairBatch, seed: int) -> dict[str, Tensor]:
         """-> the losses that have a weight. `seed`: of the noise at which velocities are compared."""
-        weights = {name: weight for name, weight in vars(self.config.loss).items() if weight}
-        teacher = None
-        if any(name in weights for name in DISTILLATION):
+        teacher = student = preset = None
+        if any(name in self.weights for name in DISTILLATION):
             with torch.no_grad():
                 teacher = self.run(batch, of_encoder=False, adapted=False)
-        student = preset = None
-        if any(name not in PRESET for name in weights):
+        if any(name not in PRESET for name in self.weights):
             student = self.run(batch, of_encoder=True, adapted=True)
-        if any(name in PRESET for name in weights):
+        if any(name in PRESET for name in self.weights):
             preset = self.run(batch, of_encoder=False, adapted=True)
-        return self.losses(batch, student, preset, teacher, list(weights), seed)
+        return self.losses(batch, student, preset, teacher, seed)
 
     def losses(
-        self,
-        batch: PairBatch,
-        student: Pass | None,
-        preset: Pass | None,
-        teacher: Pass | None,
-        names: list[str],
-        seed: int,
+        self, batch: PairBatch, student: Pass | None, preset: Pass | None, teacher: Pass | None, seed: int
     ) -> dict[str, Tensor]:
-        """Each a mean over positions, then over clips; the passes that `names` do not need may be None.
+        """Those with a weight, each a mean over positions, then over clips; passes that none of them needs may be None.
 
         student, preset: the adapted model under the encoder's and under true references."""
         frame = torch.arange(batch.speech.shape[-1] + 1, device=batch.speech.device)
@@ -195,7 +180,7 @@ class FullPipeline(nn.Module):
                 self.decode(student.latent), batch.waveform, batch.n_reference * self.codec.params.frame_size
             ),
         }
-        return {name: functions[name]() for name in names}
+        return {name: functions[name]() for name in self.weights}
 
     def decode(self, latent: Tensor) -> Tensor:
         """[B, latent_dim, L] -> [B, 1, L * 1920] float32, what the decoder makes of its codes; straight-through
@@ -297,8 +282,22 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
+# ---------------------------------------------------------------- validation
+
+
+def clip_means(model: FullPipeline, batches: list[PairBatch], device, measure: Callable[[PairBatch], dict]) -> dict:
+    """What measure() gives of every batch, tensors of any shape, averaged over clips, and the `loss/total`."""
+    sums, n_clips = {}, 0
+    for batch in batches:
+        for name, value in measure(batch.to(device)).items():
+            sums[name] = sums.get(name, 0) + value.double().cpu() * len(batch.kind)
+        n_clips += len(batch.kind)
+    means = {name: (value / n_clips).tolist() for name, value in sums.items()}
+    return means | {"loss/total": sum(weight * means[f"loss/{name}"] for name, weight in model.weights.items())}
+
+
 @torch.no_grad()
-def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0) -> dict:
+def compare(model: FullPipeline, batches: list[PairBatch], device) -> dict:
     """The adapted model on held-out pairs against the base model under true references.
 
     `ours`: under the encoder's references, what phase 2 is to mend. `preset`: under true ones, as a preset's prompt has
@@ -307,17 +306,15 @@ def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0
     the mean and a list by layer. semantic_equal, levels_equal, levels_within_1: the encoder's codes against the true
     ones. `loss/...`: the losses that have a weight, and `loss/total`.
     """
-    sums, n_clips = {}, 0
-    weights = {name: weight for name, weight in vars(model.config.loss).items() if weight}
-    for batch in batches:
-        batch = batch.to(device)
+
+    def measure(batch: PairBatch) -> dict[str, Tensor]:
         teacher = model.run(batch, of_encoder=False, adapted=False)
         frame = torch.arange(teacher.hidden.shape[1], device=device)
         predicts = frame < batch.n_speech[:, None] + batch.is_whole[:, None]
         passes = {
             name: model.run(batch, of_encoder, adapted=True) for name, of_encoder in (("ours", True), ("preset", False))
         }
-        losses = model.losses(batch, passes["ours"], passes["preset"], teacher, list(weights), seed)
+        losses = model.losses(batch, passes["ours"], passes["preset"], teacher, seed=0)
         values = {f"loss/{name}": loss for name, loss in losses.items()}
         values |= code_agreement(model.encode(batch)[0], batch.reference, batch.n_reference)
         for name, student in passes.items():
@@ -335,41 +332,30 @@ def compare(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0
                     f"{name}_normalized_{kind}_by_layer": errors / variances,
                     f"{name}_cosine_{kind}_by_layer": cosines,
                 }
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0) + value.double().cpu() * len(batch.kind)
-        n_clips += len(batch.kind)
-    metrics = {name: (value / n_clips).tolist() for name, value in sums.items()}
-    means = {
-        name.removesuffix("_by_layer"): sum(value) / len(value)
-        for name, value in metrics.items()
-        if isinstance(value, list)
-    }
-    metrics["loss/total"] = sum(weight * metrics[f"loss/{name}"] for name, weight in weights.items())
-    return metrics | means
+        return values
+
+    metrics = clip_means(model, batches, device, measure)
+    by_layer = {name: value for name, value in metrics.items() if isinstance(value, list)}
+    return metrics | {name.removesuffix("_by_layer"): sum(value) / len(value) for name, value in by_layer.items()}
 
 
 @torch.no_grad()
-def held_out_losses(model: FullPipeline, batches: list[PairBatch], device, seed: int = 0) -> dict:
+def held_out_losses(model: FullPipeline, batches: list[PairBatch], device) -> dict:
     """A language model from nothing on held-out pairs: `loss/...` that have a weight and `loss/total`; `top1`, how
     often the likeliest semantic id is the next one; `end_top1`, the same where the speech ends."""
-    sums, n_clips = {}, 0
-    weights = {name: weight for name, weight in vars(model.config.loss).items() if weight}
-    for batch in batches:
-        batch = batch.to(device)
+
+    def measure(batch: PairBatch) -> dict[str, Tensor]:
         student = model.run(batch, of_encoder=True, adapted=True)
         frame = torch.arange(student.logits.shape[1], device=device)
-        right = student.logits.argmax(dim=-1) + END_AUDIO == model.next_ids(batch)
+        right = (student.logits.argmax(dim=-1) + END_AUDIO == model.next_ids(batch)).float()
         ends = (frame == batch.n_speech[:, None]) & batch.is_whole[:, None]
-        speaks = frame < batch.n_speech[:, None]
-        values = {
-            f"loss/{name}": loss for name, loss in model.losses(batch, student, None, None, list(weights), seed).items()
+        losses = model.losses(batch, student, None, None, seed=0)
+        return {f"loss/{name}": loss for name, loss in losses.items()} | {
+            "top1": masked_mean(right, frame < batch.n_speech[:, None]),
+            "end_top1": masked_mean(right, ends),
         }
-        values |= {"top1": masked_mean(right.float(), speaks), "end_top1": masked_mean(right.float(), ends)}
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * len(batch.kind)
-        n_clips += len(batch.kind)
-    metrics = {name: value / n_clips for name, value in sums.items()}
-    return metrics | {"loss/total": sum(weight * metrics[f"loss/{name}"] for name, weight in weights.items())}
+
+    return clip_means(model, batches, device, measure)
 
 
 # ---------------------------------------------------------------- back to the checkpoint

@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from voxtral.audio import BadClip, is_silent, load_segment
+from voxtral.clip_list import Clip
 from voxtral.code_metrics import code_agreement, code_statistics
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.errors import shown
+from voxtral.errors import DataError, shown
 from voxtral.known_codes import read_codes
 from voxtral.losses import codebook_scale
 from voxtral.params import CodecParams
 from voxtral.score_table import SCORES, Metric
 from voxtral.scores import Scorer, Source
-from voxtral.sources import Clip, DataError
 from voxtral.validation import known_agreement
 
 N_RESAMPLES = 2000
@@ -176,14 +176,6 @@ def all_codes(codec: VoxtralCodec, encoded: list[EncodedClip]) -> dict:
     return {"frames": codes.shape[-1], "semantic_dead_share": 1 - result["semantic_used"] / size} | result
 
 
-def known_codes_agreement(codec: VoxtralCodec, sample: Sample, encoded: EncodedClip) -> dict[str, float]:
-    """KNOWN of one clip; NaN where its codes are not known."""
-    if sample.true_codes is None:
-        return dict.fromkeys(KNOWN, math.nan)
-    n_whole = torch.tensor([len(sample.waveform) // codec.params.frame_size])
-    return known_agreement(encoded.codes[None], n_whole, [sample.true_codes])
-
-
 class Agreement:
     """Compares clips with what a reference encoder makes of them: AGREEMENT, by name."""
 
@@ -196,25 +188,21 @@ class Agreement:
     def __call__(self, own: EncodedClip, reference: EncodedClip) -> dict[str, float]:
         params, device = self.codec.params, self.codebook.device
         codes, expected = own.codes[None].to(device), reference.codes[None].to(device)
-        result = {
-            name: value.item()
-            for name, value in code_agreement(codes, expected, torch.tensor([codes.shape[-1]], device=device)).items()
-        }
+        equal = code_agreement(codes, expected, torch.tensor([codes.shape[-1]], device=device))
         semantic, acoustic = own.latent.to(device).split([params.semantic_dim, params.acoustic_dim])
         true_semantic, true_acoustic = reference.latent.to(device).split([params.semantic_dim, params.acoustic_dim])
         distances = torch.cdist(semantic.T[None], self.codebook[None])[0]  # [L, K], as the quantizer computes them
         rank = 1 + (distances < distances.gather(1, expected[0, 0, :, None])).sum(dim=1)
         half_range = (params.acoustic_codebook_size - 1) / 2
         rows, true_rows = self.codec.embed_codes(codes)[0].float(), self.codec.embed_codes(expected)[0].float()
-        return {
-            "semantic_equal": result["semantic_equal"],
+        found = {
+            **{name: share.item() for name, share in equal.items()},
             "semantic_rank": rank.float().quantile(0.5).item(),
-            "levels_equal": result["levels_equal"],
-            "levels_within_1": result["levels_within_1"],
             "semantic_distance": (semantic - true_semantic).square().sum(dim=0).mean().item() / self.scale,
             "acoustic_distance": half_range * (acoustic.tanh() - true_acoustic.tanh()).abs().mean().item(),
             "embedding_cosine": F.cosine_similarity(rows, true_rows, dim=-1).mean().item(),
         }
+        return {name: found[name] for name in AGREEMENT}
 
 
 def measure_clips(
@@ -230,10 +218,14 @@ def measure_clips(
     sources: the samples as `scorer` heard them; with `agreement`, the codes are compared with those of the reference
     encoder, `expected`, or with themselves where there are none yet.
     """
+    any_known = any(sample.true_codes is not None for sample in samples)
     for i, (clip, decoded) in enumerate(encode_all(codec, samples)):
         row = clip_codes(codec, clip) | scorer.score(sources[i], decoded)
-        if any(sample.true_codes is not None for sample in samples):
-            row |= known_codes_agreement(codec, samples[i], clip)
+        if samples[i].true_codes is not None:
+            n_whole = torch.tensor([len(samples[i].waveform) // codec.params.frame_size])
+            row |= known_agreement(clip.codes[None], n_whole, [samples[i].true_codes])
+        elif any_known:
+            row |= dict.fromkeys(KNOWN, math.nan)
         if agreement:
             row |= agreement(clip, expected[i] if expected else clip)
         yield row, clip, decoded
@@ -243,10 +235,10 @@ def measure_clips(
 
 
 @dataclass
-class Voices:
+class VoiceStatistics:
     """Statistics of voice embeddings [L, dim] without their END_AUDIO rows."""
 
-    n_rows: int
+    rows: int
     norm: float  # mean over rows
     mean: Tensor  # [dim] over all rows
     variance: Tensor  # [dim]
@@ -256,7 +248,7 @@ class Voices:
     cosine_between_speakers: float
 
 
-def voice_statistics(embeddings: Iterable[Tensor], speakers: list, rms: float) -> Voices:
+def voice_statistics(embeddings: Iterable[Tensor], speakers: list, rms: float) -> VoiceStatistics:
     """Embeddings [L, dim] (one at a time in memory), their speakers, the presets' root mean square."""
     total = square = norm = 0.0
     n_rows = small = 0
@@ -276,29 +268,24 @@ def voice_statistics(embeddings: Iterable[Tensor], speakers: list, rms: float) -
     for i, j in combinations(range(len(speakers)), 2):
         pairs[speakers[i] == speakers[j]].append(cosine[i, j])
     mean = total / n_rows
-    average = {same: float(np.mean(values)) if values else float("nan") for same, values in pairs.items()}
-    return Voices(
-        n_rows,
-        norm / n_rows,
-        mean,
-        square / n_rows - mean.square(),
-        small / (n_rows * len(mean)),
-        float(np.mean(within_voice)) if within_voice else float("nan"),
-        average[True],
-        average[False],
+    averages = {same: float(np.mean(values)) if values else math.nan for same, values in pairs.items()}
+    return VoiceStatistics(
+        rows=n_rows,
+        norm=norm / n_rows,
+        mean=mean,
+        variance=square / n_rows - mean.square(),
+        near_zero_share=small / (n_rows * len(mean)),
+        cosine_within_voice=float(np.mean(within_voice)) if within_voice else math.nan,
+        cosine_within_speaker=averages[True],
+        cosine_between_speakers=averages[False],
     )
 
 
-def compare_voices(voices: Voices, presets: Voices) -> dict[str, float]:
+def compare_voices(voices: VoiceStatistics, presets: VoiceStatistics) -> dict[str, float]:
     """Numbers for the report; with `presets` itself every comparison is perfect (1, and 0 for the distance)."""
     log_variances = np.log(np.maximum(np.stack([voices.variance.numpy(), presets.variance.numpy()]), 1e-12))
     return {
-        "rows": voices.n_rows,
-        "norm": voices.norm,
-        "near_zero_share": voices.near_zero_share,
-        "cosine_within_voice": voices.cosine_within_voice,
-        "cosine_within_speaker": voices.cosine_within_speaker,
-        "cosine_between_speakers": voices.cosine_between_speakers,
+        **{name: value for name, value in vars(voices).items() if not isinstance(value, Tensor)},
         "mean_cosine_to_presets": torch.cosine_similarity(voices.mean, presets.mean, dim=0).item(),
         "mean_distance_to_presets": ((voices.mean - presets.mean).norm() / presets.mean.norm()).item(),
         "variance_over_presets": (voices.variance.sum() / presets.variance.sum()).item(),
@@ -348,12 +335,3 @@ def gap_closed(untrained, trained, reference):
     gap = np.asarray(untrained, dtype=float) - reference
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.abs(gap) > 1e-12, (untrained - np.asarray(trained, dtype=float)) / gap, np.nan)
-
-
-def finite(value):
-    """The value without NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

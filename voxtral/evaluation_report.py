@@ -9,9 +9,9 @@ import soundfile
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from voxtral.audio import SAMPLE_RATE
 from voxtral.checkpoint import write_text
-from voxtral.data import SAMPLE_RATE
-from voxtral.evaluation import METRICS, Sample, Voices
+from voxtral.evaluation import METRICS, Sample, VoiceStatistics
 from voxtral.plots import save_figure, spectrogram_figure
 from voxtral.score_table import Metric
 
@@ -29,10 +29,11 @@ def cell(summary: dict | None, scale: float = 1.0) -> str:
     """ "value [low, high]" of {"value", "interval"}, times `scale`."""
     if summary is None or math.isnan(summary["value"]):
         return ""
-    interval = summary["interval"]
-    return number(scale * summary["value"]) + (
-        f" [{number(scale * interval[0])}, {number(scale * interval[1])}]" if interval else ""
-    )
+    value = number(scale * summary["value"])
+    if not summary["interval"]:
+        return value
+    low, high = (number(scale * end) for end in summary["interval"])
+    return f"{value} [{low}, {high}]"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -44,6 +45,19 @@ def arrow(name: str, metrics: dict[str, Metric] = METRICS) -> str:
     """Which way is better."""
     metric = metrics.get(name)
     return "" if metric is None or metric.higher_is_better is None else " ↑" if metric.higher_is_better else " ↓"
+
+
+def bullets(title: str, lines: list[str]) -> list[str]:
+    """A section with these lines; none without any."""
+    return [f"## {title}\n\n" + "".join(f"- {line}\n" for line in lines)] if lines else []
+
+
+def definitions(report: dict) -> list[str]:
+    """The sections on what was not measured, and on what the names mean."""
+    not_measured, defined = (
+        [f"{name}: {text}" for name, text in report[key].items()] for key in ("not_measured", "definitions")
+    )
+    return bullets("Not measured", not_measured) + bullets("Definitions", defined)
 
 
 def table(report: dict) -> str:
@@ -81,13 +95,8 @@ def table(report: dict) -> str:
             "In brackets: 95 % intervals, bootstrapped over speakers; there is none for codes in use, whose "
             "number falls when speakers are drawn with repeats.\n"
         )
-    for key, title in (("not_measured", "Not measured"), ("definitions", "Definitions")):
-        lines = [f"- {name}: {text}" for name, text in report[key].items()]
-        if lines:
-            parts.append(f"## {title}\n\n" + "\n".join(lines) + "\n")
-    lines = [f"- {line}" for key in ("absent_sources", "bad_clips", "bad_codes") for line in report.get(key, [])]
-    if lines:
-        parts.append("## Left out\n\n" + "\n".join(lines) + "\n")
+    left_out = [line for key in ("absent_sources", "bad_clips", "bad_codes") for line in report.get(key, [])]
+    parts += [*definitions(report), *bullets("Left out", left_out)]
     return "\n".join(parts)
 
 
@@ -149,13 +158,8 @@ def scores_figure(systems: dict[str, dict]) -> Figure:
 
 def clones_figure(systems: dict[str, dict]) -> Figure:
     """How like its own reference and like the others' a clone is, and its word errors. systems: of summarize()."""
-    panels = [
-        (
-            "cosine of speaker embeddings",
-            {"own": ("own reference", "tab:blue"), "others": ("other voices", "tab:gray")},
-            1,
-        )
-    ]
+    likeness = {"own": ("own reference", "tab:blue"), "others": ("other voices", "tab:gray")}
+    panels = [("cosine of speaker embeddings", likeness, 1)]
     if "wer" in next(iter(systems.values())):
         panels.append(("word errors, %", {"wer": ("", "tab:red")}, 100))
     figure = Figure(figsize=(4.5 * len(panels), 1.4 + 0.4 * len(systems)), layout="constrained")
@@ -196,7 +200,7 @@ def gap_figure(gaps: dict[str, dict]) -> Figure:
     return figure
 
 
-def voices_figure(voices: dict[str, Voices], presets: Voices) -> Figure:
+def voices_figure(voices: dict[str, VoiceStatistics], presets: VoiceStatistics) -> Figure:
     """Mean and deviation of every dimension of the voice embeddings against the presets'."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     for axis, title, values in zip(

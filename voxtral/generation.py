@@ -15,6 +15,7 @@ from voxtral.acoustic import CFG_ALPHA, AcousticTransformer
 from voxtral.backbone import Backbone
 from voxtral.cached_backbone import CachedBackbone
 from voxtral.codec import VoxtralCodec, codebook_offsets
+from voxtral.params import round_up
 
 PROMPT_MULTIPLE = 8  # slots; attention kernels want aligned masks
 WARM_UP_STEPS = 3  # before a capture: libraries allocate their workspaces in the first ones
@@ -97,7 +98,7 @@ class FrameLoop:
 
 def prompt_slots(prompts: list[Tensor]) -> int:
     """Slots that these prompts [S_i, dim] take, padding included."""
-    return -(-max(len(prompt) for prompt in prompts) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    return round_up(max(len(prompt) for prompt in prompts), PROMPT_MULTIPLE)
 
 
 def graphed(step: Callable[[], None], rewind: Callable[[], None] = lambda: None) -> Callable[[], None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from voxtral.audio import AUDIO_SUFFIXES
+from voxtral.checkpoint import atomic_path
 from voxtral.errors import DataError, reason_of
 from voxtral.paths import file_name
 from voxtral.tables import json_line, row_of
@@ -70,7 +71,8 @@ def _copy(stream, what: str, folder: Path, audio_column: str, max_clips: int) ->
                 line["left_out"] = f"a row without audio ({suffix})"
             else:
                 line["path"] = f"{done:07d}{suffix}"
-                _write(folder / line["path"], content)
+                with atomic_path(folder / line["path"]) as temporary:
+                    temporary.write_bytes(content)
             listing.write(json_line(line).encode())
             listing.flush()
             done += 1
@@ -96,12 +98,3 @@ def _encoded(audio) -> tuple[bytes, str] | tuple[None, str]:
         return None, "it is empty"
     suffix = os.path.splitext(str(path or ""))[1].lower()
     return content, suffix if suffix in AUDIO_SUFFIXES else ""
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -13,49 +13,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from voxtral.adapters import check_adapter
+from voxtral.adapters import check_adapter, merged_weights
 from voxtral.checkpoint import (
     ENCODER_PREFIXES,
     TORCH_DTYPES,
     Checkpoint,
-    Item,
     SafetensorsFile,
     Span,
+    StoredTensor,
     atomic_path,
     check_shapes,
     flush,
     parse_header,
     weight_files,
-    write_items,
-    write_safetensors,
+    write_stored,
     write_text,
 )
-from voxtral.json_edit import read_json, remove_json, set_json
+from voxtral.json_files import read_json, read_record, remove_json, set_json, write_json
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.model_card import CARD, model_card
-from voxtral.params import LORA_MODULES, CheckpointError, ModelParams
+from voxtral.params import CheckpointError, ModelParams
 
 MARKER = "encoder_blocks.injected"  # serving's request gate wants a top-level key of this prefix (spec section 7)
 INDEX = "consolidated.safetensors.index.json"
 RECORD = "injection.json"  # what was injected; marks a folder as written by this module
 BACKUP = ".voxtral_original"  # what an in-place injection cannot find again in the new file
 SAVED_TENSORS = "attention.safetensors"  # in BACKUP: the weights that a LoRA was merged into
-LORA_KEYS = {  # keys of adapter_config.json that are read, checked, or do not change what is merged
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "init_lora_weights",
-    "lora_dropout",
-    "inference_mode",
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-}
 
 
 # ---------------------------------------------------------------- injecting
@@ -75,30 +59,21 @@ def inject(checkpoint, encoder, lora=None, output=None, weights=None) -> Path:
     layout = released_layout(source.params)
     check_shapes({name: shape for name, shape in source.shapes.items() if name in layout}, layout, folder)
     originals = original_files(folder)
-    record = injection_record(folder)
+    record = read_record(folder / RECORD)
     merged = record.get("lora") or record.get("weights")
     if merged and source.encoder_names and not (folder / BACKUP).is_dir():
         raise CheckpointError(f"{folder} already has {merged} in it: inject into the checkpoint that it was made from.")
     changes = encoder_changes(encoder, source.params)
     if lora is not None:
         check_adapter(lora, encoder)
-        changes |= lora_changes(lora, originals, source.params)
+        changes |= merged_weights(lora, stored_tensors(originals), source.params)
     if weights is not None:
         if output is None:
             raise CheckpointError(f"{weights} replaces more than an injection in place can undo: use --output.")
-        changes |= weight_changes(weights, originals)
+        changes |= weight_changes(weights, stored_tensors(originals))
     targets = [changed(original, changes, last=original is originals[-1]) for original in originals]
-    record = (
-        json.dumps(
-            {
-                "encoder": str(encoder),
-                "lora": str(lora) if lora else None,
-                "weights": str(weights) if weights else None,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    files = {"encoder": encoder, "lora": lora, "weights": weights}
+    record = json.dumps({what: path and str(path) for what, path in files.items()}, indent=2) + "\n"
     notes = {RECORD: record, CARD: model_card(encoder, lora, weights, in_place=output is None)}
     if output is None:
         _inject_in_place(source, originals, targets, notes)
@@ -179,12 +154,7 @@ def _inject_in_place(
         os.replace(temporary, folder / BACKUP)
         flush(folder)
     if to_save:
-        write_safetensors(
-            folder / BACKUP / SAVED_TENSORS,
-            {name: tuple(item.shape) for name, item in to_save.items()},
-            lambda name: TORCH_DTYPES[to_save[name].dtype],
-            lambda name: to_save[name].read(),
-        )
+        write_stored(folder / BACKUP / SAVED_TENSORS, to_save)
     for name, text in notes.items():
         write_text(folder / name, text)
     target.write(target.path)
@@ -219,12 +189,6 @@ def eject(checkpoint) -> Path:
     return folder
 
 
-def injection_record(folder) -> dict:
-    """What inject() noted in a folder it wrote; empty for any other."""
-    path = Path(folder) / RECORD
-    return read_json(path)[1] if path.is_file() else {}
-
-
 # ---------------------------------------------------------------- weight files as lists of tensors
 
 
@@ -233,7 +197,7 @@ class Weights:
     """A .safetensors file as it should be. `header`: its first bytes, when they are to be these and no others."""
 
     path: Path  # where it lies in the source folder
-    items: dict[str, Item]  # in the order of the data
+    items: dict[str, StoredTensor]  # in the order of the data
     metadata: dict | None
     header: bytes | None
     is_untouched: bool  # the file at `path` is it already
@@ -244,7 +208,7 @@ class Weights:
 
     def write(self, path) -> None:
         """Streams the file to `path`, atomically."""
-        write_items(path, self.items, self.metadata, self.header)
+        write_stored(path, self.items, self.metadata, self.header)
 
 
 def original_files(folder) -> list[Weights]:
@@ -266,7 +230,7 @@ def original_files(folder) -> list[Weights]:
             saved = kept.parent / SAVED_TENSORS
             holders = ([SafetensorsFile(saved)] if saved.is_file() else []) + holders
         items = {}
-        for name, entry in sorted(entries.items(), key=lambda pair: pair[1]["data_offsets"][0]):
+        for name, entry in entries.items():
             holder = next((holder for holder in holders if name in holder.entries), None)
             if holder is None or any(holder.entries[name][key] != entry[key] for key in ("dtype", "shape")):
                 raise CheckpointError(
@@ -274,14 +238,18 @@ def original_files(folder) -> list[Weights]:
                     f"delete {kept.parent} and download the checkpoint again."
                 )
             begin, end = holder.entries[name]["data_offsets"]
-            items[name] = Item(
+            items[name] = StoredTensor(
                 entry["dtype"], entry["shape"], Span(holder.path, holder.data_start + begin, end - begin)
             )
         originals.append(Weights(path, items, metadata, header, is_untouched=not restoring))
     return originals
 
 
-def changed(original: Weights, changes: dict[str, Item], last: bool) -> Weights:
+def stored_tensors(files: list[Weights]) -> dict[str, StoredTensor]:
+    return {name: item for file in files for name, item in file.items.items()}
+
+
+def changed(original: Weights, changes: dict[str, StoredTensor], last: bool) -> Weights:
     """`original` with the items of `changes` of the same name; an encoder goes to the end of the last file."""
     items = {
         name: changes.get(name, item) for name, item in original.items.items() if not name.startswith(ENCODER_PREFIXES)
@@ -296,13 +264,13 @@ def changed(original: Weights, changes: dict[str, Item], last: bool) -> Weights:
 # ---------------------------------------------------------------- what changes
 
 
-def encoder_changes(path, params: ModelParams) -> dict[str, Item]:
+def encoder_changes(path, params: ModelParams) -> dict[str, StoredTensor]:
     """The encoder's tensors, bf16. Raises CheckpointError unless all are there, fit, are finite and not all zero."""
     file = SafetensorsFile(path)
     layout = withheld_layout(params)
     check_shapes({name: tuple(entry["shape"]) for name, entry in file.entries.items()}, layout, path)
     for name in layout:
-        tensor = file.read([name])[name]
+        tensor = file.tensor(name)
         extremes = torch.stack(tensor.aminmax()).bfloat16()
         if not tensor.is_floating_point() or not extremes.isfinite().all():  # NaN is an extreme, too
             raise CheckpointError(
@@ -311,15 +279,14 @@ def encoder_changes(path, params: ModelParams) -> dict[str, Item]:
         if not extremes.any():
             raise CheckpointError(f"{path}: {name} is all zero: this is no trained encoder.")
     return {
-        name: Item("BF16", list(shape), lambda name=name: file.read([name])[name].bfloat16())
+        name: StoredTensor("BF16", list(shape), lambda name=name: file.tensor(name).bfloat16())
         for name, shape in layout.items()
     }
 
 
-def weight_changes(path, originals: list[Weights]) -> dict[str, Item]:
-    """Tensors of phase 2 besides LoRA and encoder, in the stored dtypes. Raises CheckpointError for one that the
+def weight_changes(path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors of phase 2 besides LoRA and encoder, in their stored dtypes. Raises CheckpointError for one that the
     checkpoint does not have or that holds no finite numbers."""
-    stored = {name: item for original in originals for name, item in original.items.items()}
     file, changes = SafetensorsFile(path), {}
     for name, entry in file.entries.items():
         if name not in stored or list(stored[name].shape) != entry["shape"] or name.startswith(ENCODER_PREFIXES):
@@ -327,72 +294,13 @@ def weight_changes(path, originals: list[Weights]) -> dict[str, Item]:
                 f"{path}: {name} {entry['shape']} is no tensor that the checkpoint has: pass the "
                 "weights.safetensors of its phase 2."
             )
-        if not file.read([name])[name].isfinite().all():
+        if not file.tensor(name).isfinite().all():
             raise CheckpointError(f"{path}: {name} holds values that are no finite numbers.")
         dtype = stored[name].dtype
-        changes[name] = Item(
-            dtype, entry["shape"], lambda name=name, dtype=dtype: file.read([name])[name].to(TORCH_DTYPES[dtype])
+        changes[name] = StoredTensor(
+            dtype, entry["shape"], lambda name=name, dtype=dtype: file.tensor(name).to(TORCH_DTYPES[dtype])
         )
     return changes
-
-
-def lora_changes(folder, originals: list[Weights], params: ModelParams) -> dict[str, Item]:
-    """W + alpha / r * B A, summed in fp32 and rounded to the stored dtype, for every projection that a peft adapter of
-    transformers' MistralModel holds. Raises CheckpointError for an adapter that does not fit or asks for more.
-    """
-    # transformers and peft take seconds to import, and most injections come without an adapter.
-    from peft import LoraConfig
-
-    from voxtral.backbone import halves_to_native, rotated_heads, to_native_name
-
-    folder, defaults = Path(folder), LoraConfig().to_dict()
-    config = read_json(folder / "adapter_config.json")[1]
-    for key, value in config.items():
-        if key not in LORA_KEYS and value != defaults.get(key) and not (key not in defaults and not value):
-            raise CheckpointError(
-                f"{folder / 'adapter_config.json'}: {key} is {value}, which cannot be merged: "
-                "train a plain LoRA of q_proj, k_proj, v_proj and o_proj."
-            )
-    if config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        raise CheckpointError(
-            f"{folder / 'adapter_config.json'} is not of a plain LoRA that starts from unchanged "
-            "weights: train it with peft's LoraConfig and its default init_lora_weights."
-        )
-
-    file = SafetensorsFile(folder / "adapter_model.safetensors")
-    shapes = {name: tuple(entry["shape"]) for name, entry in file.entries.items()}
-    weights = {name: item for original in originals for name, item in original.items.items()}
-    rank, sizes = config["r"], params.backbone
-    modules = [module for module in LORA_MODULES if any(f".{module}." in name for name in shapes)]
-    names, expected = {}, {}  # names: native weight -> what its adapter's two tensors have in common
-    for layer in range(sizes.n_layers):
-        for module in modules:
-            name = f"layers.{layer}.self_attn.{module}"
-            native = to_native_name(name + ".weight")
-            n_out, n_in = weights[native].shape
-            names[native] = f"base_model.model.{name}.lora_"
-            expected |= {names[native] + "A.weight": (rank, n_in), names[native] + "B.weight": (n_out, rank)}
-    if not modules:
-        raise CheckpointError(f"{file.path} holds no LoRA of {', '.join(LORA_MODULES)}.")
-    check_shapes(shapes, expected, file.path)
-    for name in expected:
-        if not file.read([name])[name].isfinite().all():
-            raise CheckpointError(f"{file.path}: {name} holds values that are no finite numbers.")
-
-    n_heads = rotated_heads(sizes)
-
-    def merged(native: str) -> Tensor:
-        a, b = (file.read([names[native] + end])[names[native] + end].float() for end in ("A.weight", "B.weight"))
-        projection = native.split(".")[-2]
-        if projection in n_heads:  # the adapter saw rows in transformers' order
-            b = halves_to_native(b, n_heads[projection], sizes.head_dim)
-        weight = weights[native].read().float()
-        return weight.addmm_(b, a, alpha=config["lora_alpha"] / rank).to(TORCH_DTYPES[weights[native].dtype])
-
-    return {
-        native: Item(weights[native].dtype, weights[native].shape, lambda native=native: merged(native))
-        for native in names
-    }
 
 
 # ---------------------------------------------------------------- files and folders
@@ -406,7 +314,7 @@ def write_index(source: Path, folder: Path, weights: list[Weights]) -> None:
     index["weight_map"] = {name: part.path.name for part in weights for name in part.items}
     if "total_size" in index.get("metadata", {}):
         index["metadata"]["total_size"] = sum(part.size for part in weights)
-    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)
 
 
 def check_replaceable(output: Path, source: Path) -> None:

@@ -18,10 +18,11 @@ import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 from voxtral.audio import BadClip, load_segment
+from voxtral.checkpoint import atomic_path
+from voxtral.clip_list import Clip
 from voxtral.codec import CodecOutput, VoxtralCodec, valid_mask
-from voxtral.errors import reason_of
+from voxtral.errors import DataError, reason_of
 from voxtral.params import CodecParams
-from voxtral.sources import Clip, DataError
 
 MAX_CLIPS = 2000  # spread over a folder; more do not change the statistics
 DECAY = 0.9  # of the running statistics, per micro-batch
@@ -43,19 +44,25 @@ def read_codes(path: str, params: CodecParams) -> Tensor:
     return codes
 
 
+def write_codes(path, codes: Tensor) -> None:
+    """[1 + acoustic_dim, L], for read_codes(); atomic."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, codes.numpy().astype(np.int16))
+
+
 def codes_of_clips(clips: list[Clip], batches: list, params: CodecParams) -> tuple[list[Tensor | None], list]:
     """Of validation_batches(): the codes that each clip was decoded from, or None; (path, reason) of the bad ones."""
     found, bad = [], []
     for batch in batches:
         for index, length in zip(batch.indices, batch.lengths.tolist()):
-            codes = None
-            if clips[index].codes:
-                try:
-                    codes = read_codes(clips[index].codes, params)
-                    if length not in (codes.shape[1] * params.frame_size, batch.waveform.shape[-1]):
-                        raise BadClip(clips[index].codes, f"{codes.shape[1]} frames are not the length of its clip")
-                except BadClip as error:
-                    codes = bad.append((clips[index].codes, error.reason))
+            path, codes = clips[index].codes, None
+            try:
+                codes = read_codes(path, params) if path else None
+                if path and length not in (codes.shape[1] * params.frame_size, batch.waveform.shape[-1]):
+                    raise BadClip(path, f"{codes.shape[1]} frames are not the length of its clip")
+            except BadClip as error:
+                codes = None
+                bad.append((path, error.reason))
             found.append(codes)
     return found, bad
 
@@ -126,15 +133,11 @@ class CodeMatching:
         self.quantizer = codec.quantizer
         seen = [self.quantizer.decode(one[None]).double() for one in codes]  # [1, D, L]
         together = torch.cat([one[0] for one in seen], dim=1)
-        self.mean = together.mean(dim=1)[:, None].float().to(device)  # [D, 1]
+        mean = together.mean(dim=1)[:, None]
+        self.mean = mean.float().to(device)  # [D, 1]
         self.deviation = together.std(dim=1).clamp(min=1e-4)[:, None].float().to(device)  # [D, 1]
-        sums = [
-            pair_sums(
-                (one - together.mean(dim=1)[:, None]) / self.deviation.cpu(),
-                torch.ones(1, one.shape[-1], dtype=torch.bool),
-            )
-            for one in seen
-        ]
+        every = torch.ones(1, max(one.shape[-1] for one in seen), dtype=torch.bool)
+        sums = [pair_sums((one - mean) / self.deviation.cpu(), every[:, : one.shape[-1]]) for one in seen]
         self.target = tuple(part.float().to(device) for part in mean_and_covariance(*map(sum, zip(*sums))))
         self.running = tuple(map(torch.zeros_like, self.target))
         self.steps = 0

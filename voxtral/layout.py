@@ -7,21 +7,11 @@ from voxtral.codec import VoxtralCodec
 from voxtral.params import ModelParams, TransformerParams
 
 # Order of the tensors in the released file (torch lists a module's own parameters before those of its children).
-LAYER_TENSORS = [
-    "attention.wq.weight",
-    "attention.wk.weight",
-    "attention.wv.weight",
-    "attention.wo.weight",
-    "feed_forward.w1.weight",
-    "feed_forward.w2.weight",
-    "feed_forward.w3.weight",
-    "attention_norm.weight",
-    "ffn_norm.weight",
-    "attention.q_norm.weight",
-    "attention.k_norm.weight",
-    "attention_scale",
-    "ffn_scale",
-]
+LAYER_TENSORS = """
+    attention.wq.weight attention.wk.weight attention.wv.weight attention.wo.weight
+    feed_forward.w1.weight feed_forward.w2.weight feed_forward.w3.weight attention_norm.weight ffn_norm.weight
+    attention.q_norm.weight attention.k_norm.weight attention_scale ffn_scale
+""".split()
 CODEC_PARTS = ["input_proj", "encoder_blocks", "decoder_blocks", "output_proj", "quantizer"]
 
 
@@ -52,17 +42,9 @@ def withheld_layout(params: ModelParams) -> dict[str, tuple]:
 def transformer_layout(prefix: str, sizes: TransformerParams) -> dict[str, tuple]:
     """The layers of the backbone (prefix "") or of the acoustic transformer; no q/k norms and no layer scales there."""
     width, kv_width = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
-    shapes = [
-        (width, sizes.dim),
-        (kv_width, sizes.dim),
-        (kv_width, sizes.dim),
-        (sizes.dim, width),
-        (sizes.hidden_dim, sizes.dim),
-        (sizes.dim, sizes.hidden_dim),
-        (sizes.hidden_dim, sizes.dim),
-        (sizes.dim,),
-        (sizes.dim,),
-    ]
+    attention = [(width, sizes.dim), (kv_width, sizes.dim), (kv_width, sizes.dim), (sizes.dim, width)]
+    feed_forward = [(sizes.hidden_dim, sizes.dim), (sizes.dim, sizes.hidden_dim), (sizes.hidden_dim, sizes.dim)]
+    shapes = [*attention, *feed_forward, (sizes.dim,), (sizes.dim,)]
     return {
         f"{prefix}layers.{i}.{name}": shape for i in range(sizes.n_layers) for name, shape in zip(LAYER_TENSORS, shapes)
     }

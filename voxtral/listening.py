@@ -1,5 +1,6 @@
 """A page to listen to clones: one HTML file without scripts beside its wavs and pictures, opened from disk."""
 
+import math
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -8,8 +9,12 @@ from urllib.parse import quote
 import soundfile
 from torch import Tensor
 
+from voxtral.audio import SAMPLE_RATE
 from voxtral.checkpoint import write_text
+from voxtral.clones import Item
+from voxtral.evaluation_report import number
 from voxtral.plots import save_figure, spectrogram_figure
+from voxtral.reference import prepare_reference
 
 PICTURE_INCHES = (5, 2)  # small, so that its letters can be read in a column of the page
 STYLE = """
@@ -55,7 +60,7 @@ class Recording:
 
 
 @dataclass
-class Voice:
+class VoiceSection:
     """A part of the page: a voice, what is said in it, the recording it was cloned from, and the clones."""
 
     name: str
@@ -64,19 +69,42 @@ class Voice:
     clones: list[Recording]
 
 
-def record(folder, stem: str, name: str, waveform: Tensor, sampling_rate: int, notes: list[str] = ()) -> Recording:
+def record(folder, stem: str, name: str, waveform: Tensor, notes: list[str] = ()) -> Recording:
     """Writes STEM.wav and its spectrogram STEM.png into `folder`, nothing for a waveform [0]; waveform [T] float32."""
     if not len(waveform):
         return Recording(name, notes=["no audio", *notes])
-    soundfile.write(Path(folder) / f"{stem}.wav", waveform.clamp(-1, 1).numpy(), sampling_rate)
-    figure = spectrogram_figure({name: waveform}, sampling_rate)
+    soundfile.write(Path(folder) / f"{stem}.wav", waveform.clamp(-1, 1).numpy(), SAMPLE_RATE)
+    figure = spectrogram_figure({name: waveform}, SAMPLE_RATE)
     figure.set_size_inches(PICTURE_INCHES)
     save_figure(figure, Path(folder) / f"{stem}.png")
     return Recording(name, f"{stem}.wav", f"{stem}.png", list(notes))
 
 
+def _notes(row: dict) -> list[str]:
+    """What the page says of a clone."""
+    others = "" if math.isnan(row["others"]) else f" (other voices {row['others']:.2f})"
+    lines = [f"similarity {row['own']:.2f}{others}, {row['seconds']:.1f} s"]
+    if "wer" in row:
+        lines.append(f"word errors {number(100 * row['wer'])} %: “{row['transcript']}”")
+    return lines + ([] if row["ended"] else ["cut off at the length limit"])
+
+
+def clone_sections(folder, items: list[Item], rows: list[dict], audio: dict) -> list[VoiceSection]:
+    """wavs and spectrograms of the first items -> what the page says of them. audio: system -> their clones [T]."""
+    voices = []
+    for i in range(len(next(iter(audio.values())))):
+        waveform = prepare_reference(items[i].reference).waveform[0, 0]
+        reference = record(folder, f"clone_{i}_reference", "reference", waveform)
+        clones = [
+            record(folder, f"clone_{i}_{system}", system, clones[i], _notes(rows[len(items) * place + i]))
+            for place, (system, clones) in enumerate(audio.items())
+        ]
+        voices.append(VoiceSection(items[i].speaker, items[i].text, reference, clones))
+    return voices
+
+
 def write_page(
-    path, title: str, intro_html: str, headers: list[str], table_rows: list[list[str]], voices: list[Voice]
+    path, title: str, intro_html: str, headers: list[str], table_rows: list[list[str]], voices: list[VoiceSection]
 ) -> None:
     """Writes the page. All but intro_html is text, in which < and & stand for themselves, and a line break in the table
     for one; the first column names the rows."""
@@ -105,7 +133,7 @@ def write_page(
     )
 
 
-def _section(voice: Voice) -> str:
+def _section(voice: VoiceSection) -> str:
     takes = "".join(map(_take, [voice.reference, *voice.clones]))
     return (
         f"<section>\n<h2>{escape(voice.name)}</h2>\n<blockquote>“{escape(voice.text)}”</blockquote>\n"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from voxtral.sources import DataConfig, DataError
+from voxtral.errors import DataError
+from voxtral.sources import DataConfig
 
 PREFETCHED, BATCHES_IN_USE = 4, 2  # batches of each loader process on their way; those that the trainer holds
 LOST_AFTER_SEC = 600  # a batch that has not come by then will not come
@@ -53,16 +54,10 @@ class Loader(DataLoader):
     def __init__(self, dataset: Dataset, config: DataConfig, **options):
         # Each worker runs on one thread (the DataLoader's own rule), so num_workers is the number of cores taken.
         # Forked, whatever started this process: a worker that imports everything anew needs many seconds.
-        workers = (
-            {
-                "prefetch_factor": PREFETCHED,
-                "multiprocessing_context": "fork",
-                "worker_init_fn": _end_with_trainer,
-                "timeout": LOST_AFTER_SEC,
-            }
-            if config.num_workers
-            else {}
-        )
+        workers = {}
+        if config.num_workers:
+            workers = {"prefetch_factor": PREFETCHED, "timeout": LOST_AFTER_SEC}
+            workers |= {"multiprocessing_context": "fork", "worker_init_fn": _end_with_trainer}
         super().__init__(
             dataset, num_workers=config.num_workers, pin_memory=torch.cuda.is_available(), **workers, **options
         )
@@ -80,7 +75,7 @@ class Loader(DataLoader):
         """Batches come from the workers in /dev/shm; one that does not fit there is lost without an error."""
         if not SHARED_MEMORY.is_dir():
             return
-        n_bytes = tensor_bytes(self.collate_fn([self.dataset[item] for item in next(iter(self.batch_sampler))]))
+        n_bytes = batch_bytes(self.collate_fn([self.dataset[item] for item in next(iter(self.batch_sampler))]))
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: trainers on this machine
         needed = n_local * (self.num_workers * PREFETCHED + BATCHES_IN_USE) * n_bytes
         free = shutil.disk_usage(SHARED_MEMORY).free
@@ -104,10 +99,10 @@ def _end_with_trainer(_worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def tensor_bytes(value: Any) -> int:
+def batch_bytes(value: Any) -> int:
     """Of all tensors in a batch."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, (list, tuple)):
-        return sum(map(tensor_bytes, value))
-    return tensor_bytes(list(vars(value).values())) if isinstance(value, TensorBatch) else 0
+        return sum(map(batch_bytes, value))
+    return batch_bytes(list(vars(value).values())) if isinstance(value, TensorBatch) else 0

@@ -38,7 +38,7 @@ training has licences of its own.
 IN_PLACE = (
     "`python inject_encoder.py --checkpoint THIS_FOLDER --eject`: weights and params.json are then what they were."
 )
-BESIDE = "Delete this folder: the checkpoint that it was made from is as it was."
+NEW_FOLDER = "Delete this folder: the checkpoint that it was made from is as it was."
 
 
 def model_card(encoder, lora=None, weights=None, in_place: bool = False) -> str:
@@ -58,7 +58,7 @@ def model_card(encoder, lora=None, weights=None, in_place: bool = False) -> str:
     return TEMPLATE.format(
         parts="\n".join(f"| {what} | `{path.name}` | `{_sha256(path)}` |" for what, path in parts.items()),
         trainings="\n\n".join(trainings) or "Not known: there was no config.yaml of a run beside the files.",
-        removal=IN_PLACE if in_place else BESIDE,
+        removal=IN_PLACE if in_place else NEW_FOLDER,
     )
 
 
@@ -89,8 +89,7 @@ def _run_of(path: Path) -> Path | None:
 def _training(path: Path, run: Path) -> str:
     """The configuration of a file's run in a list: data, length, losses."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        return _list(path, run, config)
+        return _list(path, run, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     except (yaml.YAMLError, OSError, LookupError, TypeError, ValueError) as error:
         return f"`{path.name}`, run `{run.name}`: not known, since its files cannot be read ({reason_of(error)})."
 

@@ -17,12 +17,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from voxtral.audio import BadClip
+from voxtral.clip_list import Clip
 from voxtral.codec import VoxtralCodec, ceil_div
 from voxtral.data import SpeechDataset
+from voxtral.errors import DataError
 from voxtral.known_codes import read_coded, read_codes
 from voxtral.loader import Loader, TensorBatch
 from voxtral.params import CodecParams
-from voxtral.sources import Clip, DataConfig, DataError
+from voxtral.sources import DataConfig
 from voxtral.tts import prompt_tokens
 
 PADDING, TEXT, AUDIO, GENERATION = 0, 1, 2, 3  # kinds of positions
@@ -85,10 +87,10 @@ class PairDataset(SpeechDataset):
         self.of_voice = {}  # of no use while usable clips are sought
         super().__init__(clips, max_sec, seed, fixed, params=params)
         self._find_voices()
-        lonely = [voice for voice, members in self.of_voice.items() if len({self.clips[i].text for i in members}) < 2]
-        if reference_sec and lonely:
+        single = [voice for voice, members in self.of_voice.items() if len({self.clips[i].text for i in members}) < 2]
+        if reference_sec and single:
             raise DataError(
-                f"{len(lonely)} speakers have one sentence only ({', '.join(sorted(lonely)[:3])}): a reference "
+                f"{len(single)} speakers have one sentence only ({', '.join(sorted(single)[:3])}): a reference "
                 "needs another clip of its speaker to be said after it; leave them out, or add clips."
             )
 
@@ -179,14 +181,7 @@ def sequence(tokens: Tensor, is_audio: Tensor, n_rows: int, n_frames: int) -> di
         "kind": torch.tensor(
             [TEXT] * n_before + [AUDIO] * n_rows + [TEXT] * (len(after) - 1) + [GENERATION] * (1 + n_frames)
         ),
-        "place": torch.cat(
-            [
-                torch.zeros(n_before, dtype=torch.long),
-                torch.arange(n_rows),
-                torch.zeros(len(after), dtype=torch.long),
-                torch.arange(n_frames),
-            ]
-        ),
+        "place": torch.tensor([0] * n_before + [*range(n_rows)] + [0] * len(after) + [*range(n_frames)]),
         "begins": n_before + n_rows + len(after) - 1,
     }
 

@@ -48,20 +48,12 @@ class CodecParams:
     voice: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        expected = dict(
-            channels=1,
-            conv_weight_norm=True,
-            causal=True,
-            qk_norm=True,
-            use_biases=False,
-            layer_scale=True,
-            half_attn_window_upon_downsampling=True,
-        )
-        for key, value in expected.items():
-            if getattr(self, key) != value:
+        for key in fields(self):
+            value = getattr(self, key.name)
+            if (key.type is bool or key.name == "channels") and value != key.default:
                 raise CheckpointError(
-                    f"params.json: audio_tokenizer_args.{key} is {getattr(self, key)}, but the "
-                    f"Voxtral codec that this code knows has {value}."
+                    f"params.json: audio_tokenizer_args.{key.name} is {value}, but the Voxtral codec that this code "
+                    f"knows has {key.default}."
                 )
 
     @property
@@ -118,13 +110,13 @@ class ModelParams:
     @property
     def semantic_output_size(self) -> int:
         """Rows of the semantic head: the codebook and its two special ids, padded to a multiple of 128."""
-        return padded(self.codec.semantic_codebook_size + N_SPECIAL_IDS)
+        return round_up(self.codec.semantic_codebook_size + N_SPECIAL_IDS)
 
     @property
     def audio_embedding_size(self) -> int:
         """Rows of the audio embedding table: every codebook with its two special ids, padded to a multiple of 128."""
         levels = self.codec.acoustic_codebook_size + N_SPECIAL_IDS
-        return padded(self.codec.semantic_codebook_size + N_SPECIAL_IDS + self.codec.acoustic_dim * levels)
+        return round_up(self.codec.semantic_codebook_size + N_SPECIAL_IDS + self.codec.acoustic_dim * levels)
 
 
 # What a LoRA may change: wq, wk, wv and wo under transformers' names.
@@ -134,7 +126,7 @@ LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS = 0, 1, 2
 
 
-def padded(size: int, multiple: int = 128) -> int:
+def round_up(size: int, multiple: int = 128) -> int:
     return -(-size // multiple) * multiple
 
 
@@ -149,14 +141,10 @@ def _known(cls, values: dict):
     for key in fields(cls):
         if key.name in values:
             value = known[key.name] = values[key.name]
-            right = isinstance(value, (int, float) if key.type is float else key.type) and (
-                key.type is bool or not isinstance(value, bool)
-            )
+            right = type(value) in ((int, float) if key.type is float else (key.type,))
             if not right or key.type is int and value < 1:
-                raise CheckpointError(
-                    f"params.json: {key.name} is {value!r}: it must be a {key.type.__name__}"
-                    f"{' above 0' if key.type is int else ''}."
-                )
+                kind = key.type.__name__ + (" above 0" if key.type is int else "")
+                raise CheckpointError(f"params.json: {key.name} is {value!r}: it must be a {kind}.")
             if key.name.endswith("_str") and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
                 raise CheckpointError(
                     f"params.json: {key.name} is {value!r}: it must be numbers above 0 between commas."

@@ -22,15 +22,9 @@ def spectrogram_figure(rows: dict[str, Tensor], sampling_rate: int) -> Figure:
     ]
     top = max(image.max() for image in images)
     for axis, title, waveform, image in zip(axes, rows, rows.values(), images):
-        shown = axis.imshow(
-            image,
-            origin="lower",
-            aspect="auto",
-            cmap="magma",
-            vmin=top - 80,
-            vmax=top,
-            extent=(0, len(waveform) / sampling_rate, 0, sampling_rate / 2000),
-        )
+        extent = (0, len(waveform) / sampling_rate, 0, sampling_rate / 2000)
+        scale = {"cmap": "magma", "vmin": top - 80, "vmax": top}
+        shown = axis.imshow(image, origin="lower", aspect="auto", extent=extent, **scale)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_ylabel("kHz")
     axes[-1].set_xlabel("seconds")
@@ -114,14 +108,8 @@ def layers_figure(rows: list[dict]) -> Figure:
             for row, color in ((rows[0], "tab:gray"), (rows[-1], "tab:blue")):
                 for prompt, style in (("ours", "-"), ("preset", "--")):
                     values = row[f"validation/{prompt}_{measure}_{kind}_by_layer"]
-                    axis.plot(
-                        np.arange(1, len(values) + 1),
-                        values,
-                        style,
-                        color=color,
-                        marker=".",
-                        label=f"{prompt}, step {row['step']}",
-                    )
+                    x, label = np.arange(1, len(values) + 1), f"{prompt}, step {row['step']}"
+                    axis.plot(x, values, style, color=color, marker=".", label=label)
             axis.set_title(f"{kind}: {title}", fontsize=9)
             axis.grid(alpha=0.3)
         axes[1, column].set_xlabel("layer")

@@ -4,40 +4,27 @@ A row of a preset is the sum of one table row per codebook, rounded to bfloat16 
 in the checkpoint. `python -m voxtral.presets` shows which frames come back, and writes their codes.
 """
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from voxtral.command_line import script_parser
+from voxtral.command_line import check_options, script_parser
 
-
-def command_line() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__, checkpoint=True)
-    parser.prog = "python -m voxtral.presets"
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        type=Path,
-        help="writes NAME.npy, codes int16 [37, L], of every preset whose frames all come back",
-    )
-    return parser
-
-
+COMMAND_LINE = script_parser(__doc__, checkpoint=True, module="voxtral.presets")
+COMMAND_LINE.add_argument(
+    "--output", metavar="DIR", type=Path, help="gets NAME.npy, int16 [37, L], of those that come back"
+)
 if __name__ == "__main__":
-    command_line().parse_args()  # --help and mistyped options: before imports that take seconds
+    COMMAND_LINE.parse_args()  # --help and mistyped options: before imports that take seconds
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from voxtral.checkpoint import atomic_path
 from voxtral.codec import VoxtralCodec, codebook_offsets
-from voxtral.errors import UserError, one_sentence
-from voxtral.known_codes import PRESETS, known_codes
+from voxtral.errors import DataError, one_sentence
+from voxtral.known_codes import PRESETS, known_codes, write_codes
 from voxtral.params import N_SPECIAL_IDS, CodecParams
-from voxtral.sources import DataError
-from voxtral.voices import list_voices, load_pt
+from voxtral.voices import preset_embeddings
 
 NOISE = 0.005  # of the root mean square of a row: a little above what bfloat16 leaves (0.0017)
 WIDTHS = (16, 256)  # paths kept; a wider search for those frames only that the one before did not find
@@ -127,13 +114,12 @@ def recover(codec: VoxtralCodec, rows: Tensor, device="cpu") -> Preset:
 def preset_codes(codec: VoxtralCodec, folder, device="cpu") -> dict[str, Preset]:
     """Name -> codes of each preset of the checkpoint `folder`, whose codec this is. Voices that were registered later
     are left out: they are no outputs of the true encoder. Raises CheckpointError when the voices cannot be read."""
-    names = [voice.name for voice in list_voices(folder) if voice.is_preset and not voice.problem]
-    if not names:
+    rows = preset_embeddings(folder)
+    if not rows:
         return {}
-    rows = [load_pt(Path(folder) / "voice_embedding" / f"{name}.pt")[:-1] for name in names]
-    parts = vars(recover(codec, torch.cat(rows), device)).values()
-    lengths = [len(each) for each in rows]
-    return {name: Preset(*part) for name, *part in zip(names, *(tensor.split(lengths, dim=-1) for tensor in parts))}
+    parts = vars(recover(codec, torch.cat([*rows.values()]), device)).values()
+    lengths = [len(each) for each in rows.values()]
+    return {name: Preset(*part) for name, *part in zip(rows, *(tensor.split(lengths, dim=-1) for tensor in parts))}
 
 
 def codes_to_match(where: str, codec: VoxtralCodec, folder, device="cpu") -> tuple[list[Tensor], list[tuple[str, str]]]:
@@ -154,27 +140,18 @@ def codes_to_match(where: str, codec: VoxtralCodec, folder, device="cpu") -> tup
 
 
 def main(arguments=None) -> None:
-    options = command_line().parse_args(arguments)
+    options = COMMAND_LINE.parse_args(arguments)
     with one_sentence():
-        if not options.checkpoint:
-            raise UserError("no checkpoint: pass --checkpoint, or set VOXTRAL_CKPT.")
+        check_options(options)
         started = time.perf_counter()
         found = preset_codes(VoxtralCodec.from_checkpoint(options.checkpoint), options.checkpoint)
         row = "{:<24} {:>6} {:>14} {:>14}  {}".format
         print(row("preset", "frames", "exact to a bit", "largest error", "state"))
         for name, preset in found.items():
-            print(
-                row(
-                    name,
-                    len(preset.errors),
-                    int(preset.exact.sum()),
-                    f"{preset.errors.max():.4f}",
-                    preset.problem or "ok",
-                )
-            )
+            exact, largest = int(preset.exact.sum()), f"{preset.errors.max():.4f}"
+            print(row(name, len(preset.errors), exact, largest, preset.problem or "ok"))
             if options.output and not preset.problem:
-                with atomic_path(options.output / f"{name}.npy") as temporary, temporary.open("wb") as file:
-                    np.save(file, preset.codes.numpy().astype(np.int16))
+                write_codes(options.output / f"{name}.npy", preset.codes)
         print(f"{time.perf_counter() - started:.1f} s")
 
 

@@ -39,3 +39,11 @@ def refined_codes(codec: VoxtralCodec, waveform: Tensor, seconds: float) -> tupl
         f"refined in {len(distances) - 1} steps: mel distance to the recording {distances[0]:.2f}, now "
         f"{distances[-1]:.2f}"
     )
+
+
+def reference_codes(codec: VoxtralCodec, waveform: Tensor, refine_sec: float) -> tuple[Tensor, list[str]]:
+    """[1, 1, T] -> refined_codes(), or with 0 seconds the encoder's; what was done."""
+    if not refine_sec:
+        return codec.encode(waveform), []
+    codes, note = refined_codes(codec, waveform, refine_sec)
+    return codes, [note]

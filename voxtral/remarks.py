@@ -26,6 +26,14 @@ class Remarks:
         self.passed_over: dict[str, tuple[int, list[str]]] = {}
         self.notes: list[str] = []
 
+    @classmethod
+    def of(cls, record: dict) -> "Remarks":
+        """What vars() of one were, back from JSON."""
+        remarks = cls()
+        remarks.looked_at, remarks.notes = record["looked_at"], record["notes"]
+        remarks.passed_over = {reason: tuple(what) for reason, what in record["passed_over"].items()}
+        return remarks
+
     def __len__(self) -> int:
         """How many files and rows were passed over."""
         return sum(count for count, _ in self.passed_over.values())

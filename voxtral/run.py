@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from voxtral.config import OptimizerConfig, load_config
-from voxtral.data import BadClipLog
-from voxtral.errors import one_sentence
+from voxtral.errors import one_sentence, shown
 from voxtral.processes import TrainingDiverged, training_process
 from voxtral.run_folder import RunFolder, load_run_config
+from voxtral.tables import read_lines
 from voxtral.tracking import open_tracker
 
 
@@ -113,13 +114,35 @@ def is_logged(step: int, max_steps: int, run: RunFolder) -> bool:
 def due_after(step: int, max_steps: int, run: RunFolder) -> Due:
     """What the configuration asks for after this step, and what a signal does that any process got."""
     last = step == max_steps
-    told_to_stop, save = run.process.any(run.process.stopping(), run.is_due(step))
+    stopping, save = run.process.any(run.process.stopping(), run.is_due(step))
     validate = last or step % run.config.train.validate_every_steps == 0
-    save = save or told_to_stop or last
-    return Due(is_logged(step, max_steps, run) or validate or save, validate, save, told_to_stop and not last)
+    save = save or stopping or last
+    return Due(is_logged(step, max_steps, run) or validate or save, validate, save, stopping and not last)
 
 
 # ---------------------------------------------------------------- logging
+
+
+class BadClipLog:
+    """Lists each bad clip once in RUN_FOLDER/bad_files.txt, over resumed runs too; without a folder, counts only.
+
+    `count`: replacements in this run; `seen`: the lines so far, of a path and the reason, as shown() gives them.
+    """
+
+    def __init__(self, run_folder: str | Path | None):
+        self.path = run_folder and Path(run_folder) / "bad_files.txt"
+        self.count = 0
+        self.seen = set(read_lines(self.path)) if self.path and self.path.exists() else set()
+
+    def add(self, bad: list[tuple[str, str]]) -> None:
+        """Takes Batch.bad."""
+        self.count += len(bad)
+        for path, reason in bad:
+            line = f"{shown(path)}\t{shown(reason)}"
+            if self.path and line not in self.seen:
+                self.seen.add(line)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
 
 
 class Logger:
@@ -184,7 +207,7 @@ class Logger:
         self.step_times.append(step_sec)
         row = {
             **rows[-1][1],
-            **{name: to_number(value) for name, value in extra.items()},
+            **{name: value.tolist() if isinstance(value, Tensor) else value for name, value in extra.items()},
             "data/bad_clips": float(self.bad_clips.count),
             "time/step_ms": 1000 * step_sec,
             f"time/{unit}_per_sec": work / step_sec,
@@ -248,11 +271,6 @@ class Logger:
             self.board.close()
             if self.tracker:
                 self.tracker.close()
-
-
-def to_number(value):
-    """A tensor as float or list, anything else as it is."""
-    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def duration(seconds: float) -> str:

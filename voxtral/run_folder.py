@@ -20,6 +20,7 @@ from voxtral.checkpoint import SafetensorsFile, atomic_path, flush, save_tensors
 from voxtral.config import KEPT_ON_RESUMING, SWITCHES, ConfigError, dump_config, load_config
 from voxtral.errors import UserError, reason_of
 from voxtral.history import History, metric_rows
+from voxtral.json_files import write_json
 from voxtral.params import CheckpointError
 from voxtral.processes import Process
 from voxtral.tracking import dotted
@@ -80,13 +81,12 @@ class RunFolder:
                 shutil.rmtree(former)
             else:
                 os.replace(former, final)
-        write_text(self.path / "environment.json", json.dumps(environment(self.process), indent=2) + "\n")
+        write_json(self.path / "environment.json", environment(self.process))
         if self.changes:
             kept = self.path / "former_configs"
             kept.mkdir(exist_ok=True)
-            os.replace(
-                self.path / CONFIG, kept / f"{len(list(kept.iterdir())):03d}_until_step_{last_step(self.path):08d}.yaml"
-            )
+            name = f"{len(list(kept.iterdir())):03d}_until_step_{last_step(self.path):08d}.yaml"
+            os.replace(self.path / CONFIG, kept / name)
         dump_config(self.config, self.path / CONFIG)
 
     @property
@@ -212,25 +212,18 @@ class RunFolder:
 
     def _read_newest(self, weights: dict[str, Tensors]) -> dict:
         folders = step_folders(self.path)
-        for folder in reversed(folders):
-            try:
-                state = read_checkpoint(folder, weights)
-            except DAMAGE as error:
-                if folder == folders[-1]:
-                    newest = error
-            else:
-                if folder == folders[-1]:
-                    return state
-                raise ConfigError(
-                    f"{folders[-1]} is damaged ({' '.join(str(newest).split())}): delete it, and resume=true goes on "
-                    f"from {folder}."
-                ) from newest
-        if folders:
+        if not folders:
+            return {}
+        try:
+            return read_checkpoint(folders[-1], weights)
+        except DAMAGE as error:
+            damage = f"{folders[-1]} is damaged ({' '.join(str(error).split())})"
+            whole = next((folder for folder in reversed(folders[:-1]) if _is_whole(folder, weights)), None)
+            if whole:
+                raise ConfigError(f"{damage}: delete it, and resume=true goes on from {whole}.") from error
             raise ConfigError(
-                f"{folders[-1]} is damaged ({' '.join(str(newest).split())}), and there is no older checkpoint: choose "
-                "another output_dir and start anew."
-            ) from newest
-        return {}
+                f"{damage}, and there is no older checkpoint: choose another output_dir and start anew."
+            ) from error
 
     def truncate_metrics(self, step: int) -> History:
         """Drops the lines of metrics.jsonl after `step`, which the run will write again; returns what is left."""
@@ -251,6 +244,14 @@ def read_checkpoint(folder: Path, names) -> dict:
     except DAMAGE as error:
         raise CheckpointError(f"{STATE}: {reason_of(error)}") from error
     return state | {name: SafetensorsFile(folder / name).read() for name in names}
+
+
+def _is_whole(folder: Path, names) -> bool:
+    try:
+        read_checkpoint(folder, names)
+    except DAMAGE:
+        return False
+    return True
 
 
 def write_files(folder: Path, files: dict[str, Tensors]) -> None:
@@ -318,11 +319,9 @@ def changes_on_resuming(former, config, path) -> list[str]:
 
 def environment(process: Process) -> dict:
     """What a reader needs to repeat a run."""
-    device = (
-        torch.cuda.get_device_name(process.device)
-        if process.device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    device = platform.processor() or platform.machine()
+    if process.device.type == "cuda":
+        device = torch.cuda.get_device_name(process.device)
     return {
         "command": " ".join(sys.argv),
         "python": platform.python_version(),

@@ -14,6 +14,7 @@ import numpy as np
 import soxr
 import torch
 import torchaudio
+import whisper
 from torch import Tensor
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
@@ -34,7 +35,7 @@ class Source:
     waveform: Tensor
     text: str = ""
     language: str = ""
-    speaker: Tensor | None = None  # [1, 256]
+    speaker: Tensor | None = None  # [256]
     ecapa: Tensor | None = None  # [1, 192]
     dnsmos: float = math.nan
 
@@ -68,9 +69,9 @@ class Scorer:
         """[T] at `sampling_rate` -> the source that reconstructions are then scored against."""
         source = Source(waveform)
         if self.whisper:
-            source.text, source.language = self._transcribe(waveform, None)
+            source.text, source.language = transcribe(self.whisper, self._at_16k(waveform), None)
         if self.speaker:
-            source.speaker = self._embed(waveform)
+            source.speaker = self.speaker.embed(waveform)
         if self.ecapa:
             source.ecapa = self._embed_ecapa(waveform)
         if "dnsmos" in self.names:
@@ -90,13 +91,13 @@ class Scorer:
             "sisdr": lambda: si_sdr(decoded, source.waveform),
             "pesq": lambda: pesq_wb(self._at_16k(source.waveform), self._at_16k(decoded)),
             "estoi": lambda: estoi(source.waveform.numpy(), decoded.numpy(), self.rate),
-            "speaker": lambda: torch.cosine_similarity(self._embed(decoded), source.speaker).item(),
+            "speaker": lambda: torch.cosine_similarity(self.speaker.embed(decoded), source.speaker, dim=0).item(),
             "ecapa": lambda: torch.cosine_similarity(self._embed_ecapa(decoded), source.ecapa).item(),
             "dnsmos": lambda: self._dnsmos(decoded),
         }
         row = {name: functions[name]() for name in self.names if name in functions}
         if self.whisper:
-            text, _ = self._transcribe(decoded, source.language)
+            text, _ = transcribe(self.whisper, self._at_16k(decoded), source.language)
             row["wer"], row["words"] = word_error_rate(source.text, text, source.language)
             row["text"] = text
         return {name: row[name] for name in [*self.names, "words", "text"] if name in row}
@@ -105,23 +106,8 @@ class Scorer:
         audio = soxr.resample(waveform.numpy(), self.rate, SCORE_RATE, quality="HQ")
         return audio / max(1.0, np.abs(audio).max())  # a decoder may overshoot
 
-    def _embed(self, waveform: Tensor) -> Tensor:
-        length = torch.tensor([len(waveform)], device=self.device)
-        return self.speaker(waveform[None, None].to(self.device), length).cpu()
-
     def _embed_ecapa(self, waveform: Tensor) -> Tensor:
         return self.ecapa.encode_batch(torch.from_numpy(self._at_16k(waveform))[None])[:, 0].cpu()
-
-    def _transcribe(self, waveform: Tensor, language: str | None) -> tuple[str, str]:
-        result = self.whisper.transcribe(
-            self._at_16k(waveform),
-            language=language,
-            temperature=0.0,
-            verbose=None,
-            condition_on_previous_text=False,
-            fp16=self.device.type == "cuda",
-        )
-        return result["text"].strip(), result["language"]
 
     def _dnsmos(self, waveform: Tensor) -> float:
         from speechmos import dnsmos
@@ -203,6 +189,13 @@ def estoi(source: np.ndarray, decoded: np.ndarray, sampling_rate: int) -> float:
             return float(stoi(source, decoded, sampling_rate, extended=True))
         except RuntimeWarning:
             return math.nan
+
+
+def transcribe(model: whisper.Whisper, audio: np.ndarray, language: str | None) -> tuple[str, str]:
+    """[T] at SCORE_RATE -> what Whisper writes down, greedily, and the language (None: it is detected)."""
+    greedy = {"temperature": 0.0, "condition_on_previous_text": False, "verbose": None}
+    result = model.transcribe(audio, language=language, fp16=model.device.type == "cuda", **greedy)
+    return result["text"].strip(), result["language"]
 
 
 def word_error_rate(source: str, decoded: str, language: str) -> tuple[float, int]:

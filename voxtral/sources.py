@@ -129,10 +129,10 @@ def look_for_source(source: SourceConfig, index: int, root: Path) -> Found:
     # Each part (a subset, for most kinds the whole) may be there without the others.
     for part in source.subsets if source.kind == "librispeech" else [""]:
         try:
-            before = len(clips)
-            clips += FINDERS[source.kind](source, index, root, part, found.remarks)
-            if len(clips) == before:
+            of_part = list(FINDERS[source.kind](source, index, root, part, found.remarks))
+            if not of_part:
                 raise Absent(f"no audio in {root / source.path / part}")
+            clips += of_part
         except Absent as reason:
             found.absent.append(f"{found.name}: {reason}")
     found.clips = Clips.of_list(sorted(clips, key=lambda clip: clip.path))
@@ -154,8 +154,6 @@ def check_config(config: DataConfig) -> None:
             raise DataError(f"{key}.subsets is empty; name at least one, such as train-clean-360.")
         if source.kind == "common_voice" and not source.language:
             raise DataError(f"{key}.language is empty; name one, such as en.")
-        if source.kind == "huggingface" and source.max_clips < 1:
-            raise DataError(f"{key}.max_clips is {source.max_clips}; it must be at least 1.")
     if not config.max_sec >= CODEC_FRAME_SEC:
         raise DataError(f"data.max_sec is {config.max_sec}; a codec frame is {CODEC_FRAME_SEC} s, the least.")
     if len(config.speed) != 2 or not 0.5 <= config.speed[0] <= config.speed[1] <= 2:
@@ -163,6 +161,7 @@ def check_config(config: DataConfig) -> None:
             f"data.speed is {list(config.speed)}; it must be two numbers from 0.5 to 2, the lower one first."
         )
     for key, value, least in (
+        *((f"sources[{index}].max_clips", source.max_clips, 1) for index, source in enumerate(config.sources)),
         ("batch_size", config.batch_size, 1),
         ("num_workers", config.num_workers, 0),
         ("validation.clips", config.validation.clips, 1),
@@ -307,13 +306,8 @@ def read_manifest(manifest: Path, index: int, folder: Path, remarks: Remarks) ->
         path = os.path.join(folder, row.path)
         if "\\" in row.path and not os.path.exists(path):
             path = os.path.join(folder, row.path.replace("\\", "/"))  # written on Windows
-        yield Clip(
-            path,
-            row.speaker or _folder_name(path),
-            index,
-            row.text,
-            os.path.join(folder, row.codes) if row.codes else "",
-        )
+        codes = os.path.join(folder, row.codes) if row.codes else ""
+        yield Clip(path, row.speaker or _folder_name(path), index, row.text, codes)
 
 
 def _huggingface(source: SourceConfig, index: int, root: Path, _, remarks: Remarks) -> Iterator[Clip]:

@@ -71,6 +71,12 @@ class SpeakerEncoder(nn.Module):
             covered |= start == 0  # a clip shorter than a window has one all the same
             return F.normalize((embedding * covered[..., None]).sum(dim=1), dim=-1)
 
+    @torch.no_grad()
+    def embed(self, waveform: Tensor) -> Tensor:
+        """A single waveform [T], on any device -> [256] on the CPU."""
+        device = self.linear.weight.device
+        return self(waveform[None, None].to(device), torch.tensor([len(waveform)], device=device))[0].cpu()
+
 
 def find_weights(model: str) -> Path:
     """The path of the weights. Raises UserError when neither the package nor a file of that name is there."""

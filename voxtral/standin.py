@@ -6,6 +6,7 @@ For tests and dry runs without the 8 GB download.
 import json
 import zlib
 from copy import deepcopy
+from dataclasses import asdict
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from torch import Tensor
 
-from voxtral.checkpoint import EMBEDDING_NAME, atomic_path, write_safetensors, write_text
+from voxtral.checkpoint import EMBEDDING_NAME, StoredTensor, atomic_path, write_stored, write_text
 from voxtral.errors import UserError
 from voxtral.layout import meta_codec, released_layout
-from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, ModelParams, parse_params
+from voxtral.params import CodecParams, ModelParams, parse_params
 
 N_SPECIAL_TOKENS = 1000  # ids below belong to special tokens; a text token's id is its rank + 1000
 SPEECH_TOKENS = {
@@ -81,33 +82,7 @@ def full_params() -> dict:
                 },
             },
             "audio_tokenizer_args": {
-                "channels": 1,
-                "sampling_rate": 24000,
-                "pretransform_patch_size": 240,
-                "patch_proj_kernel_size": 7,
-                "semantic_codebook_size": 8192,
-                "semantic_dim": 256,
-                "acoustic_codebook_size": 21,
-                "acoustic_dim": 36,
-                "conv_weight_norm": True,
-                "causal": True,
-                "attn_sliding_window_size": 16,
-                "half_attn_window_upon_downsampling": True,
-                "dim": 1024,
-                "hidden_dim": 4096,
-                "head_dim": 128,
-                "n_heads": 8,
-                "n_kv_heads": 8,
-                "qk_norm": True,
-                "qk_norm_eps": 1e-6,
-                "use_biases": False,
-                "norm_eps": 1e-2,
-                "layer_scale": True,
-                "layer_scale_init": 0.01,
-                "decoder_transformer_lengths_str": "2,2,2,2",
-                "decoder_convs_kernels_str": "3,4,4,4",
-                "decoder_convs_strides_str": "1,2,2,2",
-                "voice": {},
+                name: value for name, value in asdict(CodecParams()).items() if not name.startswith("encoder_")
             },
         },
     }
@@ -168,19 +143,13 @@ def random_voice(params: ModelParams, n_rows: int, table: Tensor, seed: int = 0)
     """[n_rows, dim] bf16: n_rows - 1 frames of random codes, then the END_AUDIO frame (spec section 4)."""
     sizes = params.codec
     generator = torch.Generator().manual_seed(seed)
-    shape = (1, sizes.acoustic_dim, n_rows)
-    codes = torch.cat(
-        [
-            torch.randint(sizes.semantic_codebook_size, (1, 1, n_rows), generator=generator),
-            torch.randint(sizes.acoustic_codebook_size, shape, generator=generator),
-        ],
-        dim=1,
-    )
-    codes[:, :, -1] = EMPTY_AUDIO - N_SPECIAL_IDS
-    codes[:, 0, -1] = END_AUDIO - N_SPECIAL_IDS
+    codes = [
+        torch.randint(size, (1, n_codebooks, n_rows), generator=generator)
+        for size, n_codebooks in ((sizes.semantic_codebook_size, 1), (sizes.acoustic_codebook_size, sizes.acoustic_dim))
+    ]
     codec = meta_codec(params)
     codec.audio_embedding = table
-    return codec.embed_codes(codes)[0].contiguous()
+    return codec.voice_rows(torch.cat(codes, dim=1)[..., :-1], torch.tensor([n_rows - 1]))[0].contiguous()
 
 
 # ---------------------------------------------------------------- files
@@ -252,9 +221,10 @@ def write_random_checkpoint(
     def tensor(name: str) -> Tensor:
         return trained[name] if name in trained else random_tensor(name, layout[name], seed)
 
-    write_safetensors(
-        folder / "consolidated.safetensors", layout, lambda name: torch.bfloat16, tensor, metadata={"format": "pt"}
-    )
+    items = {
+        name: StoredTensor("BF16", list(layout[name]), lambda name=name: tensor(name).bfloat16()) for name in layout
+    }
+    write_stored(folder / "consolidated.safetensors", items, metadata={"format": "pt"})
     write_text(folder / "params.json", json.dumps(raw, indent=2))
     table = tensor(EMBEDDING_NAME)
     embeddings = {

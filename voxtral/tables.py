@@ -18,22 +18,9 @@ from voxtral.remarks import Remarks
 
 # What a column holds -> the names it goes by in the world's data sets, best first; case does not count.
 COLUMNS = {
-    "path": (
-        "path",
-        "audio",
-        "audio_path",
-        "audio_file",
-        "audio_filepath",
-        "audio_filename",
-        "file_name",
-        "filename",
-        "file",
-        "file_path",
-        "filepath",
-        "wav",
-        "wav_path",
-        "wav_file",
-        "wav_filename",
+    "path": tuple(
+        "path audio audio_path audio_file audio_filepath audio_filename file_name filename file file_path filepath "
+        "wav wav_path wav_file wav_filename".split()
     ),
     "speaker": ("speaker", "voice", "speaker_id", "speaker_name", "spk", "spk_id", "client_id"),
     "text": ("text", "sentence", "transcription", "transcript", "normalized_text"),
@@ -66,7 +53,8 @@ def read_table(path, remarks: Remarks) -> Iterator[Row]:
     Raises TableError when there is no such file, it is empty, or no column names the files.
     """
     path, names = Path(path), {}
-    for place, values in (_json_rows if _is_json(path) else _delimited_rows)(path, names, remarks):
+    read_rows = _json_rows if path.suffix.lower() in JSON_SUFFIXES else _delimited_rows
+    for place, values in read_rows(path, names, remarks):
         row = row_of(values)
         if not row.path:
             remarks.pass_over(str(values.get("left_out") or "a row that names no file"), f"{path}, {place}")
@@ -165,10 +153,6 @@ def read_json_lines(path, remarks: Remarks) -> Iterator[dict]:
 
 
 # ---------------------------------------------------------------- JSON and delimited tables
-
-
-def _is_json(path: Path) -> bool:
-    return path.suffix.lower() in JSON_SUFFIXES
 
 
 def _json_rows(path: Path, names: dict, remarks: Remarks) -> Iterator[tuple[str, dict]]:

@@ -5,7 +5,6 @@ MLFLOW_TRACKING_URI, ...). tracker.json in the run folder holds the name of the 
 in it.
 """
 
-import importlib.util
 import json
 import uuid
 from dataclasses import asdict
@@ -17,10 +16,6 @@ from voxtral.errors import UserError
 
 PROJECT = "voxtral-voice-clone"
 TRACKERS = ("wandb", "mlflow", "trackio")  # names of packages
-
-
-def is_installed(tracker: str) -> bool:
-    return importlib.util.find_spec(tracker) is not None
 
 
 def open_tracker(config, folder: Path):

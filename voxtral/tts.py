@@ -18,11 +18,11 @@ from voxtral.acoustic import CFG_ALPHA
 from voxtral.cached_backbone import CachedBackbone
 from voxtral.errors import UserError, reason_of, shown
 from voxtral.generation import FrameLoop, Models, prompt_slots
-from voxtral.params import END_AUDIO, N_SPECIAL_IDS, CheckpointError
+from voxtral.params import END_AUDIO, N_SPECIAL_IDS, CheckpointError, round_up
 from voxtral.streaming import decode_batch
 from voxtral.tables import is_unicode
 from voxtral.text import says_something
-from voxtral.voices import list_voices, load_pt
+from voxtral.voices import embedding_file, list_voices, load_pt
 
 FIRST_BLOCK, BLOCK = 4, 8  # frames between looks for END_AUDIO, each of which waits for the device; the first is short
 SLOT_MULTIPLE = 256  # of the cache, so that batches with prompts of similar length share one
@@ -94,11 +94,8 @@ class TTS:
         prompts = [self.prompt(request.text, request.voice) for request in requests]
         loop = self._loop_for(prompts, max_frames)
         dim = self.codec.params.acoustic_dim
-        loop.start(
-            prompts,
-            torch.stack([noise(request.seed, max_frames, dim) for request in requests]),
-            torch.tensor([[request.cfg_alpha] for request in requests]),
-        )
+        noises = torch.stack([noise(request.seed, max_frames, dim) for request in requests])
+        loop.start(prompts, noises, torch.tensor([[request.cfg_alpha] for request in requests]))
         takes = [Take(loop.ids.new_empty(loop.ids.shape[-1], 0, device="cpu")) for _ in requests]
         done = 0
         while done < max_frames and not all(take.ended for take in takes):
@@ -136,12 +133,11 @@ class TTS:
                 "shorten the text or the length limit."
             )
         loop = self._loop
-        if not (
-            loop and len(loop.ids) == len(prompts) and loop.max_frames >= max_frames and loop.cache.n_slots >= needed
-        ):
+        n_prompts = len(prompts)
+        if not (loop and len(loop.ids) == n_prompts and loop.max_frames >= max_frames and loop.cache.n_slots >= needed):
             self._loop = loop = None  # frees its memory first
-            n_slots = -(-needed // SLOT_MULTIPLE) * SLOT_MULTIPLE
-            self._loop = FrameLoop(self.backbone, self.models.acoustic, self.codec, len(prompts), n_slots, max_frames)
+            n_slots = round_up(needed, SLOT_MULTIPLE)
+            self._loop = FrameLoop(self.backbone, self.models.acoustic, self.codec, n_prompts, n_slots, max_frames)
         return self._loop
 
 
@@ -169,7 +165,7 @@ def named_voice(folder, name: str) -> Tensor:
         raise TTSError(f"{folder} has no voice {name}: its voices are {', '.join(voices)}.")
     if voices[name].problem:
         raise TTSError(f"voice {name} of {folder} is broken ({voices[name].problem}): register it again.")
-    return load_pt(Path(folder) / "voice_embedding" / f"{name}.pt")
+    return load_pt(embedding_file(folder, name))
 
 
 def noise(seed: Sequence[int], n_frames: int, dim: int) -> Tensor:

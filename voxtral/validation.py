@@ -11,13 +11,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 
 from voxtral.checkpoint import SafetensorsFile
+from voxtral.clip_list import Clip
 from voxtral.code_metrics import code_agreement, code_statistics
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
 from voxtral.data import Batch, validation_batches
 from voxtral.known_codes import codes_of_clips
 from voxtral.losses import MelDistance, stft_distance
 from voxtral.plots import save_figure, spectrogram_figure
-from voxtral.sources import Clip, DataConfig, source_name
+from voxtral.sources import DataConfig, source_name
 
 
 @dataclass
@@ -84,9 +85,8 @@ def test_weights(codec: VoxtralCodec, folder: Path, clips: list[Clip], config: D
     groups, all_bad = {"all": clips}, []
     numbers = sorted({clip.source for clip in clips})
     if len(numbers) > 1:
-        groups |= {
-            source_name(config.sources[number]): [clip for clip in clips if clip.source == number] for number in numbers
-        }
+        for number in numbers:
+            groups[source_name(config.sources[number])] = [clip for clip in clips if clip.source == number]
     metrics = {}
     for name, group in groups.items():
         batches = validation_batches(group, config)

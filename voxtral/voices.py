@@ -6,9 +6,9 @@ after a kill list_voices() shows what is missing, and the same command again com
 """
 
 import io
-import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,16 +20,16 @@ from voxtral.audio import AUDIO_SUFFIXES, CONVERT, OTHER_MEDIA
 from voxtral.checkpoint import EMBEDDING_NAME, Checkpoint, SafetensorsFile, atomic_path, write_text
 from voxtral.codec import VoxtralCodec
 from voxtral.errors import UserError, reason_of
-from voxtral.json_edit import read_json, remove_json, set_json
+from voxtral.json_files import read_json, read_record, remove_json, set_json, write_json
 from voxtral.layout import meta_codec
-from voxtral.params import EMPTY_AUDIO, END_AUDIO, N_SPECIAL_IDS, CheckpointError, ModelParams
+from voxtral.params import CheckpointError, ModelParams
 from voxtral.paths import find_files, is_inside, no_file
 from voxtral.reference import MAX_SEC, MIN_SPEECH_SEC, Reference, prepare_reference
-from voxtral.refinement import refined_codes
+from voxtral.refinement import reference_codes
 from voxtral.remarks import Remarks
 
-IN_PARAMS = ["multimodal", "audio_tokenizer_args", "voice"]
-IN_TEKKEN = ["audio", "voice_num_audio_tokens"]
+PARAMS = "params.json", ["multimodal", "audio_tokenizer_args", "voice"]  # name -> index
+TEKKEN = "tekken.json", ["audio", "voice_num_audio_tokens"]  # name -> rows
 RECORD = "registered_voices.json"  # name -> file it was made from, of the voices that are no presets
 EMBEDDING_SUFFIXES = {".pt", ".safetensors"}
 MAX_END_ERROR = 0.05  # relative; bf16 sums differ by less than 0.02, other frames by about 1
@@ -55,15 +55,12 @@ class Voice:
     @property
     def problem(self) -> str:
         """What keeps serving from using it; empty: nothing."""
-        missing = [
-            place
-            for place, value in (
-                ("params.json", self.index),
-                ("tekken.json", self.n_tokens),
-                ("a readable voice_embedding file", self.n_rows),
-            )
-            if value is None
-        ]
+        places = {
+            "params.json": self.index,
+            "tekken.json": self.n_tokens,
+            "a readable voice_embedding file": self.n_rows,
+        }
+        missing = [place for place, value in places.items() if value is None]
         if missing:
             return f"not in {', nor in '.join(missing)}"
         if self.n_rows != self.n_tokens:
@@ -71,21 +68,30 @@ class Voice:
         return ""
 
 
+def embedding_file(folder, name: str) -> Path:
+    return Path(folder) / "voice_embedding" / f"{name}.pt"
+
+
 def list_voices(folder) -> list[Voice]:
     """Every voice that any of the three places knows, by index. Raises CheckpointError when one cannot be read."""
     folder = Path(folder)
-    indices, tokens, registered = _params_voices(folder)[1], _tekken_voices(folder)[1], _registered(folder)
+    (_, indices), (_, tokens) = _read_map(folder, PARAMS), _read_map(folder, TEKKEN)
+    registered = read_record(folder / RECORD)
     files = {path.stem: path for path in (folder / "voice_embedding").glob("*.pt") if not path.name.startswith(".")}
     voices = []
     for name in {**indices, **tokens, **files}:
         n_rows = None
         if name in files:
-            try:
+            with suppress(VoiceError):  # `problem` tells
                 n_rows = len(load_pt(files[name]))
-            except VoiceError:
-                pass  # `problem` tells
         voices.append(Voice(name, indices.get(name), tokens.get(name), n_rows, name not in registered))
     return sorted(voices, key=lambda voice: (math.inf if voice.index is None else voice.index, voice.name))
+
+
+def preset_embeddings(folder) -> dict[str, Tensor]:
+    """Name -> rows [L, dim], END_AUDIO's left out, of every preset that serving can use."""
+    names = [voice.name for voice in list_voices(folder) if voice.is_preset and not voice.problem]
+    return {name: load_pt(embedding_file(folder, name))[:-1] for name in names}
 
 
 def register(folder, name: str, embedding: Tensor, source: str, force: bool = False) -> bool:
@@ -96,9 +102,9 @@ def register(folder, name: str, embedding: Tensor, source: str, force: bool = Fa
     """
     folder = Path(folder)
     check_name(folder, name, force)
-    (params_text, indices), (tekken_text, tokens) = _params_voices(folder), _tekken_voices(folder)
-    registered = _registered(folder)
-    path = folder / "voice_embedding" / f"{name}.pt"
+    (params_text, indices), (tekken_text, tokens) = _read_map(folder, PARAMS), _read_map(folder, TEKKEN)
+    registered = read_record(folder / RECORD)
+    path = embedding_file(folder, name)
     data = io.BytesIO()
     torch.save(embedding.detach().to("cpu", torch.bfloat16).contiguous(), data)
     index = indices.get(name, max(indices.values(), default=-1) + 1)
@@ -106,23 +112,23 @@ def register(folder, name: str, embedding: Tensor, source: str, force: bool = Fa
     done = [same_file, tokens.get(name) == len(embedding), name in indices]
     if registered.get(name) != source:
         # First of all, so that after a kill the voice is not taken for a preset.
-        write_text(folder / RECORD, json.dumps({**registered, name: source}, indent=2) + "\n")
+        write_json(folder / RECORD, {**registered, name: source})
     if not done[0]:
         with atomic_path(path) as temporary:
             temporary.write_bytes(data.getvalue())
     if not done[1]:
-        write_text(folder / "tekken.json", set_json(tekken_text, [*IN_TEKKEN, name], len(embedding)))
+        write_text(folder / "tekken.json", set_json(tekken_text, [*TEKKEN[1], name], len(embedding)))
     if not done[2]:
-        write_text(folder / "params.json", set_json(params_text, [*IN_PARAMS, name], index))
+        write_text(folder / "params.json", set_json(params_text, [*PARAMS[1], name], index))
     return not all(done)
 
 
 def remove(folder, name: str, force: bool = False) -> None:
     """Takes a voice out of all three places. Raises VoiceError when none knows it, or for a preset without `force`."""
     folder = Path(folder)
-    (params_text, indices), (tekken_text, tokens) = _params_voices(folder), _tekken_voices(folder)
-    registered = _registered(folder)
-    path = folder / "voice_embedding" / f"{name}.pt"
+    (params_text, indices), (tekken_text, tokens) = _read_map(folder, PARAMS), _read_map(folder, TEKKEN)
+    registered = read_record(folder / RECORD)
+    path = embedding_file(folder, name)
     if not is_inside(f"{name}.pt") or "/" in name:
         raise VoiceError(f"'{name}' is no voice name: it would lead out of {path.parent}.")
     if name not in registered and name not in indices and name not in tokens and not path.is_file():
@@ -130,13 +136,13 @@ def remove(folder, name: str, force: bool = False) -> None:
     if name not in registered and not force:
         raise VoiceError(f"{name} is a preset of the checkpoint: removing it needs --force.")
     if name in indices:
-        write_text(folder / "params.json", remove_json(params_text, [*IN_PARAMS, name]))
+        write_text(folder / "params.json", remove_json(params_text, [*PARAMS[1], name]))
     if name in tokens:
-        write_text(folder / "tekken.json", remove_json(tekken_text, [*IN_TEKKEN, name]))
+        write_text(folder / "tekken.json", remove_json(tekken_text, [*TEKKEN[1], name]))
     path.unlink(missing_ok=True)
     registered.pop(name, None)
     if registered:
-        write_text(folder / RECORD, json.dumps(registered, indent=2) + "\n")
+        write_json(folder / RECORD, registered)
     else:
         (folder / RECORD).unlink(missing_ok=True)
 
@@ -147,32 +153,20 @@ def check_name(folder, name: str, force: bool = False) -> None:
         raise VoiceError(
             f"'{name}' is no voice name: use only a-z, 0-9, _ and - (requests are lower-cased before the look-up)."
         )
-    known = {**_params_voices(Path(folder))[1], **_tekken_voices(Path(folder))[1]}
-    if name in known and name not in _registered(folder) and not force:
+    known = {**_read_map(folder, PARAMS)[1], **_read_map(folder, TEKKEN)[1]}
+    if name in known and name not in read_record(Path(folder) / RECORD) and not force:
         raise VoiceError(f"{name} is a preset of the checkpoint: choose another name, or replace it with --force.")
 
 
-def _params_voices(folder: Path) -> tuple[str, dict[str, int]]:
-    return _read_map(folder / "params.json", IN_PARAMS)
-
-
-def _tekken_voices(folder: Path) -> tuple[str, dict[str, int]]:
-    return _read_map(folder / "tekken.json", IN_TEKKEN)
-
-
-def _read_map(path: Path, keys: list[str]) -> tuple[str, dict[str, int]]:
-    """-> the file's text, the object at `keys` in it."""
+def _read_map(folder, place: tuple[str, list[str]]) -> tuple[str, dict[str, int]]:
+    """-> the file's text, the object in it."""
+    path, keys = Path(folder) / place[0], place[1]
     text, value = read_json(path)
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, dict) or not all(type(number) is int for number in value.values()):
         raise CheckpointError(f"{path} has no {'.'.join(keys)} of whole numbers: is it of a Voxtral TTS checkpoint?")
     return text, value
-
-
-def _registered(folder) -> dict[str, str]:
-    path = Path(folder) / RECORD
-    return read_json(path)[1] if path.is_file() else {}
 
 
 # ---------------------------------------------------------------- embeddings
@@ -213,24 +207,19 @@ def load_embedding(path, params: ModelParams, end_row: Tensor) -> tuple[Tensor, 
             f"{path} holds {list(embedding.shape)} {embedding.dtype}: this checkpoint's voices are "
             f"[N, {params.dim}] floats."
         )
+    ends = len(embedding) and (embedding[-1].float() - end_row).norm() <= MAX_END_ERROR * end_row.norm()
     least, most = (math.ceil(seconds * params.codec.frame_rate_hz) + 1 for seconds in (MIN_SPEECH_SEC, MAX_SEC))
-    if len(embedding) > most:  # before anything of its size is made
+    n_rows = len(embedding) + (not ends and len(embedding) <= most)  # a missing END_AUDIO row is appended
+    if not least <= n_rows <= most:  # before anything of its size is made
         raise VoiceError(
-            f"{path} has {len(embedding)} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are "
-            f"{least} to {most}."
+            f"{path} has {n_rows} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are {least} to {most}."
         )
     if not embedding.bfloat16().isfinite().all():
         raise VoiceError(f"{path} holds values that are no finite numbers.")
     notes = []
-    ends = len(embedding) and (embedding[-1].float() - end_row).norm() <= MAX_END_ERROR * end_row.norm()
     if not ends:
         embedding = torch.cat([embedding.float(), end_row[None]])
         notes.append("the END_AUDIO row was missing and has been appended")
-    if not least <= len(embedding) <= most:
-        raise VoiceError(
-            f"{path} has {len(embedding)} rows: {MIN_SPEECH_SEC:.0f} to {MAX_SEC:.0f} s of reference are "
-            f"{least} to {most}."
-        )
     return embedding.bfloat16(), notes
 
 
@@ -239,9 +228,8 @@ def end_audio_row(folder) -> Tensor:
     checkpoint = Checkpoint(folder)
     codec = meta_codec(checkpoint.params)
     codec.audio_embedding = checkpoint.read([EMBEDDING_NAME])[EMBEDDING_NAME].float()
-    codes = torch.full((1, checkpoint.params.codec.n_codebooks, 1), EMPTY_AUDIO - N_SPECIAL_IDS)
-    codes[:, 0] = END_AUDIO - N_SPECIAL_IDS
-    return codec.embed_codes(codes)[0, 0]
+    nothing = torch.zeros(1, checkpoint.params.codec.n_codebooks, 1, dtype=torch.long)
+    return codec.voice_rows(nothing, n_frames=torch.tensor([0]))[0, 0]
 
 
 @torch.no_grad()
@@ -251,11 +239,8 @@ def encode_reference(codec: VoxtralCodec, path, refine_sec: float = 0.0) -> tupl
     if not codec.has_encoder:
         raise VoiceError("the checkpoint has no encoder to make a voice of audio: put one in with inject_encoder.py.")
     reference = prepare_reference(path)
-    waveform = reference.waveform.to(codec.audio_embedding.device)
-    if not refine_sec:
-        return codec.voice_embedding(waveform), reference
-    codes, note = refined_codes(codec, waveform, refine_sec)
-    reference.notes.append(note)
+    codes, notes = reference_codes(codec, reference.waveform.to(codec.audio_embedding.device), refine_sec)
+    reference.notes += notes
     return codec.voice_rows(codes, torch.tensor([codes.shape[-1]], device=codes.device))[0], reference
 
 

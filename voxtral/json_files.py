@@ -1,4 +1,5 @@
-"""One value of a JSON file changed, every other byte kept: what a folder goes back to must be what it was.
+"""JSON files: read, written, or one value changed and every other byte kept: what a folder goes back to must be what it
+was.
 
 json.dumps of what json.loads has read is no way there: none of 16 settings of it (indent, escapes, separators) gives
 the bytes of Mistral's own tekken_240718.json (mistral-common) again; and as voices come and go in any order, a copy of
@@ -6,8 +7,10 @@ the file kept aside is none either.
 """
 
 import json
+import math
 from pathlib import Path
 
+from voxtral.checkpoint import write_text
 from voxtral.params import CheckpointError
 
 
@@ -24,6 +27,25 @@ def read_json(path) -> tuple[str, dict]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no JSON object: download it again.")
     return text, content
+
+
+def read_record(path) -> dict:
+    """The content of a file that these scripts have written, or {} where there is none."""
+    return read_json(path)[1] if Path(path).is_file() else {}
+
+
+def finite(value):
+    """The value without NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path, content: dict) -> None:
+    """Atomic; NaN becomes null."""
+    write_text(path, json.dumps(finite(content), indent=2) + "\n")
 
 
 def set_json(text: str, path: list[str], value) -> str:
