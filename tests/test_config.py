@@ -67,14 +67,14 @@ def written(content, prefix=""):
 
 
 def test_encoder_yaml_names_every_key_and_states_the_defaults():
-    """Only where the data lies, how it is read, and that a real run has clips for its end, is not a default of the
-    dataclasses."""
+    """Only where the data lies, how it is read, that a real run has clips for its end, and how long it is, is not a
+    default of the dataclasses."""
     content = yaml.safe_load((CONFIGS / "encoder.yaml").read_text())
     defaults = dict(leaves(EncoderConfig()))
     shipped = dict(leaves(load_config(EncoderConfig, CONFIGS / "encoder.yaml", [])))
     assert set(written(content)) == set(defaults)
     different = {key for key, value in shipped.items() if value != defaults[key]}
-    assert different == {"data.sources", "data.num_workers", "data.validation.test_clips"}
+    assert different == {"data.sources", "data.num_workers", "data.validation.test_clips", "train.max_steps"}
 
 
 def test_full_pipeline_yaml_is_the_seeds_recipe_and_states_the_defaults():
