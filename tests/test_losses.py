@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from voxtral.discriminator import DiscriminatorConfig, DiscriminatorLoss, Discriminators, FoldedConv2d, feature_loss
+from voxtral.discriminator import DiscriminatorConfig, DiscriminatorLoss, Discriminators, TensorCoreConv2d, feature_loss
 from voxtral.losses import (
     MelDistance,
     clip_mean,
@@ -138,7 +138,7 @@ def test_feature_matching_values():
     ],
 )
 def test_a_folded_convolution_is_the_plain_one(channels, kernel, stride, dilation, fold, frames, bins):
-    conv = FoldedConv2d(*channels, kernel, stride, dilation, fold).double()
+    conv = TensorCoreConv2d(*channels, kernel, stride, dilation, fold).double()
     x = torch.randn(2, channels[0], frames, bins, dtype=torch.double, requires_grad=True)
     outputs = [function(x) for function in (conv, partial(torch.nn.Conv2d.forward, conv))]
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)

@@ -19,7 +19,7 @@ class DiscriminatorConfig:
     learning_rate: float = 3e-4
 
 
-class FoldedConv2d(nn.Conv2d):
+class TensorCoreConv2d(nn.Conv2d):
     """A convolution as nn.Conv2d computes it, padded to "same", in the shape that tensor cores like.
     [B, C, frames, bins] in channels_last memory.
 
@@ -78,16 +78,16 @@ class StftDiscriminator(nn.Module):
             map(
                 weight_norm,
                 [
-                    FoldedConv2d(2, channels, (3, 9), fold=8),
+                    TensorCoreConv2d(2, channels, (3, 9), fold=8),
                     *(
-                        FoldedConv2d(channels, channels, (3, 9), stride=2, dilation=dilation, fold=2)
+                        TensorCoreConv2d(channels, channels, (3, 9), stride=2, dilation=dilation, fold=2)
                         for dilation in (1, 2, 4)
                     ),
-                    FoldedConv2d(channels, channels, (3, 3)),
+                    TensorCoreConv2d(channels, channels, (3, 3)),
                 ],
             )
         )
-        self.logits = weight_norm(FoldedConv2d(channels, 1, (3, 3)))
+        self.logits = weight_norm(TensorCoreConv2d(channels, 1, (3, 3)))
 
     def forward(self, spectrum: Tensor) -> list[Tensor]:
         x, features = spectrum.contiguous(memory_format=torch.channels_last), []
