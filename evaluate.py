@@ -40,7 +40,10 @@ option("--encoder", metavar="FILE", help="encoder .safetensors (default: the che
 option("--reference-encoder", metavar="FILE", help="the true encoder, to compare with")
 option("--degrade", action="store_true", help="score known degradations; no checkpoint is read")
 option(
-    "--data", metavar="CONFIG|FOLDER", required=True, help="recordings in a folder per speaker, or a YAML with data:"
+    "--data",
+    metavar="CONFIG|FOLDER|MANIFEST",
+    required=True,
+    help="recordings in a folder per speaker, a CSV, TSV or JSONL with path and speaker, or a YAML with data:",
 )
 option("--all", action="store_true", help="all clips of a config, not its held-out ones alone")
 option("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
@@ -96,17 +99,20 @@ from voxtral.scores import Scorer, check_scores, not_measured
 from voxtral.sources import DataConfig, SourceConfig, final_clips, find_clips, split_validation
 from voxtral.voices import preset_embeddings
 
+MANIFESTS = (".csv", ".tsv", ".jsonl")
+
 # ---------------------------------------------------------------- what is measured
 
 
 def choose_clips(data: str, overrides: list[str], everything: bool) -> tuple[list[Clip], list[str]]:
-    """-> clips of a folder (all) or a config (its test clips, without these its validation clips, or all), absent
-    sources. A folder that generate_clips.py wrote comes with its codes. Raises DataError."""
-    if Path(data).is_dir():
+    """-> clips of a folder or manifest (all) or a config (its test clips, without these its validation clips, or all),
+    absent sources. A folder that generate_clips.py wrote comes with its codes. Raises DataError."""
+    path = Path(data)
+    if path.is_dir() or path.suffix.lower() in MANIFESTS and path.is_file():
         if overrides:
-            raise UserError(f"'{overrides[0]}': --data is a folder, only a config has keys to set.")
-        kind = "generated" if Path(data, "manifest.jsonl").is_file() else "folder"
-        sources, absent = find_clips(DataConfig(data_root=data, sources=[SourceConfig(kind=kind)]))
+            raise UserError(f"'{overrides[0]}': --data is no config, only a config has keys to set.")
+        kind = "generated" if (path / "manifest.jsonl").is_file() else "folder" if path.is_dir() else "manifest"
+        sources, absent = find_clips(DataConfig(data_root="", sources=[SourceConfig(kind=kind, path=data)]))
         everything = True
     else:
         config = read_config(data, overrides)

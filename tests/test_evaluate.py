@@ -16,6 +16,7 @@ import evaluate
 from voxtral.codec import VoxtralCodec
 from voxtral.data import load_segment
 from voxtral.degrade import CHAINS, DEGRADATIONS, band_limit, opus, order, white_noise
+from voxtral.errors import UserError
 from voxtral.evaluation import (
     AGREEMENT,
     CODES,
@@ -437,6 +438,11 @@ def test_data_is_a_config_with_its_validation_clips_or_all(folder, tmp_path):
     assert len(everything) == 4
     of_folder, _ = evaluate.choose_clips(str(folder), [], False)
     assert [clip.path for clip in of_folder] == [clip.path for clip in everything]
+    manifest = tmp_path / "some.csv"
+    manifest.write_text("path,speaker\n" + "".join(f"{clip.path},{clip.speaker}\n" for clip in everything[:3]))
+    assert evaluate.choose_clips(str(manifest), [], False)[0] == everything[:3]
+    with pytest.raises(UserError, match="only a config has keys to set"):
+        evaluate.choose_clips(str(manifest), ["data.max_sec=2"], False)
 
 
 def test_calibration_needs_no_checkpoint(folder, tmp_path, monkeypatch):
