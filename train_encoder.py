@@ -13,7 +13,6 @@ Any key of the YAML can be overridden as key=value. The run folder (output_dir) 
 metrics.jsonl, plots/, samples/, tensorboard/, and at the end test.json.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -29,7 +28,7 @@ from torch import nn
 
 from voxtral.asr import WhisperTeacher
 from voxtral.asr_cache import AsrCache, SegmentDataset
-from voxtral.checkpoint import CODEC_PREFIX, fingerprint, write_text
+from voxtral.checkpoint import CODEC_PREFIX, fingerprint
 from voxtral.clip_list import Clips
 from voxtral.code_metrics import code_statistics
 from voxtral.codec import VoxtralCodec
@@ -44,6 +43,7 @@ from voxtral.encoder_training import (
     start_codebook,
     update_codebook,
 )
+from voxtral.json_files import write_json
 from voxtral.known_codes import CodeMatching, codes_of_clips
 from voxtral.plots import plot_run
 from voxtral.presets import codes_to_match
@@ -130,7 +130,6 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     trained = {name: t for name, t in model.state_dict().items() if name.removeprefix("codec.") not in frozen}
     stateful = {
         "model": Tensors(trained),
-        "averaged": Tensors({"n_averaged": average.n_averaged}),
         "discriminators": discriminators,
         "optimizer": learners["encoder"][1],
         "discriminator_optimizer": discriminators and learners["discriminator"][1],
@@ -185,7 +184,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             set_learning_rate(optimizer, optimizer.defaults["lr"] * factor)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
-        average.update()
+        average.update(step)
         log.add(step + 1, scalars)
 
         due = due_after(step + 1, max_steps, run)
@@ -224,7 +223,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             with log.timed("test", max_steps), autocast:
                 tested, bad = test_weights(average.codec.eval(), run.path / "best", test_clips, config.data)
             log.bad_clips.add(bad)
-            write_text(run.path / "test.json", json.dumps(tested, indent=2) + "\n")
+            write_json(run.path / "test.json", tested)
             log.say(f"best weights on {len(test_clips)} test clips: {in_words(tested['all'])}")
         process.wait()
     log.close()

@@ -25,7 +25,6 @@ Everything is also in OUTPUT/train_step.json; what train_encoder.py says meanwhi
 """
 
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -43,12 +42,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from train_step_timing import N_PROFILED, breakdown, measure
 
 from make_standin import make_random
-from voxtral.checkpoint import write_text
 from voxtral.command_line import script_parser
 from voxtral.config import EncoderConfig, check_encoder_config, load_config
 from voxtral.data import SAMPLE_RATE, SpeechDataset, make_loader
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation_report import markdown
+from voxtral.json_files import write_json
 from voxtral.plots import save_figure
 from voxtral.processes import Process, training_process
 from voxtral.run_folder import environment
@@ -394,7 +393,7 @@ def main(arguments=None) -> None:
                     else speed(options, process, config, random_checkpoint, log, say)
                 )
             if process.is_main:
-                write_text(output / "train_step.json", json.dumps(results, indent=2) + "\n")
+                write_json(output / "train_step.json", results)
             say(f"\n{output}/train_step.json")
 
 

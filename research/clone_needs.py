@@ -8,7 +8,6 @@ An --encoder is a file, `untrained`, or a run folder of train_encoder.py, whose 
 OUTPUT gets table.md, rows.json and clone_needs.png: the share of the voice that is kept against each measure of codes.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from voxtral.codec import VoxtralCodec
 from voxtral.command_line import script_parser
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation_report import cell, markdown, number
-from voxtral.json_files import finite
+from voxtral.json_files import write_json
 from voxtral.losses import MelDistance
 from voxtral.params import CodecParams
 from voxtral.plots import save_figure
@@ -199,7 +198,7 @@ def run(options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     text = f"{len(items)} clones of {len({item.speaker for item in items})} unheard voices.\n\n" + table(rows)
     write_text(options.output / "table.md", text)
-    write_text(options.output / "rows.json", json.dumps(finite(rows), indent=2) + "\n")
+    write_json(options.output / "rows.json", rows)
     save_figure(figure(rows), options.output / "clone_needs.png")
     print(f"{text}\nwritten to {options.output}/")
 

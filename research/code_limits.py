@@ -11,7 +11,6 @@ encoders Trained encoders (--encoder FILE ...): in which directions of the true 
 Needs a stand-in checkpoint and its withheld encoder, minutes on two CPU cores. OUTPUT gets results.json and table.md.
 """
 
-import json
 import sys
 from collections import Counter
 from copy import deepcopy
@@ -33,7 +32,7 @@ from voxtral.encoder_training import choose_trainable
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import fresh_encoder
 from voxtral.evaluation_report import markdown
-from voxtral.json_files import finite
+from voxtral.json_files import write_json
 from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss
 from voxtral.processes import start_process
 from voxtral.run import cosine_with_warmup, set_learning_rate
@@ -259,7 +258,7 @@ def main(arguments=None) -> None:
             "options": {name: str(value) for name, value in vars(options).items()},
         }
         text = table(rows)
-        write_text(options.output / "results.json", json.dumps(finite(report), indent=2) + "\n")
+        write_json(options.output / "results.json", report)
         write_text(options.output / "table.md", text)
         print(f"\n{text}\n{report['clips']} clips; written to {options.output}/")
 

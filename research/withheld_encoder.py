@@ -45,7 +45,7 @@ from voxtral.evaluation import (
 )
 from voxtral.evaluation_report import arrow, markdown, number
 from voxtral.inject import inject
-from voxtral.json_files import finite
+from voxtral.json_files import finite, write_json
 from voxtral.processes import StopSignal, start_process
 from voxtral.run import duration
 from voxtral.run_folder import environment
@@ -206,7 +206,7 @@ def write_results(options, runs: list[Run], judge: Judge, failed: dict[str, str]
         "definitions": definitions,
     }
     text = table(report)
-    write_text(options.output / "results.json", json.dumps(finite(report), indent=2) + "\n")
+    write_json(options.output / "results.json", report)
     write_text(options.output / "table.md", text)
     return text
 

@@ -57,6 +57,7 @@ def script_parser(
 
 
 def _or_variable(folder: str) -> str | None:
+    """The default is looked up when a command line is read, and not when a script is imported."""
     return os.environ.get(VARIABLE[1:]) if folder == VARIABLE else folder
 
 

@@ -67,19 +67,17 @@ class WeightAverage:
     1 / (1 - decay) of them: a longer memory would hold a young encoder back."""
 
     def __init__(self, codec: VoxtralCodec, decay: float):
-        self.codec, self.decay, self.n_averaged = deepcopy(codec), decay, torch.zeros((), dtype=torch.long)
+        self.codec, self.decay = deepcopy(codec), decay
         parameters = zip(self.codec.parameters(), codec.parameters(), strict=True)
         self.averages, self.learned = zip(*((mine, one) for mine, one in parameters if one.requires_grad), strict=True)
         self.codebooks = list(zip(self.codec.quantizer.buffers(), codec.quantizer.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self) -> None:
-        """After every step; a codebook, which follows an average of its own, is copied."""
-        n = self.n_averaged.item()
-        torch._foreach_lerp_(self.averages, self.learned, 1 - min(self.decay, n / (n + 10)))
+    def update(self, step: int) -> None:
+        """After step number `step`, the first is 0; a codebook, which follows an average of its own, is copied."""
+        torch._foreach_lerp_(self.averages, self.learned, 1 - min(self.decay, step / (step + 10)))
         for mine, one in self.codebooks:
             mine.copy_(one)
-        self.n_averaged += 1
 
 
 class MicroStep:
