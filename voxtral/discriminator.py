@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from voxtral.losses import discriminator_hinge_loss, feature_matching_loss
+from voxtral.losses import discriminator_hinge_loss, feature_matching_loss, stft
 
 
 @dataclass
@@ -106,15 +106,8 @@ class Discriminators(nn.Module):
         self.discriminators = nn.ModuleList(StftDiscriminator(config.channels) for _ in self.fft_sizes)
 
     def spectra(self, waveform: Tensor) -> list[Tensor]:
-        """Per FFT size the normalised complex STFT in fp32, [B, 2, frames, bins]; hop is a quarter of the size."""
-        spectra = []
-        for n in self.fft_sizes:
-            window = torch.hann_window(n, device=waveform.device)
-            spectrum = torch.stft(
-                waveform[:, 0].float(), n, n // 4, window=window, normalized=True, return_complex=True
-            )
-            spectra.append(torch.view_as_real(spectrum).permute(0, 3, 2, 1))
-        return spectra
+        """Per FFT size the complex STFT over sqrt(size) in fp32, [B, 2, frames, bins]; hop is a quarter of the size."""
+        return [stft(waveform, n).permute(0, 3, 1, 2) / n**0.5 for n in self.fft_sizes]
 
     def forward(self, waveform: Tensor) -> list[list[Tensor]]:
         return [discriminator(spectrum) for discriminator, spectrum in zip(self.discriminators, self.spectra(waveform))]
