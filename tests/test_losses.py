@@ -5,9 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch._inductor.compile_fx import compile_fx
 
 from voxtral.codec import mask_samples
-from voxtral.discriminator import DiscriminatorConfig, DiscriminatorLoss, Discriminators, TensorCoreConv2d, feature_loss
+from voxtral.discriminator import AdversarialLosses, DiscriminatorConfig, Discriminators, TensorCoreConv2d
 from voxtral.losses import (
     LossWeights,
     MelDistance,
@@ -183,16 +184,37 @@ def test_a_folded_convolution_is_the_plain_one(channels, kernel, stride, dilatio
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
 
 
-def test_feature_matching_moves_the_reconstruction_alone():
+def test_hinge_loss_moves_the_discriminators_and_feature_matching_the_reconstruction():
     discriminators = Discriminators(DiscriminatorConfig(fft_sizes=[78], channels=4))
-    real, fake = noise(2, 1, 4800), noise(2, 1, 4800, seed=1).requires_grad_()
-    _, *maps = DiscriminatorLoss(discriminators)(real, fake, torch.ones(2))
-    loss = feature_loss(discriminators, fake, torch.ones(2), *maps)
-    assert loss.item() == pytest.approx(
-        feature_matching_loss([maps], [discriminators(fake)[0][:-1]], torch.ones(2)).item()
-    )
-    loss.backward()
+    real, fake, share = noise(2, 1, 4800), noise(2, 1, 4800, seed=1).requires_grad_(), torch.ones(2)
+    hinge, feature = AdversarialLosses(discriminators)(real, fake, share)
+    (real_maps,), (fake_maps,) = discriminators(real), discriminators(fake)
+    expected = feature_matching_loss([real_maps[:-1]], [fake_maps[:-1]], share)
+    assert feature.item() == pytest.approx(expected.item())
+    assert hinge.item() == pytest.approx(discriminator_hinge_loss([real_maps[-1]], [fake_maps[-1]], share).item())
+    feature.backward(retain_graph=True)
+    torch.testing.assert_close(fake.grad, torch.autograd.grad(expected, fake)[0])
     assert fake.grad.abs().sum() > 0 and all(parameter.grad is None for parameter in discriminators.parameters())
+    fake.grad = None
+    hinge.backward()
+    assert fake.grad is None
+    assert all(p.grad.abs().sum() > 0 for name, p in discriminators.named_parameters() if not name.endswith("bias"))
+
+
+def test_compiled_the_reconstruction_goes_through_the_discriminators_once():
+    n_convolutions = []
+
+    def count(module, inputs):
+        n_convolutions.append(sum(node.target == torch.ops.aten.convolution.default for node in module.graph.nodes))
+        return module
+
+    def backend(module, inputs):
+        return compile_fx(module, inputs, inner_compile=lambda module, inputs, **more: count(module, inputs))
+
+    discriminators = Discriminators(DiscriminatorConfig(fft_sizes=[78], channels=4))
+    losses = torch.compile(AdversarialLosses(discriminators).forward, backend=backend, fullgraph=True, dynamic=False)
+    losses(noise(2, 1, 4800), noise(2, 1, 4800, seed=1).requires_grad_(), torch.ones(2))
+    assert n_convolutions[0] == 2 * 6
 
 
 def test_discriminators_shapes_and_gradients():

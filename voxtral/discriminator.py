@@ -113,28 +113,24 @@ class Discriminators(nn.Module):
         return [discriminator(spectrum) for discriminator, spectrum in zip(self.discriminators, self.spectra(waveform))]
 
 
-class DiscriminatorLoss(nn.Module):
-    """What the discriminators learn from. Target and reconstruction [B, 1, T], valid share of each [B] ->
-    (hinge loss, then the target's feature maps, which feature_loss() wants). The reconstruction gets no gradient."""
+class AdversarialLosses(nn.Module):
+    """Target and reconstruction [B, 1, T], valid share of each [B] -> the hinge loss, which moves the discriminators
+    alone, and the feature matching loss, which moves the reconstruction alone.
+
+    Compiled, the reconstruction goes through the discriminators once: its two passes are the same operations.
+    """
 
     def __init__(self, discriminators: Discriminators):
         super().__init__()
         self.discriminators = discriminators
 
-    def forward(self, target: Tensor, reconstruction: Tensor, valid_share: Tensor) -> tuple[Tensor, ...]:
-        n = len(target)
-        maps = self.discriminators(torch.cat([target, reconstruction.detach()]))
-        loss = discriminator_hinge_loss([one[-1][:n] for one in maps], [one[-1][n:] for one in maps], valid_share)
-        return loss, *(layer[:n].detach() for one in maps for layer in one[:-1])
-
-
-def feature_loss(discriminators: Discriminators, reconstruction: Tensor, valid_share: Tensor, *real: Tensor) -> Tensor:
-    """What the generator learns from them; `real`: what DiscriminatorLoss gave for the same weights. The discriminators
-    get no gradient."""
-    frozen = {name: parameter.detach() for name, parameter in discriminators.named_parameters()}
-    maps = torch.func.functional_call(discriminators, frozen, (reconstruction,))
-    fake = [layer for one in maps for layer in one[:-1]]
-    return feature_matching_loss([real], [fake], valid_share)
+    def forward(self, target: Tensor, reconstruction: Tensor, valid_share: Tensor) -> tuple[Tensor, Tensor]:
+        real, fake = self.discriminators(target), self.discriminators(reconstruction.detach())
+        hinge = discriminator_hinge_loss([maps[-1] for maps in real], [maps[-1] for maps in fake], valid_share)
+        frozen = {name: parameter.detach() for name, parameter in self.discriminators.named_parameters()}
+        moving = torch.func.functional_call(self.discriminators, frozen, (reconstruction,))
+        features = ([maps[:-1] for maps in all_maps] for all_maps in (real, moving))
+        return hinge, feature_matching_loss(*features, valid_share)
 
 
 def random_crops(

@@ -30,7 +30,6 @@ class LossWeights:
 
 
 DECAYING = ("l1", "stft")  # multiplied by gamma^t
-OF_SOUND, OF_CODES = ("l1", "stft", "mel"), ("commit", "match", "codes")
 LOSS_NAMES = tuple(f.name for f in fields(LossWeights))
 
 
