@@ -125,7 +125,7 @@ class MicroStep:
 
     def _compile(self) -> None:
         """Fuses kernels, each of these as a whole."""
-        for module in [self.model, self.sound_losses] + [self.adversarial] * bool(self.discriminators):
+        for module in [self.model, self.sound_losses] + ([self.adversarial] if self.discriminators else []):
             module.forward = torch.compile(module.forward, dynamic=False, fullgraph=True)
 
     def _record_graphs(self, n_clips: int) -> None:
