@@ -14,6 +14,7 @@ metrics.jsonl, plots/, samples/, tensorboard/, and at the end test.json.
 """
 
 import math
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -48,7 +49,7 @@ from voxtral.known_codes import CodeMatching, codes_of_clips
 from voxtral.plots import plot_run
 from voxtral.presets import codes_to_match
 from voxtral.processes import Process
-from voxtral.run import Logger, adamw, cosine_with_warmup, due_after, is_logged, set_learning_rate, training_main
+from voxtral.run import Logger, adamw, cosine_with_warmup, due_after, set_learning_rate, training_main
 from voxtral.run_folder import RunFolder, Tensors, write_files
 from voxtral.sources import DataError, final_clips, find_clips, split_validation
 from voxtral.validation import embedding_norm, evaluate_codec, in_words, test_weights, write_samples
@@ -60,9 +61,9 @@ def train(config: EncoderConfig, process: Process) -> None:
         pass
 
 
-def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
-    """The training, in pieces that benchmarks/train_step.py can time: yields the number of steps done, first when all
-    is set up and no data has been read, then after each step."""
+def training_steps(config: EncoderConfig, process: Process) -> Iterator[float]:
+    """The training, in pieces that benchmarks/train_step.py can time: yields the seconds that it has waited for data so
+    far, first when all is set up and no data has been read, then after each step."""
     # ---- 1. config -------------------------------------------------------------------------------------------------
     check_encoder_config(config)
     settings, device = config.train, process.device
@@ -114,8 +115,10 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     if discriminators:
         optimizer = adamw(discriminators.parameters(), config.discriminator.learning_rate, config.optimizer)
         learners["discriminator"] = discriminators, optimizer
+    # Of several micro-batches gradients need memory of their own: a graph lends what it writes anew next time.
+    lends_gradients = settings.accumulation == 1
     for parameter in (p for learner, _ in learners.values() for p in learner.parameters() if p.requires_grad):
-        parameter.grad = torch.zeros_like(parameter)  # of its own: a graph would lend memory that it writes next time
+        parameter.grad = None if lends_gradients else torch.zeros_like(parameter)
 
     # ---- 6. run folder, resuming -----------------------------------------------------------------------------------
     run = RunFolder(config.output_dir, config, process, config.resume)
@@ -159,7 +162,8 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
     log.bad_clips.add([*fixed[0].bad, *bad_codes, *bad_known])
 
     # ---- 7. the loop: step, log, validate, save --------------------------------------------------------------------
-    yield start_step
+    waited_sec = 0.0
+    yield waited_sec
     if asr_cache:
         dataset, collate_items = SegmentDataset(train_clips, config.seed, asr_cache), asr_cache.collate
     else:
@@ -172,9 +176,12 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         factor = cosine_with_warmup(step, config.optimizer.warmup_steps, max_steps)
         scalars = {}
         for micro in range(settings.accumulation):
-            batch = next(batches).to(device, non_blocking=True)
+            began = time.perf_counter()
+            batch = next(batches)
+            waited_sec += time.perf_counter() - began
+            batch = batch.to(device, non_blocking=True)
             log.bad += batch.bad
-            losses, output, n_frames = micro_step(step, micro, batch, is_logged(step + 1, max_steps, run))
+            losses, output, n_frames = micro_step(step, micro, batch)
             scalars = {name: scalars.get(name, 0.0) + loss / settings.accumulation for name, loss in losses.items()}
         if "codebook" in settings.trainable:
             update_codebook(codec, output, n_frames, step)
@@ -183,7 +190,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
             scalars[f"grad/{name}"] = nn.utils.clip_grad_norm_(gradients, settings.gradient_clip)
             set_learning_rate(optimizer, optimizer.defaults["lr"] * factor)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=lends_gradients)
         average.update(step)
         log.add(step + 1, scalars)
 
@@ -217,7 +224,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[int]:
         if due.stop:
             log.say(f"stopped after step {step + 1}; go on with resume=true")
             break
-        yield step + 1
+        yield waited_sec
     else:
         if test_clips and process.is_main:
             with log.timed("test", max_steps), autocast:

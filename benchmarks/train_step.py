@@ -15,11 +15,10 @@ What is printed
               CPU: resident size of this process so far, without loader processes; not of two that are compared
   FLOP/s      of matrix products, convolutions and attention, forward and backward, counted on one step; neither FFTs
               nor pointwise work
-  the table   time of every part's own work, forward and, for what autograd does because of that part, backward. GPU:
-              sum of its kernels, so parts that overlap (Whisper has a stream of its own) may add up to more than a
-              step. CPU: time on the main thread. A replayed CUDA graph hides what it launches, so the table is made in
-              a second training with train.cuda_graphs=false train.compile=false; the speed above it is the config's
-              own. Waiting for data is measured in the first one, on the host.
+  the tables  time of every part's own work, forward and, for what autograd does because of that part, backward; and of
+              single kernels and their kinds. GPU: sum of the kernels, but Whisper's from the first to the last on the
+              stream of its own, so parts may add up to more than a step. CPU: time on the main thread, operators in
+              place of kernels.
 
 Everything is also in OUTPUT/train_step.json; what train_encoder.py says meanwhile is in OUTPUT/train_step.log.
 """
@@ -36,10 +35,10 @@ from statistics import median
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from train_step_timing import N_PROFILED, breakdown, measure
+from train_step_report import GROWTH_AXES, HEAD, flops_report, growth_figure, kernels_report, parts_report, row
+from train_step_timing import N_PROFILED, count_flop, measure
 
 from make_standin import make_random
 from voxtral.command_line import script_parser
@@ -75,7 +74,6 @@ EXAMPLES = """examples:
 OWN_DEFAULTS = ["discriminator.warmup_steps=0", "train.max_total_loss=1e9"]
 H100_TFLOPS = 790.0  # bf16, stated, not measured here
 WHISPER_SEC = 30.0  # asr.context_sec cannot be more
-GROWTH_AXES = {"batch": (int, "clips in a batch"), "seconds": (float, "seconds of a clip")}
 
 # ---------------------------------------------------------------- the loader alone
 
@@ -115,69 +113,6 @@ def measure_loader(config: EncoderConfig, workers: list[int], n_batches: int) ->
     return results
 
 
-# ---------------------------------------------------------------- reports
-
-HEAD = ["", "audio s/s", "over all steps", "ms/step", "10 %", "90 %", "data wait ms", "peak GiB"]
-
-
-def row(name: str, result: dict) -> list[str]:
-    if "error" in result:
-        return [name, result["error"], *["-"] * (len(HEAD) - 2)]
-    step, memory = result["step_ms"], result.get("memory_gib", {})
-    return [
-        name,
-        f"{result['audio_sec_per_sec']:.4g}",
-        f"{result['audio_sec_per_sec_overall']:.4g}",
-        *(f"{step[key]:.1f}" for key in ("median", "p10", "p90")),
-        f"{result['data_wait_ms']:.1f}",
-        ", ".join(f"{value:.2f} {name}" for name, value in memory.items()) or "-",
-    ]
-
-
-def parts_report(result: dict) -> str:
-    """The table of parts, and its sum."""
-    parts = result["parts_ms"]
-    total = sum(sum(both.values()) for both in parts.values())
-    rows = [
-        [part, f"{both['forward']:.2f}", f"{both['backward']:.2f}", f"{sum(both.values()) / total:.1%}"]
-        for part, both in parts.items()
-    ]
-    rows = [["data wait (host)", f"{result['data_wait_ms']:.2f}", "-", "-"], *rows]
-    sums = [sum(both[way] for both in parts.values()) for way in ("forward", "backward")]
-    rows.append(["sum without data wait", *(f"{value:.2f}" for value in sums), "100.0%"])
-    return markdown(["ms of a step", "forward", "backward", "share"], rows)
-
-
-def flops_report(result: dict, ceiling_tflops: float | None) -> str:
-    line = (
-        f"{result['flop_per_step'] / 1e12:.3g} TFLOP a step and process, "
-        f"{result['flop_per_audio_sec'] / 1e9:.3g} GFLOP per second of audio, "
-        f"{result['tflop_per_sec']:.3g} TFLOP/s"
-    )
-    return line + (f", {result['ceiling_share']:.1%} of {ceiling_tflops:g}" if ceiling_tflops else "")
-
-
-def growth_figure(axis: str, results: list[dict]) -> Figure:
-    """Speed, time and memory against the batch or the length of a clip."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    done = [result for result in results if "error" not in result]
-    values = [result[axis] for result in done]
-    curves = {
-        "audio seconds per second": [result["audio_sec_per_sec"] for result in done],
-        "ms a step": [result["step_ms"]["median"] for result in done],
-        "peak memory, GiB": [max(result["memory_gib"].values()) for result in done],
-    }
-    for panel, (title, points) in zip(panels, curves.items()):
-        panel.plot(values, points, marker="o")
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel(GROWTH_AXES[axis][1])
-        panel.set_xlim(left=0)
-        panel.set_ylim(0, 1.1 * max(points, default=1))
-        panel.grid(alpha=0.3)
-    return figure
-
-
 # ---------------------------------------------------------------- what is asked for
 
 
@@ -185,7 +120,7 @@ def load(options, yaml: str, overrides: list[str], random_checkpoint: str | None
     """The configuration to be timed, in which a training never ends, validates or saves."""
     config = load_config(EncoderConfig, yaml, [*OWN_DEFAULTS, *overrides])
     config.checkpoint = random_checkpoint or config.checkpoint
-    config.resume, config.train.max_steps = False, options.warm_up + options.steps + 1
+    config.resume, config.train.max_steps = False, options.warm_up + options.steps + N_PROFILED + 1
     config.train.validate_every_steps, config.train.save_every_minutes, config.train.save_every_steps = (
         10**9,
         None,
@@ -254,16 +189,15 @@ def speed(options, process: Process, config: EncoderConfig, random_checkpoint: s
             f"{max(ratios):.3f} in {len(ratios)} turns)"
         )
     for name, result in measured.items():
-        result |= breakdown(configs[name], process, log)
+        result["flop_per_step"] = count_flop(configs[name], process, log)
         result["flop_per_audio_sec"] = result["flop_per_step"] * process.world_size / result["audio_sec_per_step"]
         result["tflop_per_sec"] = result["flop_per_step"] / result["step_ms"]["median"] / 1e9
         if options.ceiling_tflops:
             result["ceiling_share"] = result["tflop_per_sec"] / options.ceiling_tflops
-        where = "kernels" if process.device.type == "cuda" else "main thread"
         say(
-            f"\n{name}: {flops_report(result, options.ceiling_tflops)}\n\nparts of a step with "
-            f"train.cuda_graphs=false train.compile=false ({where}, mean of {N_PROFILED} steps without logging); "
-            f"as configured a step takes {result['step_ms']['median']:.1f} ms\n\n{parts_report(result)}"
+            f"\n{name}: {flops_report(result, options.ceiling_tflops)}\n\nmean of {N_PROFILED} steps; without the "
+            f"profiler a step takes {result['step_ms']['median']:.1f} ms\n\n{parts_report(result)}\n\n"
+            f"{kernels_report(result, process.device.type == 'cuda')}"
         )
     return results
 
@@ -275,7 +209,7 @@ def growth(options, process: Process, config: EncoderConfig, log, say) -> dict:
     results = []
     for value, one in configs.items():
         try:
-            result = measure([one], process, log, options.warm_up, options.steps)[0]
+            result = measure([one], process, log, options.warm_up, options.steps, profiles=False)[0]
         except torch.cuda.OutOfMemoryError:
             result = {"error": "out of memory"}
         say("| " + " | ".join(row(f"{value:g}", result)) + " |")

@@ -1,60 +1,32 @@
-"""The clock of train_step.py: a training taken step by step, its speed and memory, and the time of its parts."""
+"""The clock of train_step.py: a training taken step by step, its speed and memory, and where the time goes."""
 
-import functools
 import gc
 import resource
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
 from statistics import median
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import train_encoder
-from voxtral import encoder_training
-from voxtral.asr import WhisperTeacher
-from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig
-from voxtral.data import Batch
-from voxtral.discriminator import DiscriminatorLoss
-from voxtral.known_codes import CodeMatching
-from voxtral.losses import MelDistance
 from voxtral.processes import Process
-from voxtral.quantizer import Quantizer
 
 N_BLOCKS = 5  # in which --compare takes turns
-N_PROFILED = 3  # steps of the table
+N_PROFILED = 3  # steps of the tables
 
-# Part of a step -> what does its work; backward follows from it. Torch itself names the optimizers' ranges.
-PARTS = {
-    "batch to device": [(Batch, "to")],
-    "encoder": [(VoxtralCodec, "encode_latent")],
-    "quantizer": [(Quantizer, "forward")],
-    "decoder": [(VoxtralCodec, "decode_latent")],
-    "ASR teacher": [(WhisperTeacher, "forward")],
-    "discriminators": [(DiscriminatorLoss, "forward"), (encoder_training, "random_crops"), (encoder_training, "crop")],
-    "loss feature": [(encoder_training, "feature_loss")],
-    "loss l1": [(encoder_training, "l1_loss")],
-    "loss stft": [(encoder_training, "stft_loss")],
-    "loss mel": [(MelDistance, "forward")],
-    "loss asr": [(encoder_training, "asr_distillation_loss")],
-    "loss commit": [(encoder_training, "commitment_loss")],
-    "loss codes": [(encoder_training, "codes_loss")],
-    "loss match": [(CodeMatching, "__call__")],
-    "gradient clipping": [(nn.utils, "clip_grad_norm_")],
-    "weight averaging": [(encoder_training.WeightAverage, "update")],
-}
-RANGE, OPTIMIZERS, REST, DATA = "part: ", "optimizers", "the rest", "data"
+# Ranges that the product names (record_function); backward follows from them.
+WHISPER = "Whisper"
+PARTS = (WHISPER, "codec", "discriminators", "losses of the sound", "losses of the codes", "weight averaging")
+OPTIMIZERS, REST, DATA = "optimizers", "the rest", "data"
 BACKWARD = "autograd::engine::evaluate_function: "  # of one node of the graph
 
 
@@ -70,10 +42,9 @@ class Training:
         config = replace(config, output_dir=self.folder.name)
         self.log, self.on_gpu = log, process.device.type == "cuda"
         self.audio_sec = config.data.batch_size * config.data.max_sec * config.train.accumulation * process.world_size
-        self.waits: list[float] = []  # seconds for which the host waited for each batch
         self.steps = train_encoder.training_steps(config, process)
         with self.said_to_log():
-            next(self.steps)
+            self.waited_sec = self.waited_before = next(self.steps)
 
     @contextmanager
     def said_to_log(self):
@@ -83,21 +54,19 @@ class Training:
 
     def start(self, n_steps: int) -> None:
         """The first steps, with which the loader starts too; they do not count."""
-        make = train_encoder.make_loader
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        with patch.object(train_encoder, "make_loader", lambda *args: waiting_for(make(*args), self.waits)):
-            self.advance(1)
+        self.advance(1)
         for number, handler in handlers.items():  # Ctrl-C shall end the benchmark, not save a checkpoint
             signal.signal(number, handler)
         self.advance(n_steps - 1)
-        self.waits.clear()
+        self.waited_before = self.waited_sec
 
     def advance(self, n_steps: int) -> list[float]:
         """Seconds of each of the next steps. Nothing waits for the device before they have all been launched."""
         with self.said_to_log():
             marks = [self.mark()]
             for _ in range(n_steps):
-                next(self.steps)
+                self.waited_sec = next(self.steps)
                 marks.append(self.mark())
             if self.on_gpu:
                 torch.cuda.synchronize()
@@ -120,18 +89,11 @@ class Training:
             torch.cuda.empty_cache()
 
 
-def waiting_for(loader, waits: list[float]) -> Iterator[Batch]:
-    """The loader's batches; how long each one let the host wait is appended to `waits`."""
-    batches = iter(loader)
-    while True:
-        started = time.perf_counter()
-        batch = next(batches)
-        waits.append(time.perf_counter() - started)
-        yield batch
-
-
-def measure(configs: list[EncoderConfig], process: Process, log, warm_up: int, n_steps: int) -> list[dict]:
-    """Speed of each configuration; several take turns, block by block. Memory of a single one."""
+def measure(
+    configs: list[EncoderConfig], process: Process, log, warm_up: int, n_steps: int, profiles: bool = True
+) -> list[dict]:
+    """Speed of each configuration; several take turns, block by block. Memory of a single one. `profiles`: then where
+    the time of N_PROFILED more steps goes."""
     if process.device.type == "cuda":
         torch.cuda.empty_cache()  # a training that did not fit may have left something
         torch.cuda.reset_peak_memory_stats()
@@ -148,7 +110,10 @@ def measure(configs: list[EncoderConfig], process: Process, log, warm_up: int, n
             for training, mine in zip(trainings, blocks):
                 mine.append(training.advance((i + 1) * n_steps // n_blocks - i * n_steps // n_blocks))
         memory = {"memory_gib": peak_memory_gib(process.device)} if len(trainings) == 1 else {}
-        return [summary(training, mine) | memory for training, mine in zip(trainings, blocks)]
+        results = [summary(training, mine) | memory for training, mine in zip(trainings, blocks)]
+        for training, result in zip(trainings, results) if profiles else ():
+            result |= profiled(training)
+        return results
 
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:
@@ -171,7 +136,7 @@ def summary(training: Training, blocks: list[list[float]]) -> dict:
         "audio_sec_per_sec_overall": training.audio_sec * len(seconds) / sum(seconds),
         "step_ms": {"median": p50, "p10": p10, "p90": p90},
         "audio_sec_per_step": training.audio_sec,
-        "data_wait_ms": 1000 * sum(training.waits) / len(seconds),
+        "data_wait_ms": 1000 * (training.waited_sec - training.waited_before) / len(seconds),
         "block_audio_sec_per_sec": [training.audio_sec / median(block) for block in blocks],
         "steps_ms": [round(1000 * second, 3) for second in seconds],
     }
@@ -197,56 +162,60 @@ MORE_FLOPS = {
 }
 
 
-def in_range(part: str, function: Callable) -> Callable:
-    """`function`, whose work the profiler finds under the name of `part`."""
-
-    @functools.wraps(function)
-    def named(*args, **kwargs):
-        with record_function(RANGE + part):
-            return function(*args, **kwargs)
-
-    return named
-
-
-def breakdown(config: EncoderConfig, process: Process, log) -> dict:
-    """FLOP of a step of this process, and ms of its parts, without CUDA graphs, compilation and logging."""
+def count_flop(config: EncoderConfig, process: Process, log) -> int:
+    """FLOP of a step of this process; what a CUDA graph or a compiled function does could not be counted."""
     config = deepcopy(config)
     config.train.cuda_graphs = config.train.compile = False
-    config.train.log_every_steps, config.train.max_steps = 10**9, 10**6
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (process.device.type == "cuda")
-    with ExitStack() as stack:
-        for part, places in PARTS.items():
-            for owner, name in places:
-                stack.enter_context(patch.object(owner, name, in_range(part, getattr(owner, name))))
-        training = Training(config, process, log)
-        stack.callback(training.close)
-        training.start(N_PROFILED)
+    training = Training(config, process, log)
+    try:
+        training.start(1)
         with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
             training.advance(1)
-        with profile(activities=activities, acc_events=True) as profiler:
-            for _ in range(N_PROFILED):
-                with record_function(RANGE + REST):
-                    training.advance(1)
-    times = time_of_parts(profiler.events(), process.device.type == "cuda")
+        return counter.get_total_flops()
+    finally:
+        training.close()
+
+
+def profiled(training: Training) -> dict:
+    """ms a step of its parts, and of the kernels (CPU: operators) that take most: [name, ms, calls]."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * training.on_gpu
+    with profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(N_PROFILED):
+            with record_function(REST):
+                training.advance(1)
+    times = time_of_parts(profiler.events(), training.on_gpu)
     return {
-        "flop_per_step": counter.get_total_flops(),
         "parts_ms": {part: {way: us / 1000 / N_PROFILED for way, us in both.items()} for part, both in times.items()},
+        "kernels": time_of_kernels(profiler.key_averages(), training.on_gpu),
     }
+
+
+def time_of_kernels(events: list, on_gpu: bool) -> list[list]:
+    """Averages of a profiler -> [name, ms a step, calls a step], the longest first."""
+    device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    rows = []
+    for event in events:
+        if event.device_type == device and event.key not in (*PARTS, REST) and not event.is_user_annotation:
+            us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            rows.append([event.key, us / 1000 / N_PROFILED, event.count / N_PROFILED])
+    return sorted(rows, key=lambda row: -row[1])
 
 
 def part_of(name: str) -> str | None:
     """The part of which the profiler's event of that name is the range, if it is one."""
-    if name.startswith(RANGE):
-        return name.removeprefix(RANGE)
+    if name in (*PARTS, REST):
+        return name
     return OPTIMIZERS if name.startswith("Optimizer.") else DATA if name.startswith("enumerate(DataLoader)") else None
 
 
 def time_of_parts(events: list, on_gpu: bool) -> dict[str, dict[str, float]]:
     """Events of a profiler -> part -> microseconds, forward and backward.
 
-    An autograd node has the number of the operator that made it, so its backward is added to that operator's part.
+    An autograd node has the number of the operator that made it, so its backward is added to that operator's part. On a
+    GPU a range has a double of its name, from its first kernel to its last. That is no kernel, but Whisper's time: the
+    kernels of its graph, which autograd does not replay, belong to no operator.
     """
-    main_thread = next(event.thread for event in events if event.name == RANGE + REST)
+    main_thread = next(event.thread for event in events if event.name == REST)
     makers: dict[int, str] = {}  # number of an autograd node -> part; the last operator of that number made it
     times: dict[str, dict[str, float]] = {}
 
@@ -266,16 +235,13 @@ def time_of_parts(events: list, on_gpu: bool) -> dict[str, dict[str, float]]:
             if way == "forward":
                 makers[event.sequence_nr] = part
     for event in host:
-        # A range has a double of its name on the GPU, which is no kernel.
-        spent = (
-            sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
-            if on_gpu
-            else event.self_cpu_time_total
-            if event.thread == main_thread
-            else 0
-        )
+        part, way = place(event)
+        if on_gpu:
+            own = (k.duration for k in event.kernels if (k.name == event.name) == (part == WHISPER))
+            spent = sum(own)
+        else:
+            spent = event.self_cpu_time_total if event.thread == main_thread else 0
         if spent:
-            part, way = place(event)
             times.setdefault(part, {"forward": 0.0, "backward": 0.0})[way] += spent
     times.pop(DATA, None)  # the profiler slows the step down, and the loader has time to spare
     return {part: times[part] for part in [*PARTS, OPTIMIZERS, REST] if part in times}

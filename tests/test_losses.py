@@ -5,10 +5,15 @@ from functools import partial
 
 import pytest
 import torch
+from torch._inductor.compile_fx import compile_fx
 
-from voxtral.discriminator import DiscriminatorConfig, DiscriminatorLoss, Discriminators, TensorCoreConv2d, feature_loss
+from voxtral.codec import mask_samples
+from voxtral.discriminator import AdversarialLosses, DiscriminatorConfig, Discriminators, TensorCoreConv2d
 from voxtral.losses import (
+    LossWeights,
     MelDistance,
+    SoundLosses,
+    SplitRFFT,
     clip_mean,
     codebook_scale,
     codes_loss,
@@ -16,6 +21,7 @@ from voxtral.losses import (
     discriminator_hinge_loss,
     feature_matching_loss,
     l1_loss,
+    stft,
     stft_distance,
     stft_loss,
     stft_magnitude,
@@ -43,6 +49,37 @@ def test_stft_magnitude_of_a_sine_at_a_bin():
         n / 4, rel=1e-4
     )  # the Hann window sums to n / 2, a cosine has half of it per side
     assert stft_magnitude(x, n, True)[0, k, 20].item() == pytest.approx(n / 4 / math.sqrt(n), rel=1e-4)
+
+
+@pytest.mark.parametrize("fft_size", [512, 78, 333])
+def test_stft_is_that_of_torch_and_so_is_its_gradient(fft_size):
+    x = noise(2, 1, 4800).requires_grad_()
+    window = torch.hann_window(fft_size)
+    theirs = torch.stft(x[:, 0], fft_size, fft_size // 4, window=window, return_complex=True).transpose(1, 2)
+    spectra = [stft(x, fft_size), torch.view_as_real(theirs)]
+    torch.testing.assert_close(*spectra, rtol=1e-5, atol=1e-5)
+    towards = torch.randn(spectra[0].shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((spectrum * towards).sum(), x)[0] for spectrum in spectra]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [8, 9])
+def test_gradient_of_an_fft_against_differences(n):
+    x = torch.randn(3, n, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(SplitRFFT.apply, x)
+
+
+def test_losses_of_the_sound_are_the_single_ones():
+    """Those without weight are told and move nothing."""
+    x, y, lengths = noise(2, 1, 9600).requires_grad_(), noise(2, 1, 9600, seed=1), torch.tensor([9600, 5000])
+    losses = SoundLosses(LossWeights(l1=0.5, stft=0.0, mel=2.0), [512, 256], 24000)(x, y, lengths)
+    expected = {
+        "l1": l1_loss(mask_samples(x, lengths), y, lengths).item(),
+        "stft": stft_loss(x, y, lengths, [512, 256]).item(),
+        "mel": MelDistance(24000)(x, y, lengths).item(),
+    }
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected)
+    assert {name for name, loss in losses.items() if loss.requires_grad} == {"l1", "mel"}
 
 
 def test_stft_loss_of_a_scaled_signal():
@@ -147,16 +184,37 @@ def test_a_folded_convolution_is_the_plain_one(channels, kernel, stride, dilatio
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
 
 
-def test_feature_matching_moves_the_reconstruction_alone():
+def test_hinge_loss_moves_the_discriminators_and_feature_matching_the_reconstruction():
     discriminators = Discriminators(DiscriminatorConfig(fft_sizes=[78], channels=4))
-    real, fake = noise(2, 1, 4800), noise(2, 1, 4800, seed=1).requires_grad_()
-    _, *maps = DiscriminatorLoss(discriminators)(real, fake, torch.ones(2))
-    loss = feature_loss(discriminators, fake, torch.ones(2), *maps)
-    assert loss.item() == pytest.approx(
-        feature_matching_loss([maps], [discriminators(fake)[0][:-1]], torch.ones(2)).item()
-    )
-    loss.backward()
+    real, fake, share = noise(2, 1, 4800), noise(2, 1, 4800, seed=1).requires_grad_(), torch.ones(2)
+    hinge, feature = AdversarialLosses(discriminators)(real, fake, share)
+    (real_maps,), (fake_maps,) = discriminators(real), discriminators(fake)
+    expected = feature_matching_loss([real_maps[:-1]], [fake_maps[:-1]], share)
+    assert feature.item() == pytest.approx(expected.item())
+    assert hinge.item() == pytest.approx(discriminator_hinge_loss([real_maps[-1]], [fake_maps[-1]], share).item())
+    feature.backward(retain_graph=True)
+    torch.testing.assert_close(fake.grad, torch.autograd.grad(expected, fake)[0])
     assert fake.grad.abs().sum() > 0 and all(parameter.grad is None for parameter in discriminators.parameters())
+    fake.grad = None
+    hinge.backward()
+    assert fake.grad is None
+    assert all(p.grad.abs().sum() > 0 for name, p in discriminators.named_parameters() if not name.endswith("bias"))
+
+
+def test_compiled_the_reconstruction_goes_through_the_discriminators_once():
+    n_convolutions = []
+
+    def count(module, inputs):
+        n_convolutions.append(sum(node.target == torch.ops.aten.convolution.default for node in module.graph.nodes))
+        return module
+
+    def backend(module, inputs):
+        return compile_fx(module, inputs, inner_compile=lambda module, inputs, **more: count(module, inputs))
+
+    discriminators = Discriminators(DiscriminatorConfig(fft_sizes=[78], channels=4))
+    losses = torch.compile(AdversarialLosses(discriminators).forward, backend=backend, fullgraph=True, dynamic=False)
+    losses(noise(2, 1, 4800), noise(2, 1, 4800, seed=1).requires_grad_(), torch.ones(2))
+    assert n_convolutions[0] == 2 * 6
 
 
 def test_discriminators_shapes_and_gradients():

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +20,19 @@ import torch
 import yaml
 from conftest import ROOT, stopped, stopped_by_torchrun, torchrun
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
 
 import train_encoder
 from voxtral import encoder_training, history
 from voxtral.codec import CodecOutput, VoxtralCodec
 from voxtral.config import EncoderConfig, load_config
 from voxtral.data import validation_batches
+from voxtral.discriminator import AdversarialLosses, DiscriminatorConfig, Discriminators
 from voxtral.encoder_training import WeightAverage, choose_trainable
 from voxtral.history import read_metrics
 from voxtral.known_codes import CodeMatching, known_codes
 from voxtral.layout import withheld_layout
-from voxtral.losses import LOSS_NAMES
+from voxtral.losses import LOSS_NAMES, LossWeights, SoundLosses
 from voxtral.params import load_params
 from voxtral.quantizer import QuantizationDraws
 from voxtral.run import Logger
@@ -643,14 +646,18 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graph
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "device, change",
+    "device, accumulation, recorded, compiled",
     [
-        ("cpu", "train.compile=true"),  # nothing is compiled there
-        pytest.param("cuda", "train.cuda_graphs=false", marks=needs_gpu),
-        pytest.param("cuda", "train.compile=true", marks=needs_gpu),
+        ("cpu", 2, True, True),  # nothing is, there
+        pytest.param("cuda", 2, True, False, marks=needs_gpu),
+        pytest.param("cuda", 2, False, True, marks=needs_gpu),
+        pytest.param("cuda", 2, True, True, marks=needs_gpu),
+        pytest.param("cuda", 1, True, True, marks=needs_gpu),  # graphs lend their gradients
     ],
 )
-def test_recorded_and_compiled_kernels_give_the_same_losses(command, settings, tmp_path, monkeypatch, device, change):
+def test_recorded_and_compiled_kernels_give_the_same_losses(
+    command, settings, tmp_path, monkeypatch, device, accumulation, recorded, compiled
+):
     """Everything but the kernels and their launch is equal: data, draws, weights. One of these fourteen frames whose
     semantic code rounds the other way moves `match` by 5 to 15 %, so that is held to what the run's own codes make it
     on the CPU."""
@@ -664,17 +671,18 @@ def test_recorded_and_compiled_kernels_give_the_same_losses(command, settings, t
     codec = VoxtralCodec.from_checkpoint(settings["checkpoint"])
     known = known_codes(settings["match"]["codes"], codec.params)[0]
     rows, codes = [], []
-    for name, changes in (("plain", []), ("changed", [change])):
+    for name, graphs, compiles in (("plain", False, False), ("changed", recorded, compiled)):
         heard = []
         path = tmp_path / name
-        train_encoder.main(command(path, f"device={device}", "train.accumulation=2", *changes))
+        changes = [f"train.cuda_graphs={graphs}", f"train.compile={compiles}", f"train.accumulation={accumulation}"]
+        train_encoder.main(command(path, f"device={device}", *changes))
         rows.append([row for row in read_metrics(path / "metrics.jsonl") if "loss/total" in row])
         codes.append(torch.stack([seen for seen, _ in heard]))
         matching = CodeMatching(known, codec, "cpu")
         nothing = torch.zeros(2, codec.params.latent_dim, codes[-1].shape[-1])
         expected = [matching(CodecOutput(None, nothing, seen, None), n_frames).item() for seen, n_frames in heard]
         assert [row["loss/match"] for row in rows[-1]] == pytest.approx(
-            [sum(pair) / 2 for pair in zip(expected[::2], expected[1::2])], rel=1e-2
+            [sum(step) / accumulation for step in zip(*[iter(expected)] * accumulation)], rel=1e-2
         )
     assert (codes[0] == codes[1]).float().mean() > 0.99
     for a, b in zip(*rows, strict=True):
@@ -682,3 +690,36 @@ def test_recorded_and_compiled_kernels_give_the_same_losses(command, settings, t
         assert {name: a[name] for name in names} == pytest.approx(
             {name: b[name] for name in names}, rel=1e-2, abs=1e-4
         )  # commit is so small
+        assert a["grad/encoder"] == pytest.approx(b["grad/encoder"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_recorded_and_compiled_losses_have_the_same_gradients(device, monkeypatch):
+    """Three batches. On the CPU what torch.compile makes of them runs operator by operator, and nothing is recorded."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    lengths = torch.tensor([9600, 5000], device=device)
+    discriminators = Discriminators(DiscriminatorConfig(fft_sizes=[78, 333], channels=8))
+    sound = SoundLosses(LossWeights(l1=1.0, stft=1.0, mel=0.0), [512, 64], 24_000)
+    cases = [
+        (sound, lambda decoded, target: (decoded, target, lengths)),
+        (AdversarialLosses(discriminators), lambda decoded, target: (target, decoded, lengths / 9600)),
+    ]
+    for module, arguments in cases:
+        plain, changed = module.to(device), deepcopy(module).to(device)
+        backend = "inductor" if device == "cuda" else "aot_eager"
+        changed.forward = torch.compile(changed.forward, dynamic=False, fullgraph=True, backend=backend)
+        if device == "cuda":
+            example = torch.zeros(2, 1, 9600, device=device)
+            changed = torch.cuda.make_graphed_callables(changed, arguments(example.clone().requires_grad_(), example))
+        for _ in range(3):
+            decoded, target = (scale * torch.randn(2, 1, 9600, device=device) for scale in (0.1, 0.3))
+            results = []
+            for one in (plain, changed):
+                leaf = decoded.clone().requires_grad_()
+                outputs = tree_leaves(one(*arguments(leaf, target)))
+                total = sum(output for output in outputs if output.requires_grad)
+                results.append([*outputs, *torch.autograd.grad(total, [leaf, *one.parameters()])])
+            for a, b in zip(*results, strict=True):
+                assert (a - b).norm() <= 1e-2 * a.norm() + 1e-5
+            assert all(gradients.norm() > 0 for gradients in results[1][len(outputs) : len(outputs) + 2])

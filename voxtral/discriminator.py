@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from voxtral.losses import discriminator_hinge_loss, feature_matching_loss
+from voxtral.losses import discriminator_hinge_loss, feature_matching_loss, stft
 
 
 @dataclass
@@ -106,42 +106,31 @@ class Discriminators(nn.Module):
         self.discriminators = nn.ModuleList(StftDiscriminator(config.channels) for _ in self.fft_sizes)
 
     def spectra(self, waveform: Tensor) -> list[Tensor]:
-        """Per FFT size the normalised complex STFT in fp32, [B, 2, frames, bins]; hop is a quarter of the size."""
-        spectra = []
-        for n in self.fft_sizes:
-            window = torch.hann_window(n, device=waveform.device)
-            spectrum = torch.stft(
-                waveform[:, 0].float(), n, n // 4, window=window, normalized=True, return_complex=True
-            )
-            spectra.append(torch.view_as_real(spectrum).permute(0, 3, 2, 1))
-        return spectra
+        """Per FFT size the complex STFT over sqrt(size) in fp32, [B, 2, frames, bins]; hop is a quarter of the size."""
+        return [stft(waveform, n).permute(0, 3, 1, 2) / n**0.5 for n in self.fft_sizes]
 
     def forward(self, waveform: Tensor) -> list[list[Tensor]]:
         return [discriminator(spectrum) for discriminator, spectrum in zip(self.discriminators, self.spectra(waveform))]
 
 
-class DiscriminatorLoss(nn.Module):
-    """What the discriminators learn from. Target and reconstruction [B, 1, T], valid share of each [B] ->
-    (hinge loss, then the target's feature maps, which feature_loss() wants). The reconstruction gets no gradient."""
+class AdversarialLosses(nn.Module):
+    """Target and reconstruction [B, 1, T], valid share of each [B] -> the hinge loss, which moves the discriminators
+    alone, and the feature matching loss, which moves the reconstruction alone.
+
+    Compiled, the reconstruction goes through the discriminators once: its two passes are the same operations.
+    """
 
     def __init__(self, discriminators: Discriminators):
         super().__init__()
         self.discriminators = discriminators
 
-    def forward(self, target: Tensor, reconstruction: Tensor, valid_share: Tensor) -> tuple[Tensor, ...]:
-        n = len(target)
-        maps = self.discriminators(torch.cat([target, reconstruction.detach()]))
-        loss = discriminator_hinge_loss([one[-1][:n] for one in maps], [one[-1][n:] for one in maps], valid_share)
-        return loss, *(layer[:n].detach() for one in maps for layer in one[:-1])
-
-
-def feature_loss(discriminators: Discriminators, reconstruction: Tensor, valid_share: Tensor, *real: Tensor) -> Tensor:
-    """What the generator learns from them; `real`: what DiscriminatorLoss gave for the same weights. The discriminators
-    get no gradient."""
-    frozen = {name: parameter.detach() for name, parameter in discriminators.named_parameters()}
-    maps = torch.func.functional_call(discriminators, frozen, (reconstruction,))
-    fake = [layer for one in maps for layer in one[:-1]]
-    return feature_matching_loss([real], [fake], valid_share)
+    def forward(self, target: Tensor, reconstruction: Tensor, valid_share: Tensor) -> tuple[Tensor, Tensor]:
+        real, fake = self.discriminators(target), self.discriminators(reconstruction.detach())
+        hinge = discriminator_hinge_loss([maps[-1] for maps in real], [maps[-1] for maps in fake], valid_share)
+        frozen = {name: parameter.detach() for name, parameter in self.discriminators.named_parameters()}
+        moving = torch.func.functional_call(self.discriminators, frozen, (reconstruction,))
+        features = ([maps[:-1] for maps in all_maps] for all_maps in (real, moving))
+        return hinge, feature_matching_loss(*features, valid_share)
 
 
 def random_crops(

@@ -2,20 +2,20 @@
 
 from contextlib import nullcontext
 from copy import deepcopy
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from voxtral.asr import WhisperTeacher, asr_distillation_loss
 from voxtral.asr_cache import AsrCache
 from voxtral.codec import CodecOutput, VoxtralCodec, ceil_div, mask_samples, valid_mask
 from voxtral.config import EncoderConfig
 from voxtral.data import SAMPLE_RATE, Batch
-from voxtral.discriminator import DiscriminatorLoss, Discriminators, crop, feature_loss, random_crops
+from voxtral.discriminator import AdversarialLosses, Discriminators, crop, random_crops
 from voxtral.known_codes import CodeMatching
-from voxtral.losses import DECAYING, MelDistance, codebook_scale, codes_loss, commitment_loss, l1_loss, stft_loss
+from voxtral.losses import DECAYING, SoundLosses, codebook_scale, codes_loss, commitment_loss
 from voxtral.processes import Process
 from voxtral.quantizer import QuantizationDraws
 from voxtral.run import SideStream
@@ -73,6 +73,7 @@ class WeightAverage:
         self.codebooks = list(zip(self.codec.quantizer.buffers(), codec.quantizer.buffers(), strict=True))
 
     @torch.no_grad()
+    @record_function("weight averaging")
     def update(self, step: int) -> None:
         """After step number `step`, the first is 0; a codebook, which follows an average of its own, is copied."""
         torch._foreach_lerp_(self.averages, self.learned, 1 - min(self.decay, step / (step + 10)))
@@ -83,9 +84,10 @@ class WeightAverage:
 class MicroStep:
     """Forward and backward of one micro-batch: adds its share to the gradients of model and discriminators.
 
-    On a GPU, codec, discriminators, feature matching and Whisper are one CUDA graph each in place of thousands of small
-    launches, recorded when this is made: before a loader's threads use the GPU, too. `autocast`: without a cache of
-    weights. discriminators, teacher (with its cache) and matching: None where their loss has no weight.
+    On a GPU, codec, losses of the sound, discriminators and Whisper are one CUDA graph each in place of thousands of
+    small launches, recorded when this is made: before a loader's threads use the GPU, too. A graph writes its outputs
+    and gradients into the same memory at each replay. `autocast`: without a cache of weights. discriminators, teacher
+    (with its cache) and matching: None where their loss has no weight.
     """
 
     def __init__(
@@ -103,23 +105,28 @@ class MicroStep:
         self.discriminators, self.teacher, self.asr_cache, self.matching = discriminators, teacher, asr_cache, matching
         self.params, self.quantizer = model.codec.params, model.codec.quantizer
         self.scale = codebook_scale(self.quantizer.semantic_codebook.embedding)
-        self.mel_distance = MelDistance(self.params.sampling_rate).to(process.device)
+        self.sound_losses = SoundLosses(config.loss, config.train.stft_fft_sizes, self.params.sampling_rate)
+        self.sound_losses.to(process.device)
         self.side_stream = SideStream(process.device)
         self.n_samples = round(config.data.max_sec * SAMPLE_RATE)
         self.n_frames = ceil_div(self.n_samples, self.params.frame_size)
         self.crop_samples = round(min(config.discriminator.crop_sec, config.data.max_sec) * SAMPLE_RATE)
         if discriminators:
-            self.hinge_loss = DiscriminatorLoss(discriminators)
-            self.feature_loss = partial(feature_loss, discriminators)
+            self.adversarial = AdversarialLosses(discriminators)
         if process.device.type == "cuda":
             if config.train.compile:
-                model.forward = torch.compile(model.forward, dynamic=False)
+                self._compile()
             if config.train.cuda_graphs:
                 self._record_graphs(config.data.batch_size)
         if process.world_size > 1:
             self.model = DistributedDataParallel(self.model, broadcast_buffers=False)
             if discriminators:
-                self.hinge_loss = DistributedDataParallel(self.hinge_loss, broadcast_buffers=False)
+                self.adversarial = DistributedDataParallel(self.adversarial, broadcast_buffers=False)
+
+    def _compile(self) -> None:
+        """Fuses kernels, each of these as a whole."""
+        for module in [self.model, self.sound_losses] + ([self.adversarial] if self.discriminators else []):
+            module.forward = torch.compile(module.forward, dynamic=False, fullgraph=True)
 
     def _record_graphs(self, n_clips: int) -> None:
         """Puts graphs in the place of the functions. What they are recorded with has the shapes of every batch."""
@@ -127,97 +134,87 @@ class MicroStep:
         if self.teacher:
             self.teacher.record(n_clips)
         audio = torch.zeros(n_clips, 1, self.n_samples, device=device)
-        audio_crop, lengths = (
-            audio[..., : self.crop_samples].clone(),
-            torch.full((n_clips,), self.n_samples, device=device),
-        )
+        audio_crop = audio[..., : self.crop_samples].clone()
+        lengths = torch.full((n_clips,), self.n_samples, device=device)
         draws = QuantizationDraws.sample(0, n_clips, self.params.acoustic_dim, self.n_frames, device)
+        self.sound_losses = record(self.sound_losses, (audio.clone().requires_grad_(), audio.clone(), lengths.clone()))
         with self.autocast:
             self.model = record(self.model, (audio, lengths, *vars(draws).values()))
             if self.discriminators:
-                share = lengths / self.n_samples
-                self.hinge_loss = record(self.hinge_loss, (audio_crop, audio_crop.clone(), share))
-                maps = [m.detach().clone() for m in self.hinge_loss(audio_crop, audio_crop, share)[1:]]
                 fake = audio_crop.clone().requires_grad_()
-                self.feature_loss = record(self.feature_loss, (fake, share, *maps))
+                self.adversarial = record(self.adversarial, (audio_crop, fake, lengths / self.n_samples))
 
-    def __call__(
-        self, step: int, micro: int, batch: Batch, log_zero_weights: bool
-    ) -> tuple[dict[str, Tensor], CodecOutput, Tensor]:
-        """Micro-batch number `micro` of a step -> scalars by the names under which they are logged, the codec's output,
-        frames of each clip [B]. log_zero_weights: cheap losses of weight 0 are among the scalars all the same."""
-        config, settings = self.config, self.config.train
-        seed = hash((config.seed, step, micro)) & 0x7FFFFFFF
+    def __call__(self, step: int, micro: int, batch: Batch) -> tuple[dict[str, Tensor], CodecOutput, Tensor]:
+        """Micro-batch number `micro` of a step -> scalars by the names under which they are logged, cheap losses of
+        weight 0 among them, the codec's output, frames of each clip [B]."""
+        accumulation = self.config.train.accumulation
+        seed = hash((self.config.seed, step, micro)) & 0x7FFFFFFF
         n_frames = ceil_div(batch.lengths, self.params.frame_size)
-        synchronizes = self.process.world_size == 1 or micro == settings.accumulation - 1
+        synchronizes = self.process.world_size == 1 or micro == accumulation - 1
         with nullcontext() if synchronizes else self.model.no_sync():
             targets = self.asr_cache and batch.targets
             needs_teacher = self.teacher and not targets
             if needs_teacher:  # Whisper hears the batch beside all else
-                with self.side_stream:
+                with self.side_stream, record_function("Whisper"):
                     targets = self.teacher(batch.waveform, batch.lengths, self.n_frames)
             output, projected = self.run_codec(batch, seed)
             reconstruction = mask_samples(output.reconstruction, batch.lengths)
-            decay = settings.reconstruction_decay**step
-            weights = {name: w * (decay if name in DECAYING else 1.0) for name, w in vars(config.loss).items() if w}
-            losses, scalars = {}, {}
+            # Cut here, backward of what the waveform's losses hang on comes while Whisper may still be busy.
+            decoded = reconstruction.detach().requires_grad_()
+            decoded.grad = torch.zeros_like(decoded)
+            losses, scalars, adversary = {}, {}, []
             if self.discriminators:
-                matches = step >= config.discriminator.warmup_steps
-                hinge, losses = self._discriminate(batch, reconstruction, seed + 1, matches)
-                scalars["loss/discriminator"] = hinge.detach().clone()
-            losses |= self.codec_losses(list(weights), batch, reconstruction, output, n_frames)
-            if self.teacher:
-                self.side_stream.wait()
-                losses["asr"] = asr_distillation_loss(projected.float(), targets)
-            total = sum(weights[name] * loss for name, loss in losses.items())
-            (total / settings.accumulation).backward()
+                hinge, feature = self._discriminate(batch, decoded, seed + 1)
+                scalars["loss/discriminator"], adversary = hinge.detach().clone(), [hinge]
+                if step >= self.config.discriminator.warmup_steps:
+                    losses["feature"] = feature
+            with record_function("losses of the sound"):
+                losses |= self.sound_losses(decoded, batch.waveform, batch.lengths)
+                weighted = self._weighted(losses, step)
+            torch.autograd.backward([loss / accumulation for loss in adversary + weighted])
+            with record_function("losses of the codes"):
+                of_codes = self.code_losses(batch, output, n_frames)
+                if self.teacher:
+                    self.side_stream.wait()
+                    of_codes["asr"] = asr_distillation_loss(projected.float(), targets)
+                weighted_codes = self._weighted(of_codes, step)
+            roots = [reconstruction, *(loss / accumulation for loss in weighted_codes)]
+            torch.autograd.backward(roots, [decoded.grad, *[None] * len(weighted_codes)])
         if self.asr_cache and needs_teacher:
             self.asr_cache.write(batch.files, targets)
-        if log_zero_weights:
-            idle = [name for name, weight in vars(config.loss).items() if not weight]
-            with torch.no_grad():
-                losses |= self.codec_losses(idle, batch, reconstruction, output, n_frames)
-        scalars |= {f"loss/{name}": loss.detach().clone() for name, loss in losses.items()}  # a graph reuses its memory
-        return {"loss/total": total.detach(), **scalars}, output, n_frames
+        # Copies: a graph reuses its memory.
+        scalars |= {f"loss/{name}": loss.detach().clone() for name, loss in (losses | of_codes).items()}
+        return {"loss/total": sum(weighted + weighted_codes).detach(), **scalars}, output, n_frames
+
+    def _weighted(self, losses: dict[str, Tensor], step: int) -> list[Tensor]:
+        """Those that have a weight, times it."""
+        decay = self.config.train.reconstruction_decay**step
+        weights = {name: w * (decay if name in DECAYING else 1.0) for name, w in vars(self.config.loss).items() if w}
+        return [weights[name] * loss for name, loss in losses.items() if name in weights]
 
     def run_codec(self, batch: Batch, seed: int) -> tuple[CodecOutput, Tensor]:
         """With stochastic quantization -> its output, projected semantic embeddings [B, whisper_width, L]."""
         n_clips, process = self.config.data.batch_size, self.process
         shape = (n_clips, self.params.acoustic_dim, self.n_frames)
         draws = QuantizationDraws.sample(seed, *shape, process.device, process.rank, process.world_size)
-        with self.autocast:
+        with self.autocast, record_function("codec"):
             *fields, projected = self.model(batch.waveform, batch.lengths, *vars(draws).values())
         return CodecOutput(*fields), projected
 
-    def _discriminate(
-        self, batch: Batch, reconstruction: Tensor, seed: int, matches: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Backward of the discriminators on random crops -> their loss, and if the encoder `matches` features, that
-        loss."""
+    def _discriminate(self, batch: Batch, reconstruction: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """AdversarialLosses of random crops."""
         process, n_samples = self.process, self.crop_samples
-        starts, share = random_crops(batch.lengths, n_samples, seed, process.rank, process.world_size)
-        fake = crop(reconstruction, starts, n_samples)
-        with self.autocast:
-            hinge, *maps = self.hinge_loss(crop(batch.waveform, starts, n_samples), fake.detach(), share)
-        (hinge / self.config.train.accumulation).backward()
-        if not matches:
-            return hinge, {}
-        with self.autocast:
-            return hinge, {"feature": self.feature_loss(fake, share, *(m.detach() for m in maps))}
+        with record_function("discriminators"), self.autocast:
+            starts, share = random_crops(batch.lengths, n_samples, seed, process.rank, process.world_size)
+            target, fake = (crop(waveform, starts, n_samples) for waveform in (batch.waveform, reconstruction))
+            return self.adversarial(target, fake, share)
 
-    def codec_losses(
-        self, names: list[str], batch: Batch, reconstruction: Tensor, output: CodecOutput, n_frames: Tensor
-    ) -> dict[str, Tensor]:
-        """Of `names` those that need neither discriminators nor Whisper, and that this run has."""
-        semantic, target, lengths = output.latent[:, : self.params.semantic_dim], batch.waveform, batch.lengths
-        functions = {
-            "l1": lambda: l1_loss(reconstruction, target, lengths),
-            "stft": lambda: stft_loss(reconstruction, target, lengths, self.config.train.stft_fft_sizes),
-            "mel": lambda: self.mel_distance(reconstruction, target, lengths),
-            "commit": lambda: commitment_loss(semantic, output.semantic_quantized, n_frames),
-        }
+    def code_losses(self, batch: Batch, output: CodecOutput, n_frames: Tensor) -> dict[str, Tensor]:
+        """Commitment, and those of known codes that this run has."""
+        semantic = output.latent[:, : self.params.semantic_dim]
+        losses = {"commit": commitment_loss(semantic, output.semantic_quantized, n_frames)}
         if self.matching:
-            functions["match"] = lambda: self.matching(output, n_frames)
+            losses["match"] = self.matching(output, n_frames)
         if batch.codes is not None:
-            functions["codes"] = lambda: codes_loss(output.latent, batch.codes, self.quantizer, self.scale)
-        return {name: functions[name]() for name in names if name in functions}
+            losses["codes"] = codes_loss(output.latent, batch.codes, self.quantizer, self.scale)
+        return losses

@@ -40,7 +40,7 @@ def clip_mean(values: Tensor, valid: Tensor) -> Tensor:
     """Mean over positions t < valid[i] of every clip, then over the clips. values [B, ..., T], valid [B]."""
     mask = torch.arange(values.shape[-1], device=values.device) < valid.view(-1, *[1] * (values.dim() - 1))
     per_position = values[0].numel() // values.shape[-1]
-    sums = torch.where(mask, values, 0.0).flatten(1).sum(1)
+    sums = torch.where(mask, values, 0.0).sum(dim=tuple(range(1, values.dim())))
     return (sums / (valid * per_position)).mean()
 
 
@@ -49,40 +49,107 @@ def l1_loss(prediction: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
     return clip_mean((prediction - target).abs(), lengths)
 
 
-def stft_magnitude(waveform: Tensor, fft_size: int, normalized: bool) -> Tensor:
-    """[B, 1, T] -> [B, fft_size // 2 + 1, 1 + T // hop] in float32; Hann window, hop fft_size / 4, centred frames.
+class SoundLosses(nn.Module):
+    """l1, stft and mel of LossWeights together: magnitudes that stft and mel both want are computed once.
 
-    `normalized` divides by sqrt(fft_size), so that sizes weigh alike.
+    (prediction, target, lengths) -> {name: scalar}, all of them, to be logged; gradients flow from those of weight.
     """
-    window = torch.hann_window(fft_size, device=waveform.device)
-    spectrum = torch.stft(
-        waveform[:, 0].float(), fft_size, fft_size // 4, window=window, normalized=normalized, return_complex=True
-    )
+
+    def __init__(self, weights: LossWeights, fft_sizes: list[int], sampling_rate: int):
+        super().__init__()
+        self.learned = {name for name, weight in vars(weights).items() if weight}
+        self.fft_sizes, self.mel_distance = list(fft_sizes), MelDistance(sampling_rate)
+
+    def forward(self, prediction: Tensor, target: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        pairs = magnitude_pairs(prediction, target, lengths, {*self.fft_sizes, *self.mel_distance.windows})
+        losses = {
+            "l1": l1_loss(mask_samples(prediction, lengths), target, lengths),
+            "stft": stft_loss_of(pairs, lengths, self.fft_sizes),
+            "mel": self.mel_distance.of(pairs, lengths),
+        }
+        return {name: loss if name in self.learned else loss.detach() for name, loss in losses.items()}
+
+
+# ---------------------------------------------------------------- spectra
+
+
+class SplitRFFT(torch.autograd.Function):
+    """[..., n] -> torch.fft.rfft of it, real and imaginary parts apart: [..., n // 2 + 1, 2].
+
+    Its gradient is one FFT with real output; that of torch.fft.rfft takes a complex one of all n bins.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.n = x.shape[-1]
+        return torch.view_as_real(torch.fft.rfft(x))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # irfft counts every bin twice but the first and, of an even n, the last.
+        bin = torch.arange(gradient.shape[-2], device=gradient.device)[:, None]
+        gradient = gradient * torch.where((bin > 0) & (2 * bin < ctx.n), 0.5, 1.0)
+        return torch.fft.irfft(torch.view_as_complex(gradient), ctx.n, norm="forward")
+
+
+def stft(waveform: Tensor, fft_size: int) -> Tensor:
+    """[B, 1, T] -> [B, frames, fft_size // 2 + 1, 2] in float32: torch.stft with a Hann window, hop fft_size // 4 and
+    centred frames, frames = 1 + T // hop.
+
+    Frames are cut as hops side by side: the gradient of slices is a sum, that of torch.stft's overlapping view an
+    index_add with an index of 8 bytes an element.
+    """
+    hop, reach = fft_size // 4, fft_size // 2
+    padded = F.pad(waveform.float(), (reach, reach), mode="reflect")[:, 0]
+    n_frames, n_hops = 1 + (padded.shape[-1] - fft_size) // hop, -(-fft_size // hop)
+    hops = F.pad(padded, (0, (n_frames + n_hops - 1) * hop - padded.shape[-1])).view(len(padded), -1, hop)
+    frames = torch.cat([hops[:, i : i + n_frames] for i in range(n_hops)], dim=-1)[..., :fft_size]
+    return SplitRFFT.apply(frames * torch.hann_window(fft_size, device=waveform.device))
+
+
+def magnitude(waveform: Tensor, fft_size: int) -> Tensor:
+    """[B, 1, T] -> |stft|, [B, frames, bins]"""
     # A magnitude has no gradient at 0 (digital silence): the floor keeps it finite.
-    return (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-12).sqrt()
+    return stft(waveform, fft_size).square().sum(dim=-1).clamp(min=1e-12).sqrt()
 
 
-def n_valid_frames(lengths: Tensor, hop: int) -> Tensor:
-    """Centred STFT frames whose centre lies inside the clip."""
-    return (lengths - 1) // hop + 1
+def stft_magnitude(waveform: Tensor, fft_size: int, normalized: bool) -> Tensor:
+    """[B, 1, T] -> [B, fft_size // 2 + 1, 1 + T // hop] in float32; see stft(). `normalized` divides by
+    sqrt(fft_size), so that sizes weigh alike."""
+    return magnitude(waveform, fft_size).transpose(1, 2) / (fft_size**0.5 if normalized else 1.0)
+
+
+def magnitude_pairs(prediction: Tensor, target: Tensor, lengths: Tensor, fft_sizes) -> dict[int, tuple[Tensor, Tensor]]:
+    """FFT size -> magnitudes of both waveforms, silent beyond their lengths."""
+    prediction, target = mask_samples(prediction, lengths), mask_samples(target, lengths)
+    return {n: (magnitude(prediction, n), magnitude(target, n)) for n in fft_sizes}
+
+
+def frame_mean(values: Tensor, lengths: Tensor, fft_size: int) -> Tensor:
+    """clip_mean() of [B, frames, bins] over the frames whose centre lies inside the clip."""
+    return clip_mean(values.transpose(1, 2), (lengths - 1) // (fft_size // 4) + 1)
 
 
 def stft_loss(prediction: Tensor, target: Tensor, lengths: Tensor, fft_sizes: list[int]) -> Tensor:
-    """L1 between STFT magnitudes, mean over bins, frames and the FFT sizes. The paper names no sizes."""
-    prediction, target = mask_samples(prediction, lengths), mask_samples(target, lengths)
-    losses = [
-        clip_mean(
-            (stft_magnitude(prediction, n, True) - stft_magnitude(target, n, True)).abs(),
-            n_valid_frames(lengths, n // 4),
-        )
-        for n in fft_sizes
-    ]
+    """L1 between STFT magnitudes over sqrt(fft_size), mean over bins, frames and the FFT sizes. The paper names no
+    sizes."""
+    return stft_loss_of(magnitude_pairs(prediction, target, lengths, fft_sizes), lengths, fft_sizes)
+
+
+def stft_loss_of(pairs: dict, lengths: Tensor, fft_sizes: list[int]) -> Tensor:
+    """stft_loss() of magnitude_pairs()."""
+    losses = [frame_mean((pairs[n][0] - pairs[n][1]).abs(), lengths, n) / n**0.5 for n in fft_sizes]
     return torch.stack(losses).mean()
 
 
+def log_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Of magnitudes, element by element: L1 of log10(clamp(m, 1e-5)^2) plus L1 of m."""
+    return (a.clamp(min=1e-5).square().log10() - b.clamp(min=1e-5).square().log10()).abs() + (a - b).abs()
+
+
 class MelDistance(nn.Module):
-    """Mel distance as audiotools defines it: for each window (2048: 150 mels, 512: 80; hop window / 4), L1 of
-    log10(clamp(m, 1e-5)^2) plus L1 of m, summed over the windows. m: Slaney mel bands of STFT magnitudes.
+    """Mel distance as audiotools defines it: for each window (2048: 150 mels, 512: 80; hop window / 4) log_distance()
+    between Slaney mel bands of STFT magnitudes, summed over the windows.
 
     Used as validation metric, and as a loss where `loss.mel` > 0.
     """
@@ -97,26 +164,23 @@ class MelDistance(nn.Module):
             self.register_buffer(f"bands_{window}", bands.T.contiguous(), persistent=False)
 
     def forward(self, prediction: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
-        prediction, target = mask_samples(prediction, lengths), mask_samples(target, lengths)
+        return self.of(magnitude_pairs(prediction, target, lengths, self.windows), lengths)
+
+    def of(self, pairs: dict, lengths: Tensor) -> Tensor:
+        """The distance of magnitude_pairs()."""
         total = 0.0
         for window in self.windows:
             bands = getattr(self, f"bands_{window}")
-            with torch.autocast(prediction.device.type, enabled=False):
-                a, b = (bands @ stft_magnitude(x, window, False) for x in (prediction, target))
-            log_difference = (a.clamp(min=1e-5).square().log10() - b.clamp(min=1e-5).square().log10()).abs()
-            total = total + clip_mean(log_difference + (a - b).abs(), n_valid_frames(lengths, window // 4))
+            with torch.autocast(bands.device.type, enabled=False):
+                a, b = (one @ bands.T for one in pairs[window])
+            total = total + frame_mean(log_distance(a, b), lengths, window)
         return total
 
 
 def stft_distance(prediction: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
     """STFT distance as audiotools defines it: the mel distance's formula on magnitudes of windows 2048 and 512."""
-    prediction, target = mask_samples(prediction, lengths), mask_samples(target, lengths)
-    total = 0.0
-    for window in (2048, 512):
-        a, b = stft_magnitude(prediction, window, False), stft_magnitude(target, window, False)
-        log_difference = (a.clamp(min=1e-5).square().log10() - b.clamp(min=1e-5).square().log10()).abs()
-        total = total + clip_mean(log_difference + (a - b).abs(), n_valid_frames(lengths, window // 4))
-    return total
+    pairs = magnitude_pairs(prediction, target, lengths, (2048, 512))
+    return sum(frame_mean(log_distance(*pair), lengths, n) for n, pair in pairs.items())
 
 
 # ---------------------------------------------------------------- codes
