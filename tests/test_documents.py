@@ -21,8 +21,7 @@ FOLDERS = ("", "benchmarks", "research", "serving")
 SCRIPTS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("*/*.md"))]
 # Named with the commit that has them, or, the last, in the folder of a run.
-GONE = {"benchmarks/long_runs.py", "benchmarks/checkpoint_size.py", "benchmarks/full_pipeline.py"}
-GONE |= {"long_runs.py", "checkpoint_size.py", "research/model_in_the_loop.py", "config.yaml"}
+GONE = {"benchmarks/checkpoint_size.py", "benchmarks/full_pipeline.py", "research/model_in_the_loop.py", "config.yaml"}
 SCHEMAS = {"train_full_pipeline": config.FullPipelineConfig}
 SCHEMAS |= dict.fromkeys(("train_encoder", "demo", "train_step", "concurrent_graphs"), config.EncoderConfig)
 SCHEMAS |= dict.fromkeys(("make_standin", "withheld_encoder", "code_limits"), config.StandinConfig)
@@ -85,9 +84,6 @@ def parser_of(monkeypatch):
 @pytest.mark.parametrize("shown", COMMANDS)
 def test_a_command_is_one_that_its_script_takes(parser_of, shown):
     script, arguments = COMMANDS[shown]
-    if script in GONE:
-        assert not (ROOT / script).exists()
-        return
     module = Path(script).stem if script.endswith(".py") else script
     words = [word for word in shlex.split(arguments.partition(" | ")[0], comments=True) if word.strip(".…")]
     options = vars(parser_of(module)[1](words))
