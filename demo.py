@@ -125,7 +125,8 @@ def main(arguments=None) -> None:
     options = COMMAND_LINE.parse_intermixed_args(arguments)
     with one_sentence():
         run, started = Path(load_config(EncoderConfig, CONFIG, options.overrides).output_dir), time.monotonic()
-        overrides = [*options.overrides, f"data.sources.1.path={(run / 'generated').resolve()}"]
+        generated = (run / "generated").resolve()
+        overrides = [f"match.codes={generated}", *options.overrides, f"data.sources.1.path={generated}"]
         config = load_config(EncoderConfig, CONFIG, overrides)
         judge = Judge(options.speaker_model, options.whisper)  # what is missing is said before any work
         if (run / "config.yaml").is_file():
@@ -133,7 +134,7 @@ def main(arguments=None) -> None:
 
         # ---- 1. the checkpoint's presets speak: clips whose codes are known ----
         generate_clips.main(
-            [f"--checkpoint={config.checkpoint}", f"--output={run / 'generated'}", "--device=cpu"]
+            [f"--checkpoint={config.checkpoint}", f"--output={generated}", "--device=cpu"]
             + [f"--per-voice={CLIPS_PER_VOICE}", f"--max-sec={LONGEST_SEC}", f"--texts={SENTENCES}"]
         )
         # ---- 2. phase 1, and the encoder into the checkpoint ----

@@ -106,9 +106,9 @@ def main(arguments=None) -> None:
         if options.encoder is None:
             print(f"encoder: {encoder}")
         lost = lost_voices(options.checkpoint, options.output) if options.output else []
+        folder = inject(options.checkpoint, encoder, options.lora, options.output, options.weights)
         if options.lora and not adapter_record(options.lora):
             print(f"{options.lora} does not say which encoder it was trained with", file=sys.stderr)
-        folder = inject(options.checkpoint, encoder, options.lora, options.output, options.weights)
         parts = "the encoder" + (" and the merged LoRA" if options.lora else "")
         parts += " and the other weights of phase 2" if options.weights else ""
         print(f"{folder} now holds {parts}{'; --eject takes it out again' if options.in_place else ''}")

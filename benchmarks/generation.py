@@ -20,7 +20,7 @@ from voxtral.acoustic import AcousticTransformer
 from voxtral.backbone import Backbone
 from voxtral.cached_backbone import CachedBackbone
 from voxtral.codec import VoxtralCodec
-from voxtral.command_line import script_parser
+from voxtral.command_line import add_shared, script_parser
 from voxtral.errors import UserError, one_sentence
 from voxtral.generation import FrameLoop, Models, graphed
 from voxtral.params import N_SPECIAL_IDS, parse_params
@@ -161,7 +161,7 @@ def main(arguments=None) -> None:
     add("--batch-sizes", metavar="B", type=int, nargs="+", default=[1, 8, 32])
     add("--frames", metavar="N", type=int, default=250, help="of every run (default: 250, 20 s)")
     add("--prompt", metavar="N", type=int, default=200, help="positions (default: 200, a voice of 12 s and a sentence)")
-    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_shared(parser, "--device")
     options = parser.parse_args(arguments)
 
     with one_sentence():

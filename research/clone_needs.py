@@ -20,8 +20,8 @@ from voxtral.checkpoint import write_text
 from voxtral.clones import Judge, System, items_of_manifest, read_system, speak_and_score, summarize
 from voxtral.code_metrics import code_agreement
 from voxtral.codec import VoxtralCodec
-from voxtral.command_line import script_parser
-from voxtral.errors import UserError, one_sentence
+from voxtral.command_line import add_shared, check_options, script_parser
+from voxtral.errors import one_sentence
 from voxtral.evaluation_report import cell, markdown, number
 from voxtral.json_files import write_json
 from voxtral.losses import MelDistance
@@ -29,6 +29,7 @@ from voxtral.params import CodecParams
 from voxtral.plots import save_figure
 from voxtral.processes import start_process
 from voxtral.reference import prepare_reference
+from voxtral.sources import CODEC_FRAME_SEC
 from voxtral.tts import TTS
 
 MEASURES = {
@@ -213,15 +214,12 @@ def main(arguments=None) -> None:
     add("--data", metavar="MANIFEST", required=True, help="with path, speaker and text")
     add("--speakers", metavar="NAME,...", required=True, help="that nothing has heard")
     add("--per-voice", metavar="K", type=int, default=2, help="sentences of each (default: 2)")
-    add("--whisper", metavar="MODEL", help="counts wrong words: openai-whisper's name of one, or a .pt")
-    add("--speaker-model", metavar="FILE", default="resemblyzer", help="a pretrained.pt (default: the package's)")
+    add_shared(parser, "--whisper", "--speaker-model", "--device")
     add("--max-sec", type=float, default=8.0, help="longest clone (default: 8)")
     add("--output", metavar="DIR", type=Path, required=True, help="folder for the results")
-    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options = parser.parse_args(arguments)
     with one_sentence():
-        if options.per_voice < 1 or not options.max_sec > 0:
-            raise UserError("--per-voice and --max-sec must be above 0.")
+        check_options(options, False, per_voice=1, max_sec=CODEC_FRAME_SEC)
         run(options)
 
 

@@ -3,8 +3,8 @@
 descent  No encoder: the latents of every clip start at the true ones and follow the gradient of the reconstruction
          losses (loss.l1, loss.stft, loss.mel, loss.commit of the config) through the frozen decoder. If they walk away
          from the true codes while the sound gets better, then sound alone does not tell which codes are the true ones.
-told     A fresh encoder is told the true latents of the training speech, which nobody with the real checkpoint can: how
-         many codes of unseen speakers does it find? What is missing then is for lack of data, size or steps; what a
+supervised  A fresh encoder is given the true latents of the training speech, which nobody with the real checkpoint can:
+         how many codes of unseen speakers does it find? What is missing then is for lack of data, size or steps; what a
          trained encoder misses beyond that, sound and statistics do not tell it.
 encoders Trained encoders (--encoder FILE ...): in which directions of the true latents do they err?
 
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
-from withheld_data import check_at_least, training_clips, unseen_clips, withheld_parser
+from withheld_data import training_clips, unseen_clips, withheld_parser
 
 from voxtral.checkpoint import SafetensorsFile, write_text
 from voxtral.code_metrics import code_agreement
 from voxtral.codec import VoxtralCodec, ceil_div, valid_mask
+from voxtral.command_line import check_options
 from voxtral.config import EncoderConfig, StandinConfig, load_config
 from voxtral.data import Batch, SpeechDataset, make_loader, validation_batches
 from voxtral.encoder_training import choose_trainable
@@ -145,7 +146,7 @@ class Limits:
             optimizer.step()
         return rows
 
-    def told(self, clips: list[Clip], steps: int) -> dict:
+    def supervised(self, clips: list[Clip], steps: int) -> dict:
         """The loss: L1 of the latents as the decoder sees them, in deviations of each channel."""
         config, quantizer, device = self.config, self.codec.quantizer, self.deviation.device
         student = deepcopy(self.codec)
@@ -176,7 +177,7 @@ class Limits:
             optimizer.step()
         with torch.no_grad():
             latents = [student.encode_latent(batch.waveform, batch.lengths).float() for batch in self.batches]
-        return {"measurement": "told", "at": steps} | self.measure(latents) | {"loss": loss.item()}
+        return {"measurement": "supervised", "at": steps} | self.measure(latents) | {"loss": loss.item()}
 
     @torch.no_grad()
     def encoders(self, files: list[Path]) -> list[dict]:
@@ -200,7 +201,7 @@ class Limits:
 
 
 def table(rows: list[dict]) -> str:
-    names = {"descent": "descent, step", "told": "told, steps"}
+    names = {"descent": "descent, step", "supervised": "supervised, steps"}
     lines = []
     for row in rows:
         by_direction = row.get("error_by_direction", [])
@@ -223,14 +224,19 @@ def main(arguments=None) -> None:
     add = parser.add_argument
     add("--steps", metavar="N", type=int, default=120, help="of the descent (default: %(default)s)")
     add("--learning-rate", metavar="R", type=float, default=0.02, help="of the descent (default: %(default)s)")
-    add("--told", metavar="N,...", default="200", help="steps of told encoders (default: %(default)s; 0: none)")
+    add(
+        "--supervised",
+        metavar="N,...",
+        default="200",
+        help="steps of supervised encoders (default: %(default)s; 0: none)",
+    )
     add("--encoder", metavar="FILE", type=Path, action="append", default=[], help="a trained encoder; repeatable")
     options = parser.parse_intermixed_args(arguments)
     with one_sentence():
-        check_at_least(options, clips=1, steps=1)
-        told = options.told.split(",")
-        if not all(steps.isdecimal() for steps in told):
-            raise UserError(f"--told is {options.told}; write numbers of steps as 500,2000.")
+        check_options(options, False, clips=1, steps=1)
+        supervised = options.supervised.split(",")
+        if not all(steps.isdecimal() for steps in supervised):
+            raise UserError(f"--supervised is {options.supervised}; write numbers of steps as 500,2000.")
         config = load_config(StandinConfig, options.data, options.overrides)
         if not any(getattr(config.loss, name) for name in ("l1", "stft", "mel")):
             raise UserError(f"{options.data}: the descent needs loss.l1, loss.stft or loss.mel.")
@@ -249,7 +255,7 @@ def main(arguments=None) -> None:
         trained_on = training_clips(config.data)
         rows = [
             *limits.descent(options.steps, options.learning_rate),
-            *(limits.told(trained_on, int(steps)) for steps in told if int(steps)),
+            *(limits.supervised(trained_on, int(steps)) for steps in supervised if int(steps)),
             *limits.encoders(options.encoder),
         ]
         report = environment(process) | {

@@ -106,7 +106,7 @@ judge() {
         [ -f "$file/encoder.safetensors" ] && encoders+=(--encoder "$file/encoder.safetensors")  # not all had the time
     done
     part limits python research/code_limits.py "${mid[@]}" "${encoders[@]}" --output "$output/limits" \
-        --told "$row_steps,$((4 * row_steps))"
+        --supervised "$row_steps,$((4 * row_steps))"
 }
 
 # Speed and memory against batch and length; GPU-only tests.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.codec import codebook_offsets
-from voxtral.command_line import script_parser
+from voxtral.command_line import add_shared, script_parser
 from voxtral.errors import UserError, one_sentence
 from voxtral.layout import meta_codec
 from voxtral.params import N_SPECIAL_IDS, ModelParams, parse_params
@@ -79,7 +79,7 @@ def main(arguments=None) -> None:
     parser.add_argument(
         "--structure", action="append", default=[], help=f"repeatable (default: {', '.join(STRUCTURES)})"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_shared(parser, "--device")
     options = parser.parse_args(arguments)
     with one_sentence():
         for structure in options.structure:

@@ -32,14 +32,6 @@ def withheld_parser(description: str, examples: str, n_clips: int, output: str) 
     return parser
 
 
-def check_at_least(options, **least: float) -> None:
-    """Raises UserError for an option that is given and below its least value."""
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and not value >= bound:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {bound} or more.")
-
-
 def training_clips(data: DataConfig) -> list[Clip]:
     """All that is trained on."""
     return [clip for source in split_validation(find_clips(data)[0], data.validation)[0] for clip in source]
@@ -55,10 +47,10 @@ def unseen_clips(options, data: DataConfig) -> list[Clip]:
         clips = find_clips(DataConfig(data_root=str(manifest.parent), sources=[source]))[0][0]
     else:
         clips = choose_clips(options.eval, [], everything=True)[0]
-    heard = sorted({clip.speaker for clip in clips} & {clip.speaker for clip in training_clips(data)})
-    if heard:
+    trained_on = sorted({clip.speaker for clip in clips} & {clip.speaker for clip in training_clips(data)})
+    if trained_on:
         raise UserError(
-            f"--eval {options.eval}: the encoders are trained on {', '.join(heard[:N_NAMED])}; measure on "
+            f"--eval {options.eval}: the encoders are trained on {', '.join(trained_on[:N_NAMED])}; measure on "
             "speakers that they never hear."
         )
     by_speaker = defaultdict(list)

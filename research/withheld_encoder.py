@@ -23,13 +23,14 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(folder) for folder in list(Path(__file__).parents)[:2]]
-from withheld_data import check_at_least, training_clips, unseen_clips, withheld_parser
+from withheld_data import training_clips, unseen_clips, withheld_parser
 from withheld_runs import KNOWN_CODES, PAPER, ROWS, TRUE_CHECKPOINT, Run, make_run, train_until
 
 from evaluate import summaries
 from voxtral.checkpoint import SafetensorsFile, write_text
 from voxtral.clips import resynthesize
 from voxtral.codec import VoxtralCodec
+from voxtral.command_line import check_options
 from voxtral.config import StandinConfig, load_config
 from voxtral.data import SAMPLE_RATE
 from voxtral.errors import UserError, one_sentence
@@ -216,7 +217,7 @@ def write_results(options, runs: list[Run], judge: Judge, failed: dict[str, str]
 
 def benchmark(options) -> None:
     started = time.monotonic()
-    deadline = started + 60 * options.minutes
+    deadline = math.inf if options.minutes is None else started + 60 * options.minutes
 
     # ---- 1. the runs: every row with the first seed, then with the second, ... ----
     if not options.resume and list(options.output.glob("*_seed*")):
@@ -318,7 +319,7 @@ def main(arguments=None) -> None:
     add("--seeds", metavar="N,...", default="0,1,2", help="for a run of each row (default: %(default)s)")
     add("--rows", metavar="NAME,...", default=",".join(ROWS), help="(default: all)")
     add("--resume", action="store_true", help="go on in OUTPUT; finished runs are skipped")
-    add("--minutes", metavar="M", type=float, default=math.inf, help="stop then; a run that is not ready is saved")
+    add("--minutes", metavar="M", type=float, help="stop then; a run that is not ready is saved")
     add("--at-once", metavar="N", type=int, help="runs at a time, each on its GPU (default: one a GPU)")
     add("--metrics", metavar="NAME,...", default=",".join(SOUND), help="scores of evaluate.py (default: %(default)s)")
     add(
@@ -336,7 +337,7 @@ def main(arguments=None) -> None:
             if not seed.isdecimal():
                 raise UserError(f"--seeds: '{seed}' is no number; write them as 0,1,2.")
         options.seeds = list(map(int, options.seeds))
-        check_at_least(options, steps=1, clips=1, at_once=1, minutes=0, max_sec=0.1)
+        check_options(options, False, steps=1, clips=1, at_once=1, minutes=0, max_sec=0.1)
         check_scores(options.metrics)
         benchmark(options)
 

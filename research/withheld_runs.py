@@ -181,11 +181,11 @@ def train_until(run: Run, deadline: float, stop: StopSignal, gpu: int) -> int:
             stdout=log,
             stderr=STDOUT,
         )
-    told = False
+    terminated = False
     while child.poll() is None:
         time.sleep(0.2)
-        if not told and (stop.received or time.monotonic() > deadline):
-            told = True
+        if not terminated and (stop.received or time.monotonic() > deadline):
+            terminated = True
             child.terminate()
     return child.returncode
 

@@ -1,8 +1,10 @@
 """How fast the server and clone_voice.py say one sentence with the embedded stand-in, on the same two CPU cores.
 
-.venv/bin/python serving/benchmark.py prints a table: medians over --turns, in brackets the least and the most. In each
-turn every row has one request, since other programs may use the cores; a first turn warms up. Loading is not counted,
-nor is preparing the recording: both are given its samples at 24 kHz, every turn others, since the engine remembers.
+    .venv/bin/python serving/benchmark.py --turns 5
+
+It prints a table: medians over the turns, in brackets the least and the most. In each turn every row has one request,
+since other programs may use the cores; a first turn warms up. Loading is not counted, nor is preparing the recording:
+both are given its samples at 24 kHz, every turn others, since the engine remembers.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""vLLM-Omni of .venv-serve on the loopback, started and asked as README's "Serve it" says."""
+"""vLLM-Omni of .venv-serve on the loopback, started and asked as README.md says."""
 
 import json
 import os

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import whisper
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from voxtral.checkpoint import save_tensors
@@ -87,6 +89,19 @@ def write_injected(base, voices):
     write_random_checkpoint(base / "released", small_params(), voices)
     encoder = write_encoder(base / "encoder.safetensors", base / "released")
     return inject(base / "released", encoder, output=base / "checkpoint")
+
+
+def write_golden(folder, file, sizes, change=lambda tensors: None):
+    """A checkpoint folder with the weights of a file of reference numbers, and nothing else; sizes: its metadata -> the
+    content of params.json; change: of the tensors."""
+    with safe_open(file, framework="pt") as opened:
+        raw = sizes({key: json.loads(value) for key, value in opened.metadata().items()})
+    folder.mkdir(exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(raw))
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("io.")}
+    change(tensors)
+    save_tensors(folder / "consolidated.safetensors", tensors)
+    return folder
 
 
 @pytest.fixture(scope="session")

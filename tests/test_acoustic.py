@@ -1,17 +1,14 @@
 """The acoustic transformer against numbers that the serving engine's own module produced."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative_error
-from safetensors import safe_open
+from conftest import relative_error, write_golden
 from safetensors.torch import load_file
 
 from voxtral.acoustic import AcousticTransformer
-from voxtral.checkpoint import save_tensors
 from voxtral.layout import released_layout
 from voxtral.params import CheckpointError, parse_params
 from voxtral.standin import full_params, small_params
@@ -19,21 +16,10 @@ from voxtral.standin import full_params, small_params
 GOLDEN = Path(__file__).parent / "data" / "acoustic_small.safetensors"
 
 
-def write_golden(folder, change=lambda tensors: None):
-    """A checkpoint folder with the golden weights, and nothing else."""
-    with safe_open(GOLDEN, framework="pt") as file:
-        sizes = json.loads(file.metadata()["multimodal.audio_model_args"])
-    raw = small_params(
-        {"dim": sizes["acoustic_transformer_args"]["dim"]},
-        sizes["acoustic_transformer_args"],
-        {"semantic_codebook_size": sizes["semantic_codebook_size"]},
-    )
-    folder.mkdir(exist_ok=True)
-    (folder / "params.json").write_text(json.dumps(raw))
-    tensors = {name: tensor for name, tensor in load_file(GOLDEN).items() if not name.startswith("io.")}
-    change(tensors)
-    save_tensors(folder / "consolidated.safetensors", tensors)
-    return folder
+def sizes(metadata):
+    args = metadata["multimodal.audio_model_args"]
+    acoustic, codec = args["acoustic_transformer_args"], {"semantic_codebook_size": args["semantic_codebook_size"]}
+    return small_params({"dim": acoustic["dim"]}, acoustic, codec)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +29,7 @@ def golden():
 
 @pytest.fixture
 def acoustic(tmp_path):
-    return AcousticTransformer.from_checkpoint(write_golden(tmp_path / "golden"), dtype=torch.float32)
+    return AcousticTransformer.from_checkpoint(write_golden(tmp_path / "golden", GOLDEN, sizes), dtype=torch.float32)
 
 
 def test_velocity_equals_serving(acoustic, golden):
@@ -114,16 +100,18 @@ def test_names_are_the_checkpoints():
 
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
     name = "acoustic_transformer.layers.1.attention.wk.weight"
-    missing = write_golden(tmp_path / "missing", lambda tensors: tensors.pop(name))
+    missing = write_golden(tmp_path / "missing", GOLDEN, sizes, lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=name):
         AcousticTransformer.from_checkpoint(missing)
-    wrong = write_golden(tmp_path / "wrong", lambda t: t.update({"acoustic_transformer.norm.weight": torch.ones(31)}))
+    wrong = write_golden(
+        tmp_path / "wrong", GOLDEN, sizes, lambda t: t.update({"acoustic_transformer.norm.weight": torch.ones(31)})
+    )
     with pytest.raises(CheckpointError, match=r"norm.weight has shape \[31\]"):
         AcousticTransformer.from_checkpoint(wrong)
 
 
 def test_loads_in_the_dtype_asked_for_and_frozen(tmp_path, golden):
-    acoustic = AcousticTransformer.from_checkpoint(write_golden(tmp_path / "golden"))
+    acoustic = AcousticTransformer.from_checkpoint(write_golden(tmp_path / "golden", GOLDEN, sizes))
     assert {(p.dtype, p.requires_grad) for p in acoustic.parameters()} == {(torch.bfloat16, False)}
     ids = acoustic.frame(golden["hidden"].bfloat16(), golden["x_0"])
     assert (ids == golden["codes"]).float().mean() > 0.8  # rounding moves some levels by one

@@ -46,6 +46,8 @@ def test_an_adapter_goes_with_its_encoder_only(adapter, folder, encoder, tmp_pat
     options = command_line(checkpoint=folder, encoder=other, lora=adapter, output=tmp_path / "wrong")
     said = refused(inject_encoder.main, options)
     assert str(encoder) in said and str(other) in said and not (tmp_path / "wrong").exists()
+    options = command_line(checkpoint=folder, encoder=encoder, lora=tmp_path / "none", output=tmp_path / "wrong")
+    assert refused(inject_encoder.main, options).startswith(f"error: {tmp_path}/none/adapter_config.json is missing")
 
 
 def test_an_adapter_trained_beside_its_encoder_goes_with_that_one(command, folder, encoder, tmp_path):

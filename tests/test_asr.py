@@ -283,5 +283,5 @@ def test_beside_the_codec_it_computes_what_it_does_alone(import_script, tmp_path
     torch.save({"dims": dims, "model_state_dict": model.state_dict()}, tmp_path / "base.pt")
     model = f"asr.model={tmp_path / 'base.pt'}"
     with pytest.raises(SystemExit) as ended:
-        import_script("graphs_beside").main(["--replays", "300", model, "train.compile=false"])
+        import_script("concurrent_graphs").main(["--replays", "300", model, "train.compile=false"])
     assert ended.value.code == 0

@@ -1,36 +1,26 @@
 """The backbone against numbers that the serving engine's own modules produced, and with a LoRA adapter."""
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import relative_error, write_golden
 from packaging.requirements import Requirement
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from voxtral import backbone
 from voxtral.backbone import Backbone, halves_to_native, native_to_halves, to_native_name, to_transformers_name
-from voxtral.checkpoint import TEXT_EMBEDDING_NAME, save_tensors
+from voxtral.checkpoint import TEXT_EMBEDDING_NAME
 from voxtral.params import CheckpointError
 from voxtral.standin import small_params, write_random_checkpoint
 
 GOLDEN = Path(__file__).parent / "data" / "backbone_small.safetensors"
 
 
-def write_golden(folder, change=lambda tensors: None):
-    """A checkpoint folder with the golden weights, and nothing else."""
-    with safe_open(GOLDEN, framework="pt") as file:
-        sizes = {key: json.loads(value) for key, value in file.metadata().items()}
-    folder.mkdir(exist_ok=True)
-    (folder / "params.json").write_text(json.dumps(small_params(backbone=sizes)))
-    tensors = {name: tensor for name, tensor in load_file(GOLDEN).items() if not name.startswith("io.")}
-    change(tensors)
-    save_tensors(folder / "consolidated.safetensors", tensors)
-    return folder
+def sizes(metadata):
+    return small_params(backbone=metadata)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +30,7 @@ def golden():
 
 @pytest.fixture(name="backbone")
 def golden_backbone(tmp_path):
-    return Backbone.from_checkpoint(write_golden(tmp_path / "golden"), dtype=torch.float32)
+    return Backbone.from_checkpoint(write_golden(tmp_path / "golden", GOLDEN, sizes), dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -113,7 +103,7 @@ def test_lora_changes_outputs_and_can_be_written_back_natively(backbone, golden,
                 b = halves_to_native(b, heads, 16) if heads else b
                 tensors[to_native_name(name) + ".weight"] += module.scaling["default"] * b @ a
 
-    merged = Backbone.from_checkpoint(write_golden(tmp_path / "merged", merge), dtype=torch.float32)
+    merged = Backbone.from_checkpoint(write_golden(tmp_path / "merged", GOLDEN, sizes, merge), dtype=torch.float32)
     assert relative_error(merged(x), backbone(x).detach()) < 1e-5
 
 
@@ -127,10 +117,12 @@ def test_loads_a_whole_checkpoint_in_bf16(tmp_path):
 
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
     name = "layers.1.attention.wq.weight"
-    missing = write_golden(tmp_path / "missing", lambda tensors: tensors.pop(name))
+    missing = write_golden(tmp_path / "missing", GOLDEN, sizes, lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=name):
         Backbone.from_checkpoint(missing)
-    misshapen = write_golden(tmp_path / "misshapen", lambda tensors: tensors.update({"norm.weight": torch.ones(31)}))
+    misshapen = write_golden(
+        tmp_path / "misshapen", GOLDEN, sizes, lambda tensors: tensors.update({"norm.weight": torch.ones(31)})
+    )
     with pytest.raises(CheckpointError, match=r"norm.weight has shape \[31\]"):
         Backbone.from_checkpoint(misshapen)
 
@@ -148,7 +140,7 @@ def test_a_transformers_that_ignores_theta_is_found_at_load(tmp_path, monkeypatc
 
     monkeypatch.setattr(backbone, "MistralRotaryEmbedding", Old)
     with pytest.raises(CheckpointError, match="rope_theta 1e[+]06 of params.json: pip install -r requirements.txt"):
-        Backbone.from_checkpoint(write_golden(tmp_path / "golden"))
+        Backbone.from_checkpoint(write_golden(tmp_path / "golden", GOLDEN, sizes))
 
 
 def test_versions_have_the_lower_bounds_that_were_tried():

@@ -1,4 +1,4 @@
-"""research/code_limits.py on the embedded stand-in: descent, told and trained encoders."""
+"""research/code_limits.py on the embedded stand-in: descent, supervised and trained encoders."""
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ def test_padding_decides_nothing(limits):
     assert one["levels_equal"] == 1
 
 
-# ---------------------------------------------------------------- an encoder that is told the true latents
+# ---------------------------------------------------------------- an encoder that is given the true latents
 
 
 def disturbed(encoder, share):
@@ -107,7 +107,7 @@ def disturbed(encoder, share):
     }
 
 
-def test_told_comes_closer_to_the_true_latents(code_limits, limits, spoken, monkeypatch):
+def test_a_supervised_encoder_comes_closer_to_the_true_latents(code_limits, limits, spoken, monkeypatch):
     before, errors = {name: tensor.clone() for name, tensor in limits.codec.state_dict().items()}, []
     near = disturbed(limits.codec.encoder_tensors(), 0.3)  # from a fresh one it takes longer than a test may
     monkeypatch.setattr(code_limits, "fresh_encoder", lambda *_: near)
@@ -118,14 +118,14 @@ def test_told_comes_closer_to_the_true_latents(code_limits, limits, spoken, monk
         "measure",
         lambda latents: errors.append(((limits.together(latents) - true) / limits.deviation).abs().mean()) or {},
     )
-    rows = [limits.told(spoken, steps) for steps in (1, 20)]
-    assert [(row["measurement"], row["at"]) for row in rows] == [("told", 1), ("told", 20)]
+    rows = [limits.supervised(spoken, steps) for steps in (1, 20)]
+    assert [(row["measurement"], row["at"]) for row in rows] == [("supervised", 1), ("supervised", 20)]
     assert errors[1] < 0.9 * errors[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in limits.codec.state_dict().items())
     assert not any(parameter.requires_grad for parameter in limits.codec.parameters())
 
 
-def test_what_told_lowers_is_the_distance_of_frames_that_are_no_padding(limits, spoken, monkeypatch):
+def test_what_supervision_lowers_is_the_distance_of_frames_that_are_no_padding(limits, spoken, monkeypatch):
     config, errors = limits.config, []
     monkeypatch.setattr(config.data, "max_sec", 3.6)
     batch = next(iter(make_loader(SpeechDataset(spoken, 3.6, config.seed), config.data, config.seed)))
@@ -139,7 +139,7 @@ def test_what_told_lowers_is_the_distance_of_frames_that_are_no_padding(limits, 
                 for codec in (fresh, limits.codec)
             )
             errors.append((ours - true).abs() / limits.deviation)
-    assert limits.told(spoken, 1)["loss"] == pytest.approx(torch.cat(errors, dim=1).mean().item(), rel=1e-4)
+    assert limits.supervised(spoken, 1)["loss"] == pytest.approx(torch.cat(errors, dim=1).mean().item(), rel=1e-4)
 
 
 # ---------------------------------------------------------------- errors of trained encoders
@@ -178,18 +178,30 @@ def test_an_encoder_that_says_the_mean_misses_the_variance(more, tmp_path, monke
 
 
 def test_command(code_limits, limits, tmp_path, capsys, monkeypatch):
-    heard, told = [], code_limits.Limits.told
+    trained_on, supervised = [], code_limits.Limits.supervised
     monkeypatch.setattr(
-        code_limits.Limits, "told", lambda self, clips, steps: heard.extend(clips) or told(self, clips, steps)
+        code_limits.Limits,
+        "supervised",
+        lambda self, clips, steps: trained_on.extend(clips) or supervised(self, clips, steps),
     )
     encoder = tmp_path / "run" / "encoder.safetensors"
     save_tensors(encoder, fresh_encoder(limits.codec, 0))
-    code_limits.main(COMMAND + command_line(output=tmp_path, clips=4, steps=6, told="2,0,1", encoder=encoder))
+    code_limits.main(COMMAND + command_line(output=tmp_path, clips=4, steps=6, supervised="2,0,1", encoder=encoder))
     report = read_report(tmp_path / "results.json")
-    names = [*["descent"] * 7, "told", "told", f"encoder {encoder.parent.parent.name}/{encoder.parent.name}"]
+    names = [
+        *["descent"] * 7,
+        "supervised",
+        "supervised",
+        f"encoder {encoder.parent.parent.name}/{encoder.parent.name}",
+    ]
     assert [row["measurement"] for row in report["rows"]] == names and report["clips"] == 4
-    assert [row["at"] for row in report["rows"] if row["measurement"] == "told"] == [2, 1]
-    assert len(heard) == 2 * 215 and not {clip.speaker for clip in heard} & {"w_m390", "w_f391", "w_m400", "w_f401"}
+    assert [row["at"] for row in report["rows"] if row["measurement"] == "supervised"] == [2, 1]
+    assert len(trained_on) == 2 * 215 and not {clip.speaker for clip in trained_on} & {
+        "w_m390",
+        "w_f391",
+        "w_m400",
+        "w_f401",
+    }
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n") == 2 + len(report["rows"])
 
@@ -199,7 +211,7 @@ def test_command(code_limits, limits, tmp_path, capsys, monkeypatch):
     [
         (["--steps", "0"], "--steps is 0"),
         (["--clips", "0"], "--clips is 0"),
-        (["--told", "500,x"], "--told is 500,x"),
+        (["--supervised", "500,x"], "--supervised is 500,x"),
         (["--encoder", "none.safetensors"], "none.safetensors is missing"),
         (["loss.l1=0", "loss.mel=0"], "needs loss.l1, loss.stft or loss.mel"),
     ],

@@ -77,7 +77,7 @@ def test_encoder_yaml_names_every_key_and_states_the_defaults():
     assert different == {"data.sources", "data.num_workers", "data.validation.test_clips", "train.max_steps"}
 
 
-def test_full_pipeline_yaml_is_the_seeds_recipe_and_states_the_defaults():
+def test_full_pipeline_yaml_is_plain_distillation_and_states_the_defaults():
     config = load_config(FullPipelineConfig, CONFIGS / "full_pipeline.yaml", [])
     assert (config.lora.rank, config.optimizer.learning_rate, config.train.trainable) == (8, 2e-5, ["lora"])
     assert config.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -89,7 +89,7 @@ def test_full_pipeline_yaml_is_the_seeds_recipe_and_states_the_defaults():
     assert different == {"sources", "num_workers", "batch_size", "max_sec", "validation.clips"}
 
 
-def test_encoder_paper_yaml_is_the_seeds_recipe():
+def test_encoder_paper_yaml_is_the_papers_recipe():
     config = load_config(EncoderConfig, CONFIGS / "encoder_paper.yaml", [])
     assert (config.data.batch_size, config.data.max_sec) == (4, 4.0)
     assert (config.optimizer.learning_rate, config.optimizer.betas) == (3e-4, [0.8, 0.99])

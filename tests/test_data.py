@@ -454,7 +454,9 @@ def test_librispeech(tmp_path, folder, path):
     for name in (
         "train-other-500/20/7/20-7-0.flac",
         "train-clean-360/14/3/14-3-1.wav",
-        "train-clean-360/14/3/14.trans.txt",
+        "train-clean-360/14/3/14-3.trans.txt",
+        "train-clean-360/14/3/14-3.trans.tsv",
+        "train-clean-360/14/3/14-3-2.m4a",
         "train-clean-360/stray.flac",
         "dev-clean/1/1/1.flac",
     ):
@@ -467,6 +469,7 @@ def test_librispeech(tmp_path, folder, path):
     ]
     assert absent[0] == f"absent: books: {tmp_path / path / 'train-clean-100'}"
     assert "1 passed over: not where */*/* looks (stray.flac)" in "\n".join(absent)
+    assert any(".m4a: " in line for line in absent) and not any(".t" in line for line in absent)  # no word of the texts
 
 
 @pytest.mark.parametrize("release", ["", "cv-corpus-17.0-2024-03-15/"])

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import math
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -314,6 +315,10 @@ def test_voice_statistics_by_hand():
     assert [
         same[key] for key in ("mean_cosine_to_presets", "variance_over_presets", "log_variance_correlation")
     ] == pytest.approx([1, 1, 1])
+    with warnings.catch_warnings():  # of an encoder that always says the same
+        warnings.simplefilter("error")
+        constant = voice_statistics([torch.ones(3, 2)], ["anna"], rms=15.0)
+        assert math.isnan(compare_voices(constant, voices)["log_variance_correlation"])
 
 
 def test_untrained_is_where_training_starts(codec, released):

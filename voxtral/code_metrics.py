@@ -9,9 +9,9 @@ from voxtral.codec import valid_mask
 def code_statistics(codes: Tensor, n_frames: Tensor, semantic_size: int, n_levels: int) -> dict[str, Tensor]:
     """Statistics of codes [B, 1 + acoustic_dim, L] over frames l < n_frames[i]; tensors on the device of `codes`.
 
-    semantic_used: distinct semantic codes; semantic_perplexity: exp of their entropy (the seed's wall 1 is 1 for
-    both); level_histogram [n_levels]: shares of the acoustic levels; extremes_share: share of levels 0 and
-    n_levels - 1 (the seed's wall 2 is 1).
+    semantic_used: distinct semantic codes; semantic_perplexity: exp of their entropy (of a collapsed codebook both
+    are 1); level_histogram [n_levels]: shares of the acoustic levels; extremes_share: share of levels 0 and
+    n_levels - 1 (of saturated levels it is 1).
     """
     valid = valid_mask(n_frames, codes.shape[-1])
     ones = valid.float()

@@ -128,13 +128,13 @@ class VoxtralCodec(nn.Module):
         self.load_state_dict({name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}, strict=False)
         self.has_encoder = True
 
-    def load_decoder(self, tensors: dict[str, Tensor], where="the decoder file") -> None:
+    def load_decoder(self, tensors: dict[str, Tensor]) -> None:
         """Takes all other tensors of the codec under their full checkpoint names. Raises CheckpointError likewise."""
         own = {CODEC_PREFIX + name: t.shape for name, t in self.state_dict().items()}
         check_shapes(
             {name: t.shape for name, t in tensors.items()},
             {name: shape for name, shape in own.items() if not name.startswith(ENCODER_PREFIXES)},
-            where,
+            "the decoder file",
         )
         self.load_state_dict({name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}, strict=False)
 

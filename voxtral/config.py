@@ -135,7 +135,7 @@ class AdapterConfig:
 
 @dataclass
 class FullPipelineLosses:
-    """The map of weights of phase 2. The seed's recipe is `hidden` alone."""
+    """The map of weights of phase 2. The default is `hidden` alone: plain distillation."""
 
     hidden: float = 1.0  # squared error of the hidden states at the reference's positions, mean over layers
     semantic_kl: float = 0.0  # KL of the semantic ids' distribution where frames are predicted

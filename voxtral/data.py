@@ -331,7 +331,7 @@ def print_advice(opened: dict[str, Header]) -> None:
     if several:
         print(f"{several} clips have several channels: of each crop the channel with most speech is taken.")
     if complaints():
-        print(f"The decoder complained {complaints()} times of damaged frames.")
+        print(f"Decoders complained {complaints()} times: of damaged frames, or of an MP3 read from its middle.")
 
 
 def print_epoch(

@@ -284,12 +284,14 @@ def voice_statistics(embeddings: Iterable[Tensor], speakers: list, rms: float) -
 def compare_voices(voices: VoiceStatistics, presets: VoiceStatistics) -> dict[str, float]:
     """Numbers for the report; with `presets` itself every comparison is perfect (1, and 0 for the distance)."""
     log_variances = np.log(np.maximum(np.stack([voices.variance.numpy(), presets.variance.numpy()]), 1e-12))
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN where all codes are the same
+        correlation = float(np.corrcoef(log_variances)[0, 1])
     return {
         **{name: value for name, value in vars(voices).items() if not isinstance(value, Tensor)},
         "mean_cosine_to_presets": torch.cosine_similarity(voices.mean, presets.mean, dim=0).item(),
         "mean_distance_to_presets": ((voices.mean - presets.mean).norm() / presets.mean.norm()).item(),
         "variance_over_presets": (voices.variance.sum() / presets.variance.sum()).item(),
-        "log_variance_correlation": float(np.corrcoef(log_variances)[0, 1]),
+        "log_variance_correlation": correlation,
     }
 
 

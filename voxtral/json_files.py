@@ -21,7 +21,7 @@ def read_json(path) -> tuple[str, dict]:
         text = path.read_bytes().decode("utf-8")
         content = json.loads(text)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: download it again.") from error
+        raise CheckpointError(f"{path} is missing: download it again, or name another folder.") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from error
     if not isinstance(content, dict):

@@ -25,6 +25,7 @@ from voxtral.remarks import Remarks
 from voxtral.tables import is_unicode, read_table
 
 LIBRISPEECH_FOLDERS = ("", "LibriSpeech", "LibriTTS_R", "LibriTTS")  # as their archives unpack
+LIBRISPEECH_TEXTS = (".txt", ".tsv")  # beside their clips
 CODEC_FRAME_SEC = 0.08  # 1920 samples at 24 kHz
 
 
@@ -232,15 +233,15 @@ def _as_clips(clips: Sequence[Clip]) -> Clips:
     return clips if isinstance(clips, Clips) else Clips.of_list(clips)
 
 
-def _audio_files(folder: Path, pattern: str, remarks: Remarks) -> Iterator[str]:
-    """Paths relative to `folder`; other files are counted by their suffix."""
+def _audio_files(folder: Path, pattern: str, remarks: Remarks, expected: tuple[str, ...] = ()) -> Iterator[str]:
+    """Paths relative to `folder`; other files are counted by their suffix, but for `expected` ones."""
     if not folder.is_dir():
         raise Absent(str(folder))
     for name in find_files(folder, pattern, remarks):
         suffix = os.path.splitext(name)[1].lower()
         if suffix in AUDIO_SUFFIXES:
             yield name
-        else:
+        elif suffix not in expected:
             reason = CONVERT if suffix in OTHER_MEDIA else "no audio"
             remarks.pass_over(f"{suffix or 'no suffix'}: {reason}", name)
 
@@ -264,7 +265,7 @@ def _librispeech(source: SourceConfig, index: int, root: Path, subset: str, rema
     for path in candidates:
         remarks.look_at(path)
     folder = next((path for path in candidates if path.is_dir()), candidates[0])
-    for name in _audio_files(folder, "*/*/*", remarks):
+    for name in _audio_files(folder, "*/*/*", remarks, LIBRISPEECH_TEXTS):
         path = os.path.join(folder, name)
         yield Clip(path, _folder_name(os.path.dirname(path)), index)
 

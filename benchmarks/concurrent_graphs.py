@@ -28,7 +28,7 @@ from voxtral.run import SideStream
 
 EXAMPLES = """examples:
   # the codec at full width with random weights beside Whisper base, 300 times, some minutes on one GPU
-  python benchmarks/graphs_beside.py --replays 300 asr.model=base.pt data.batch_size=32
+  python benchmarks/concurrent_graphs.py --replays 300 asr.model=base.pt data.batch_size=32
 """
 
 
@@ -41,7 +41,7 @@ class Graphs:
         codec.requires_grad_(False)
         for parameter in codec.encoder_parameters():
             parameter.requires_grad_(True)
-        self.device, self.beside = device, SideStream(device)
+        self.device, self.side = device, SideStream(device)
         self.teacher = WhisperTeacher(config.asr, config.data.max_sec, device)
         self.model = TrainingModel(codec, self.teacher.width).to(device).train()
         n_samples = round(config.data.max_sec * SAMPLE_RATE)
@@ -62,7 +62,7 @@ class Graphs:
         """Name -> copy of every output and gradient."""
         self.model.zero_grad()
         if at_once:
-            with self.beside:
+            with self.side:
                 targets = self.teacher(self.audio, self.lengths, self.n_frames)
         else:
             targets = self.teacher(self.audio, self.lengths, self.n_frames)
@@ -73,7 +73,7 @@ class Graphs:
         (
             outputs[0].square().mean() + outputs[1].float().square().mean() + outputs[4].float().square().mean()
         ).backward()
-        self.beside.wait()
+        self.side.wait()
         found = {f"whisper.{name}": tensor for name, tensor in vars(targets).items()}
         found |= {f"codec.output.{i}": tensor for i, tensor in enumerate(outputs)}
         found |= {f"codec.gradient.{name}": p.grad for name, p in self.model.named_parameters() if p.grad is not None}
