@@ -49,7 +49,7 @@ from voxtral.known_codes import CodeMatching, codes_of_clips
 from voxtral.plots import plot_run
 from voxtral.presets import codes_to_match
 from voxtral.processes import Process
-from voxtral.run import Logger, adamw, cosine_with_warmup, due_after, set_learning_rate, training_main
+from voxtral.run import Logger, adamw, cosine_with_warmup, due_after, is_logged, set_learning_rate, training_main
 from voxtral.run_folder import RunFolder, Tensors, write_files
 from voxtral.sources import DataError, final_clips, find_clips, split_validation
 from voxtral.validation import embedding_norm, evaluate_codec, in_words, test_weights, write_samples
@@ -181,7 +181,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[float]:
             waited_sec += time.perf_counter() - began
             batch = batch.to(device, non_blocking=True)
             log.bad += batch.bad
-            losses, output, n_frames = micro_step(step, micro, batch)
+            losses, output, n_frames = micro_step(step, micro, batch, is_logged(step + 1, max_steps, run))
             scalars = {name: scalars.get(name, 0.0) + loss / settings.accumulation for name, loss in losses.items()}
         if "codebook" in settings.trainable:
             update_codebook(codec, output, n_frames, step)

@@ -121,11 +121,8 @@ def load(options, yaml: str, overrides: list[str], random_checkpoint: str | None
     config = load_config(EncoderConfig, yaml, [*OWN_DEFAULTS, *overrides])
     config.checkpoint = random_checkpoint or config.checkpoint
     config.resume, config.train.max_steps = False, options.warm_up + options.steps + N_PROFILED + 1
-    config.train.validate_every_steps, config.train.save_every_minutes, config.train.save_every_steps = (
-        10**9,
-        None,
-        None,
-    )
+    config.train.validate_every_steps = 10**9
+    config.train.save_every_minutes = config.train.save_every_steps = None
     check_encoder_config(config)
     return config
 

@@ -72,7 +72,8 @@ def test_gradient_of_an_fft_against_differences(n):
 def test_losses_of_the_sound_are_the_single_ones():
     """Those without weight are told and move nothing."""
     x, y, lengths = noise(2, 1, 9600).requires_grad_(), noise(2, 1, 9600, seed=1), torch.tensor([9600, 5000])
-    losses = SoundLosses(LossWeights(l1=0.5, stft=0.0, mel=2.0), [512, 256], 24000)(x, y, lengths)
+    sound = SoundLosses(LossWeights(l1=0.5, stft=0.0, mel=2.0), [512, 256], 24000)
+    losses = sound(x, y, lengths)
     expected = {
         "l1": l1_loss(mask_samples(x, lengths), y, lengths).item(),
         "stft": stft_loss(x, y, lengths, [512, 256]).item(),
@@ -80,6 +81,8 @@ def test_losses_of_the_sound_are_the_single_ones():
     }
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected)
     assert {name for name, loss in losses.items() if loss.requires_grad} == {"l1", "mel"}
+    weighted = sound(x, y, lengths, weightless=False)
+    assert weighted == {name: losses[name] for name in ("l1", "mel")}
 
 
 def test_stft_loss_of_a_scaled_signal():

@@ -137,16 +137,19 @@ class MicroStep:
         audio_crop = audio[..., : self.crop_samples].clone()
         lengths = torch.full((n_clips,), self.n_samples, device=device)
         draws = QuantizationDraws.sample(0, n_clips, self.params.acoustic_dim, self.n_frames, device)
-        self.sound_losses = record(self.sound_losses, (audio.clone().requires_grad_(), audio.clone(), lengths.clone()))
+        sound_losses = record(self.sound_losses, (audio.clone().requires_grad_(), audio.clone(), lengths.clone()))
+        self.sound_losses = lambda *tensors, weightless: sound_losses(*tensors)  # a graph holds all of them
         with self.autocast:
             self.model = record(self.model, (audio, lengths, *vars(draws).values()))
             if self.discriminators:
                 fake = audio_crop.clone().requires_grad_()
                 self.adversarial = record(self.adversarial, (audio_crop, fake, lengths / self.n_samples))
 
-    def __call__(self, step: int, micro: int, batch: Batch) -> tuple[dict[str, Tensor], CodecOutput, Tensor]:
-        """Micro-batch number `micro` of a step -> scalars by the names under which they are logged, cheap losses of
-        weight 0 among them, the codec's output, frames of each clip [B]."""
+    def __call__(
+        self, step: int, micro: int, batch: Batch, log_zero_weights: bool
+    ) -> tuple[dict[str, Tensor], CodecOutput, Tensor]:
+        """Micro-batch number `micro` of a step -> scalars by the names under which they are logged, the codec's output,
+        frames of each clip [B]. log_zero_weights: losses of the sound of weight 0 are among the scalars in any case."""
         accumulation = self.config.train.accumulation
         seed = hash((self.config.seed, step, micro)) & 0x7FFFFFFF
         n_frames = ceil_div(batch.lengths, self.params.frame_size)
@@ -169,7 +172,7 @@ class MicroStep:
                 if step >= self.config.discriminator.warmup_steps:
                     losses["feature"] = feature
             with record_function("losses of the sound"):
-                losses |= self.sound_losses(decoded, batch.waveform, batch.lengths)
+                losses |= self.sound_losses(decoded, batch.waveform, batch.lengths, weightless=log_zero_weights)
                 weighted = self._weighted(losses, step)
             torch.autograd.backward([loss / accumulation for loss in adversary + weighted])
             with record_function("losses of the codes"):

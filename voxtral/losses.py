@@ -52,7 +52,8 @@ def l1_loss(prediction: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
 class SoundLosses(nn.Module):
     """l1, stft and mel of LossWeights together: magnitudes that stft and mel both want are computed once.
 
-    (prediction, target, lengths) -> {name: scalar}, all of them, to be logged; gradients flow from those of weight.
+    (prediction, target, lengths) -> {name: scalar}; gradients flow from those of weight, and the others are there to be
+    logged, or not computed at all (`weightless` False).
     """
 
     def __init__(self, weights: LossWeights, fft_sizes: list[int], sampling_rate: int):
@@ -60,13 +61,18 @@ class SoundLosses(nn.Module):
         self.learned = {name for name, weight in vars(weights).items() if weight}
         self.fft_sizes, self.mel_distance = list(fft_sizes), MelDistance(sampling_rate)
 
-    def forward(self, prediction: Tensor, target: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        pairs = magnitude_pairs(prediction, target, lengths, {*self.fft_sizes, *self.mel_distance.windows})
-        losses = {
-            "l1": l1_loss(mask_samples(prediction, lengths), target, lengths),
-            "stft": stft_loss_of(pairs, lengths, self.fft_sizes),
-            "mel": self.mel_distance.of(pairs, lengths),
+    def forward(
+        self, prediction: Tensor, target: Tensor, lengths: Tensor, weightless: bool = True
+    ) -> dict[str, Tensor]:
+        sizes = {"l1": (), "stft": self.fft_sizes, "mel": self.mel_distance.windows}
+        names = [name for name in sizes if weightless or name in self.learned]
+        pairs = magnitude_pairs(prediction, target, lengths, {n for name in names for n in sizes[name]})
+        functions = {
+            "l1": lambda: l1_loss(prediction, target, lengths),
+            "stft": lambda: stft_loss_of(pairs, lengths, self.fft_sizes),
+            "mel": lambda: self.mel_distance.of(pairs, lengths),
         }
+        losses = {name: functions[name]() for name in names}
         return {name: loss if name in self.learned else loss.detach() for name, loss in losses.items()}
 
 

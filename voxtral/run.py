@@ -109,15 +109,18 @@ class Due:
     stop: bool  # before the last step, with a checkpoint
 
 
+def is_logged(step: int, max_steps: int, run: RunFolder) -> bool:
+    """Whether train.log_every_steps asks for the scalars of this step; they count from 1."""
+    return step % run.config.train.log_every_steps == 0 or step == max_steps
+
+
 def due_after(step: int, max_steps: int, run: RunFolder) -> Due:
-    """What the configuration asks for after this step (they count from 1), and what a signal does that any process
-    got."""
+    """What the configuration asks for after this step, and what a signal does that any process got."""
     last = step == max_steps
     stopping, save = run.process.any(run.process.stopping(), run.is_due(step))
     validate = last or step % run.config.train.validate_every_steps == 0
     save = save or stopping or last
-    log = step % run.config.train.log_every_steps == 0 or validate or save
-    return Due(log, validate, save, stopping and not last)
+    return Due(is_logged(step, max_steps, run) or validate or save, validate, save, stopping and not last)
 
 
 # ---------------------------------------------------------------- logging
