@@ -1,5 +1,5 @@
 # make demo: everything on two CPU cores. make test: the quick tests, make test-slow: the others. make lint: ruff.
-# make serve-test: the stand-in in the real vLLM-Omni, for which it sets up .venv-serve (3.3 GB). All set up .venv first.
+# make serve-test: the stand-in in the real vLLM-Omni; it sets up .venv-serve (3.3 GB). All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
@@ -16,7 +16,7 @@ $(READY): requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps resemblyzer  # its weights; the rest of it is not used
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps resemblyzer  # for its weights
 	touch $@
 
 demo: $(READY)

@@ -68,7 +68,7 @@ two() {  # two NAME key=value...
         device=auto "data.data_root=$output" data.batch_size=8 train.max_steps=150 \
         train.validate_every_steps=150 train.save_every_steps=150 "output_dir=$output/$1" "${@:2}"
 }
-two seeds_loss 'train.trainable=[lora]' loss.hidden=1 loss.velocity=0 loss.semantic_kl=0 loss.mel=0 \
+two seeds_loss 'train.trainable=[lora]' loss.semantic_kl=0 loss.mel=0 \
     optimizer.learning_rate=1e-3
 two lora 'train.trainable=[lora]' loss.hidden=0 loss.preset_hidden=20 loss.preset_kl=20 loss.mel=0 \
     optimizer.learning_rate=1e-3

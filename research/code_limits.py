@@ -34,7 +34,7 @@ from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation import fresh_encoder
 from voxtral.evaluation_report import markdown
 from voxtral.json_files import write_json
-from voxtral.losses import MelDistance, commitment_loss, l1_loss, stft_loss
+from voxtral.losses import SoundLosses, commitment_loss
 from voxtral.processes import start_process
 from voxtral.run import cosine_with_warmup, set_learning_rate
 from voxtral.run_folder import environment
@@ -66,7 +66,8 @@ class Limits:
 
     def __init__(self, codec: VoxtralCodec, batches: list[Batch], config: EncoderConfig):
         self.codec, self.config = codec, config
-        self.mel_distance = MelDistance(codec.params.sampling_rate).to(codec.audio_embedding.device)
+        sound = SoundLosses(config.loss, config.train.stft_fft_sizes, codec.params.sampling_rate)
+        self.sound_losses = sound.to(codec.audio_embedding.device)
         self.batches = [batch.to(codec.audio_embedding.device) for batch in batches]
         self.frames = [ceil_div(batch.lengths, codec.params.frame_size) for batch in self.batches]
         self.true = [self.encode(batch.waveform, batch.lengths) for batch in self.batches]
@@ -102,7 +103,7 @@ class Limits:
         mel = 0.0
         for batch, ours in zip(self.batches, codes):
             decoded = self.codec.decode(ours)[..., : batch.waveform.shape[-1]].float()
-            mel += len(batch.lengths) * self.mel_distance(decoded, batch.waveform, batch.lengths).item()
+            mel += len(batch.lengths) * self.sound_losses.mel_distance(decoded, batch.waveform, batch.lengths).item()
         return {"mel": mel / sum(len(batch.lengths) for batch in self.batches)} | self.agreement(codes)
 
     def loss(self, i: int, latent: Tensor) -> Tensor:
@@ -110,13 +111,9 @@ class Limits:
         batch, weights, semantic = self.batches[i], self.config.loss, self.codec.params.semantic_dim
         decoded = self.codec.decode_latent(self.codec.quantizer.squash(latent))[..., : batch.waveform.shape[-1]].float()
         quantized = self.codec.quantizer.decode(self.codec.quantizer.encode(latent.detach()))[:, :semantic]
-        losses = {
-            "l1": lambda: l1_loss(decoded, batch.waveform, batch.lengths),
-            "stft": lambda: stft_loss(decoded, batch.waveform, batch.lengths, self.config.train.stft_fft_sizes),
-            "mel": lambda: self.mel_distance(decoded, batch.waveform, batch.lengths),
-            "commit": lambda: commitment_loss(latent[:, :semantic], quantized, self.frames[i]),
-        }
-        return sum(getattr(weights, name) * loss() for name, loss in losses.items() if getattr(weights, name))
+        losses = self.sound_losses(decoded, batch.waveform, batch.lengths, weightless=False)
+        losses["commit"] = commitment_loss(latent[:, :semantic], quantized, self.frames[i])
+        return sum(getattr(weights, name) * loss for name, loss in losses.items())
 
     # ------------------------------------------------------------ the measurements
 

@@ -196,7 +196,7 @@ def test_encoding_once_gives_the_codes_that_the_step_would_compute(make_model):
 
 @torch.no_grad()
 def test_the_loss_is_zero_only_when_the_encoder_finds_the_true_codes(make_model):
-    model, _, batch = make_model("loss.semantic_kl=1", "loss.velocity=1")
+    model, _, batch = make_model("loss.semantic_kl=1")
     losses = model(batch, seed=3)
     assert all(loss > 1e-4 for loss in losses.values())
     found = model(replace(batch, waveform=None, encoded=batch.reference), seed=3)
@@ -225,7 +225,7 @@ def test_the_teacher_is_the_base_model_whatever_the_adapter_holds(make_model, fo
 
 @torch.no_grad()
 def test_a_batch_is_its_clips_alone(make_model):
-    every = "loss.semantic_kl=1", "loss.cross_entropy=1"  # the noise of velocity and flow is drawn per batch
+    every = "loss.semantic_kl=1", "loss.cross_entropy=1"  # the noise of flow is drawn per batch
     model, dataset, batch = make_model(*every)
     shake_lora(model)
     together = model(batch, seed=0)
@@ -274,11 +274,7 @@ def test_preset_losses_are_of_the_adapted_model_under_true_references(make_model
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_every_lora_matrix_and_nothing_else(make_model, checkpointing):
     model, _, batch = make_model(
-        f"train.gradient_checkpointing={checkpointing}",
-        "loss.semantic_kl=1",
-        "loss.velocity=1",
-        "loss.flow=1",
-        "loss.cross_entropy=1",
+        f"train.gradient_checkpointing={checkpointing}", "loss.semantic_kl=1", "loss.flow=1", "loss.cross_entropy=1"
     )
     shake_lora(model)
     sum(model(batch, seed=0).values()).backward()

@@ -29,7 +29,7 @@ from voxtral.tracking import TRACKERS, dotted
 
 PARTS = ("encoder", "codebook", "decoder")
 PRESET = ("preset_hidden", "preset_kl")  # losses of the adapted model under true references
-DISTILLATION = ("hidden", "semantic_kl", "velocity", *PRESET)  # losses that compare with the teacher
+DISTILLATION = ("hidden", "semantic_kl", *PRESET)  # losses that compare with the teacher
 FULL_PIPELINE_PARTS = ("lora", "encoder", "embedding", "backbone", "acoustic")
 # What the state of a run hangs on: a run goes on with the same values of these,
 KEPT_ON_RESUMING = set(
@@ -139,7 +139,6 @@ class FullPipelineLosses:
 
     hidden: float = 1.0  # squared error of the hidden states at the reference's positions, mean over layers
     semantic_kl: float = 0.0  # KL of the semantic ids' distribution where frames are predicted
-    velocity: float = 0.0  # squared error of the acoustic transformer's velocity there
     preset_hidden: float = 0.0  # under true references, squared error of the hidden states at all positions
     preset_kl: float = 0.0  # under true references, KL of the semantic ids' distribution, likewise
     cross_entropy: float = 0.0  # of the semantic ids that were spoken: the paper's own objective, without a teacher

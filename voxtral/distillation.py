@@ -145,7 +145,7 @@ class FullPipeline(nn.Module):
     # ------------------------------------------------------------ losses
 
     def forward(self, batch: PairBatch, seed: int) -> dict[str, Tensor]:
-        """-> the losses that have a weight. `seed`: of the noise at which velocities are compared."""
+        """-> the losses that have a weight. `seed`: of the noise of `flow`."""
         teacher = student = preset = None
         if any(name in self.weights for name in DISTILLATION):
             with torch.no_grad():
@@ -172,10 +172,9 @@ class FullPipeline(nn.Module):
                 F.cross_entropy(student.logits.transpose(1, 2), self.next_ids(batch) - END_AUDIO, reduction="none"),
                 predicts,
             ),
-            "velocity": lambda: self.flow(batch, student, teacher, speaks, seed),
             "preset_hidden": lambda: layer_errors(preset.layers, teacher.layers, batch.kind != PADDING).mean(),
             "preset_kl": lambda: masked_mean(divergence(preset.logits, teacher.logits), predicts),
-            "flow": lambda: self.flow(batch, student, None, speaks, seed),
+            "flow": lambda: self.flow(batch, student, speaks, seed),
             "mel": lambda: self.mel_distance(
                 self.decode(student.latent), batch.waveform, batch.n_reference * self.codec.params.frame_size
             ),
@@ -195,9 +194,9 @@ class FullPipeline(nn.Module):
         past = torch.arange(ids.shape[1], device=ids.device) >= batch.n_speech[:, None]
         return ids.masked_fill(past, END_AUDIO)
 
-    def flow(self, batch: PairBatch, student: Pass, teacher: Pass | None, speaks: Tensor, seed: int) -> Tensor:
-        """Squared error of the velocity on the straight way from noise to the next frame's levels: against the
-        teacher's, or against the true one (flow matching, paper section 2.2)."""
+    def flow(self, batch: PairBatch, student: Pass, speaks: Tensor, seed: int) -> Tensor:
+        """Squared error of the velocity on the straight way from noise to the next frame's levels (flow matching, paper
+        section 2.2)."""
         levels = self.codec.params.acoustic_codebook_size - 1
         target = batch.speech[:, 1:].transpose(1, 2).float() * 2 / levels - 1  # [B, L_s, acoustic_dim]
         generator = torch.Generator(device=target.device).manual_seed(seed)
@@ -207,16 +206,8 @@ class FullPipeline(nn.Module):
         condition = student.hidden[:, :-1]
         if "acoustic" in self.config.train.trainable:
             condition = torch.where(draws[1] < CONDITION_DROP, 0, condition)
-
-        def velocity(hidden):
-            return self.acoustic.velocity(x_t.flatten(0, 1), draws[0].flatten(), hidden.flatten(0, 1)).view_as(x_t)
-
-        if teacher is None:
-            wanted = target - noise
-        else:
-            with torch.no_grad():
-                wanted = velocity(teacher.hidden[:, :-1])
-        return masked_mean((velocity(condition) - wanted).square().mean(dim=-1), speaks[:, :-1])
+        velocity = self.acoustic.velocity(x_t.flatten(0, 1), draws[0].flatten(), condition.flatten(0, 1)).view_as(x_t)
+        return masked_mean((velocity - (target - noise)).square().mean(dim=-1), speaks[:, :-1])
 
 
 def add_dropout(module: nn.Module, share: float) -> None:
