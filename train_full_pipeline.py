@@ -215,9 +215,10 @@ def write_report(run: RunFolder) -> str:
     write_json(run.path / "report.json", {"best_step": step, **found})
     shown = [name for name, value in found["before"].items() if isinstance(value, float)]
     lines = [f"{'held-out pairs':<28}{'before':>12}{f'step {step}':>14}"]
-    return "\n".join(
-        lines + [f"{name:<28}{found['before'][name]:>12.4g}{found['after'][name]:>14.4g}" for name in shown]
-    )
+    lines += [f"{name:<28}{found['before'][name]:>12.4g}{found['after'][name]:>14.4g}" for name in shown]
+    if found["after"]["loss/total"] > found["before"]["loss/total"]:
+        lines.append("No step was better than none: on held-out pairs the loss is lowest without this training.")
+    return "\n".join(lines)
 
 
 def main(arguments=None) -> None:

@@ -35,7 +35,7 @@ many() {  # many NAME key=value...: 24 clips a step, of the voices of SPEECH but
     encoder "$1" "data.data_root=$speech" 'data.sources=[{kind: manifest, path: talk.csv}]' data.batch_size=24 \
         "data.validation.speakers=[$speakers]" train.ema_decay=0.99 loss.codes=0 "${@:2}"
 }
-few() {  # few NAME key=value...: 8 clips a step, half as many steps, the demo's 56 voices
+few() {  # few NAME key=value...: 8 clips a step, half as many steps, the demo's voices
     steps=$((steps / 2)) encoder "$1" "${@:2}"
 }
 

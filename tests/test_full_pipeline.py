@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -359,6 +360,16 @@ def whole_run(command, tmp_path_factory):
 
 def rows_of(folder):
     return read_metrics(folder / "metrics.jsonl")
+
+
+def test_a_training_that_does_not_help_says_so(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "metrics.json").write_text('{"step": 2}')
+    for after, said in ((1.5, True), (0.5, False)):
+        rows = [{"step": 0, "validation/loss/total": 1.0}, {"step": 2, "validation/loss/total": after}]
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        report = train_full_pipeline.write_report(SimpleNamespace(path=tmp_path))
+        assert ("No step was better than none" in report) == said
 
 
 def test_a_run_lowers_the_loss_and_leaves_what_it_says(whole_run):
