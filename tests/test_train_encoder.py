@@ -32,7 +32,7 @@ from voxtral.encoder_training import WeightAverage, choose_trainable
 from voxtral.history import read_metrics
 from voxtral.known_codes import CodeMatching, known_codes
 from voxtral.layout import withheld_layout
-from voxtral.losses import LOSS_NAMES, LossWeights, SoundLosses
+from voxtral.losses import LossWeights, SoundLosses
 from voxtral.params import load_params
 from voxtral.quantizer import QuantizationDraws
 from voxtral.run import Logger
@@ -164,7 +164,7 @@ def test_every_loss_is_logged_at_every_step(whole):
     rows = [(step, row) for step, row in metrics(whole) if "loss/total" in row]
     assert [step for step, _ in rows] == [1, 2, 3, 4, 5, 6]
     for step, row in rows:
-        names = {*LOSS_NAMES, "total", "discriminator"} - {"codes"}  # of which none are known
+        names = {*vars(LossWeights()), "total", "discriminator"} - {"codes"}  # of which none are known
         names -= {"feature"} if step <= 2 else set()  # the discriminators' warm-up
         assert {name.removeprefix("loss/") for name in row if name.startswith("loss/")} == names
         codes = ("semantic_used", "semantic_perplexity", "extremes_share", "level_histogram", "embedding_norm")
@@ -180,7 +180,7 @@ def test_total_is_the_weighted_sum_with_decay(whole):
     for step, row in losses(whole).items():
         decay = 0.9999 ** (step - 1)
         weight = {"commit": 0.1, "match": 1e-3, "l1": decay, "stft": decay}
-        total = sum(weight.get(name, 1.0) * row.get(f"loss/{name}", 0.0) for name in LOSS_NAMES)
+        total = sum(weight.get(name, 1.0) * row.get(f"loss/{name}", 0.0) for name in vars(LossWeights()))
         assert row["loss/total"] == pytest.approx(total, rel=1e-5)
 
 
