@@ -123,8 +123,7 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[float]:
     # ---- 6. run folder, resuming -----------------------------------------------------------------------------------
     run = RunFolder(config.output_dir, config, process, config.resume)
     files = {"encoder.safetensors": average.codec.encoder_tensors()}
-    averages = {CODEC_PREFIX + name: tensor for name, tensor in average.codec.state_dict().items()}
-    others = {name: tensor for name, tensor in averages.items() if name not in files["encoder.safetensors"]}
+    others = average.codec.decoder_tensors()
     frozen = others if settings.trainable == ["encoder"] else {}  # to be read from the checkpoint folder again
     if not frozen:
         files["decoder.safetensors"] = others
