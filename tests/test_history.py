@@ -20,8 +20,9 @@ def validation(step):
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 10_000])
-def test_history_is_bounded_even_and_has_both_ends(count):
-    history = History(limit=8)
+def test_history_is_bounded_even_and_has_both_ends(count, monkeypatch):
+    monkeypatch.setattr("voxtral.history.MAX_ROWS", 8)
+    history = History()
     for step in range(1, count + 1):
         history.add(training(step))
     steps = [row["step"] for row in history.rows]
@@ -31,8 +32,9 @@ def test_history_is_bounded_even_and_has_both_ends(count):
     assert len(gaps) <= 1 and len(steps) >= min(count, 4)
 
 
-def test_rare_rows_are_thinned_by_themselves():
-    history = History(limit=8)
+def test_rare_rows_are_thinned_by_themselves(monkeypatch):
+    monkeypatch.setattr("voxtral.history.MAX_ROWS", 8)
+    history = History()
     for step in range(1, 1001):
         history.add(training(step))
         if step % 250 == 0:

@@ -17,7 +17,7 @@ from voxtral.codec import VoxtralCodec
 from voxtral.config import ConfigError, EncoderConfig, FullPipelineConfig, OptimizerConfig, load_config
 from voxtral.discriminator import DiscriminatorConfig, Discriminators
 from voxtral.errors import UserError
-from voxtral.history import read_metrics
+from voxtral.history import metric_rows
 from voxtral.params import parse_params
 from voxtral.processes import Process, TrainingDiverged, start_process, training_process
 from voxtral.run import Logger, adamw, cosine_with_warmup, duration, set_learning_rate
@@ -220,10 +220,10 @@ def test_a_save_that_is_killed_is_not_seen_and_is_cleared_by_the_next(run):
 # ---------------------------------------------------------------- metrics
 
 
-def test_read_metrics_leaves_out_a_line_cut_by_a_kill(tmp_path):
+def test_metric_rows_leave_out_a_line_cut_by_a_kill(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": [1, 2]}\n{"step": 2, "a": [3, 4')
-    assert read_metrics(path) == [{"step": 1, "a": [1, 2]}]
+    assert list(metric_rows(path)) == [{"step": 1, "a": [1, 2]}]
 
 
 def test_truncate_metrics_drops_what_a_resumed_run_writes_again(run):
@@ -253,13 +253,13 @@ def test_a_flush_writes_the_last_step_with_its_extras(log, run, capsys):
     log.add(1, scalars(total=3, l1=1))
     log.add(2, scalars(total=2, l1=0.5))
     log.flush({"code/levels": torch.tensor([0.25, 0.75]), "optimizer/learning_rate": 0.1}, work=4.0)
-    (row,) = read_metrics(run.path / "metrics.jsonl")
+    (row,) = list(metric_rows(run.path / "metrics.jsonl"))
     assert (row["step"], row["loss/total"], row["loss/l1"]) == (2, 2, 0.5)
     assert (row["code/levels"], row["optimizer/learning_rate"]) == ([0.25, 0.75], 0.1)
     assert row["time/audio_sec_per_sec"] == pytest.approx(4000 / row["time/step_ms"])
     assert "step 2/10" in capsys.readouterr().out
     log.flush({}, work=4.0)
-    assert len(read_metrics(run.path / "metrics.jsonl")) == 1  # nothing new to say
+    assert len(list(metric_rows(run.path / "metrics.jsonl"))) == 1  # nothing new to say
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_divergence_stops_with_the_step_and_its_losses(log, run, losses, what):
     for name, value in losses.items():
         assert f"loss/{name} {value:.4g}" in message
     assert "step_00000001" in message
-    assert read_metrics(run.path / "metrics.jsonl") == []
+    assert list(metric_rows(run.path / "metrics.jsonl")) == []
 
 
 def test_a_loss_that_runs_have_come_back_from_ends_none(run):
