@@ -60,15 +60,13 @@ class SideStream:
 # ---------------------------------------------------------------- learning rate
 
 # A function of the step alone: nothing is saved, and a resumed run may have another train.max_steps or learning rate.
-# torch's schedulers carry on the old ones: after step 10,000 of 20,000 at 5e-4, resumed to 40,000 at 2e-4, SequentialLR
-# gives 2.6e-4 and LambdaLR 4.3e-4, where 1.7e-4 is meant.
+# torch's LinearLR and CosineAnnealingLR in sequence give the same to 4e-15 (20,000 steps, 500 of warm-up), but carry on
+# the old settings: after step 10,000 of 20,000 at 5e-4, resumed to 40,000 at 2e-4, SequentialLR gives 2.6e-4 and
+# LambdaLR 4.3e-4, where 1.7e-4 is meant.
 
 
 def cosine_with_warmup(step: int, warmup_steps: int, max_steps: int) -> float:
-    """Factor of the learning rate at `step`: linear to 1 over warmup_steps, then cosine to 0 at max_steps.
-
-    torch's LinearLR and CosineAnnealingLR in sequence give the same to 4e-15 (20,000 steps, 500 of warm-up), and bring
-    a state that a resumed run with another max_steps would have to put right."""
+    """Factor of the learning rate at `step`: linear to 1 over warmup_steps, then cosine to 0 at max_steps."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
