@@ -149,14 +149,14 @@ class BadClipLog:
 class Logger:
     """Collects scalars on the device and writes them every few steps: one log line, metrics.jsonl, TensorBoard.
 
-    Reading a device scalar waits for the device, so it happens once per `log_every_steps` for all of them. Then
-    they are averaged over the processes and every step's losses are checked: a NaN, or a total above max_total,
+    Reading a device scalar waits for the device, so it happens once per `log_every_steps` for all of them. Then they
+    are averaged over the processes and every step's losses are checked: a NaN, or a total above train.max_total_loss,
     raises TrainingDiverged with its step. Steps count from 1, so a checkpoint's rows end at its own number.
     `bad`: clips that had to be replaced since then, (path, reason); bad_files.txt lists those of all processes.
     """
 
-    def __init__(self, run: RunFolder, max_steps: int, start_step: int, max_total: float):
-        self.run, self.max_total, self.is_main = run, max_total, run.process.is_main
+    def __init__(self, run: RunFolder, max_steps: int, start_step: int):
+        self.run, self.max_total, self.is_main = run, run.config.train.max_total_loss, run.process.is_main
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
         self.started, self.start_step, self.last_flush = time.monotonic(), start_step, time.monotonic()
         self.step_times: list[float] = []

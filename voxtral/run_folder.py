@@ -55,15 +55,15 @@ class RunFolder:
     samples/, plots/, tensorboard/. The first process alone reads and writes it, so that several machines need not share
     it."""
 
-    def __init__(self, path, config, process: Process, resume: bool):
+    def __init__(self, config, process: Process):
         """Raises ConfigError when the folder holds another run (resume=false), or when one key of its configuration
         cannot be another one (resume=true). `changes`: what is different from the run's last configuration, a line
         each."""
-        self.path, self.config, self.process, self.changes = Path(path), config, process, []
+        self.path, self.config, self.process, self.changes = Path(config.output_dir), config, process, []
         self.saved_at, self.save_sec = time.monotonic(), 0.0
         self.best: tuple[dict, dict] | None = None  # weights and record of best/ that save_step() is to write
         if process.is_main:
-            if self.latest() and not resume:
+            if self.latest() and not config.resume:
                 raise ConfigError(
                     f"{self.path} already holds a run: continue it with resume=true, or choose another output_dir."
                 )
