@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from voxtral.config import OptimizerConfig, load_config
-from voxtral.errors import one_sentence, shown
+from voxtral.errors import one_line, one_sentence, shown
 from voxtral.processes import TrainingDiverged, training_process
 from voxtral.run_folder import RunFolder, load_run_config
 from voxtral.tables import read_lines
@@ -242,8 +242,7 @@ class Logger:
         try:
             self.tracker.log(scalars, step)
         except Exception as error:
-            reason = " ".join(str(error).split())
-            self.say(f"tracker {self.run.config.tracker} failed and gets no more of this run: {reason}")
+            self.say(f"tracker {self.run.config.tracker} failed and gets no more of this run: {one_line(error)}")
             self.tracker = None
 
     def say(self, line: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from voxtral.checkpoint import SafetensorsFile, atomic_path, flush, save_tensors, write_text
 from voxtral.config import KEPT_ON_RESUMING, SWITCHES, ConfigError, dump_config, load_config
-from voxtral.errors import UserError, reason_of
+from voxtral.errors import UserError, one_line, reason_of
 from voxtral.history import History, metric_rows
 from voxtral.json_files import write_json
 from voxtral.params import CheckpointError
@@ -217,7 +217,7 @@ class RunFolder:
         try:
             return read_checkpoint(folders[-1], weights)
         except DAMAGE as error:
-            damage = f"{folders[-1]} is damaged ({' '.join(str(error).split())})"
+            damage = f"{folders[-1]} is damaged ({one_line(error)})"
             whole = next((folder for folder in reversed(folders[:-1]) if _is_whole(folder, weights)), None)
             if whole:
                 raise ConfigError(f"{damage}: delete it, and resume=true goes on from {whole}.") from error
