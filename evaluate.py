@@ -122,7 +122,7 @@ def choose_clips(data: str, overrides: list[str], everything: bool) -> tuple[lis
     return list({clip.path: clip for source in sources for clip in source}.values()), absent
 
 
-def read_encoders(codec: VoxtralCodec, options, samples: list[Sample]) -> dict[str, dict]:
+def read_encoders(codec: VoxtralCodec, options) -> dict[str, dict]:
     """System -> encoder tensors: reference and untrained (both with --reference-encoder), encoder."""
     encoders = {}
     for name, path in (("reference", options.reference_encoder), ("encoder", options.encoder)):
@@ -144,7 +144,7 @@ def evaluate(options, samples: list[Sample], scorer: Scorer, averages: Averages,
     """-> report, rows of clips by system, audio of the first clips by system. Writes levels.png and voices.png."""
     # ---- 1. the codec and its encoders ----
     codec = VoxtralCodec.from_checkpoint(options.checkpoint)
-    encoders = read_encoders(codec, options, samples)
+    encoders = read_encoders(codec, options)
     codec.to(device)
     presets = [rows.float() for rows in preset_embeddings(options.checkpoint).values()]
     bad_codes = read_true_codes(samples, codec.params)

@@ -121,15 +121,13 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[float]:
         parameter.grad = None if lends_gradients else torch.zeros_like(parameter)
 
     # ---- 6. run folder, resuming -----------------------------------------------------------------------------------
-    run = RunFolder(config.output_dir, config, process, config.resume)
-    files = {"encoder.safetensors": average.codec.encoder_tensors()}
-    averages = {CODEC_PREFIX + name: tensor for name, tensor in average.codec.state_dict().items()}
-    others = {name: tensor for name, tensor in averages.items() if name not in files["encoder.safetensors"]}
-    frozen = others if settings.trainable == ["encoder"] else {}  # to be read from the checkpoint folder again
-    if not frozen:
-        files["decoder.safetensors"] = others
-    files = {name: Tensors(tensors) for name, tensors in files.items()}
-    frozen = [name.removeprefix(CODEC_PREFIX) for name in frozen]
+    run = RunFolder(config, process)
+    files = {"encoder.safetensors": Tensors(average.codec.encoder_tensors())}
+    others, frozen = average.codec.decoder_tensors(), []
+    if settings.trainable == ["encoder"]:
+        frozen = [name.removeprefix(CODEC_PREFIX) for name in others]  # to be read from the checkpoint folder again
+    else:
+        files["decoder.safetensors"] = Tensors(others)
     trained = {name: t for name, t in model.state_dict().items() if name.removeprefix("codec.") not in frozen}
     stateful = {
         "model": Tensors(trained),
@@ -143,9 +141,9 @@ def training_steps(config: EncoderConfig, process: Process) -> Iterator[float]:
         "checkpoint": fingerprint(codec.state_dict()[name] for name in frozen),
         "data.batch_size × train.accumulation × processes": clips_per_step,
     }
-    before = run.restore(stateful, files, facts) if config.resume else {}
+    before = run.restore(stateful, files, facts)
     start_step, best = before.get("step", 0), before.get("best", math.inf)
-    log = Logger(run, max_steps, start_step, settings.max_total_loss)
+    log = Logger(run, max_steps, start_step)
     log.say(f"encoder: {origin}" + (f", then what step {start_step} of this run had" if start_step else ""))
     for line in [*left_out, *run.changes]:
         log.say(line)

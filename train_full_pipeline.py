@@ -97,7 +97,7 @@ def train(config: FullPipelineConfig, process: Process) -> None:
     optimizer = adamw(trained.values(), config.optimizer.learning_rate, config.optimizer)
 
     # ---- 4. run folder, resuming -----------------------------------------------------------------------------------
-    run = RunFolder(config.output_dir, config, process, config.resume)
+    run = RunFolder(config, process)
     stateful = {"trained": Tensors(trained), "optimizer": optimizer}
     frozen = {} if "encoder" in settings.trainable or config.reference_sec else models.codec.encoder_tensors()
     pairs_per_step = config.data.batch_size * settings.accumulation * process.world_size
@@ -105,9 +105,9 @@ def train(config: FullPipelineConfig, process: Process) -> None:
         "encoder": fingerprint(frozen.values()),
         "data.batch_size × train.accumulation × processes": pairs_per_step,
     }
-    before = run.restore(stateful, {}, facts) if config.resume else {}
+    before = run.restore(stateful, {}, facts)
     start_step, best = before.get("step", 0), before.get("best", math.inf)
-    log = Logger(run, max_steps, start_step, settings.max_total_loss)
+    log = Logger(run, max_steps, start_step)
     for line in [*left_out, *run.changes]:
         log.say(line)
     log.say(

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from voxtral.command_line import script_parser
 from voxtral.errors import UserError, one_sentence
 from voxtral.evaluation_report import markdown
-from voxtral.history import read_metrics
+from voxtral.history import metric_rows
 from voxtral.plots import curves_figure, save_figure
 
 N_PARTS = 4  # of a run, each with a mean of its own
@@ -48,7 +48,7 @@ def main(arguments=None) -> None:
         runs = {}
         for folder in options.runs:
             path = folder / "metrics.jsonl"
-            runs[folder.name] = read_metrics(path) if path.is_file() else []
+            runs[folder.name] = list(metric_rows(path)) if path.is_file() else []
             if not runs[folder.name]:
                 raise UserError(f"{folder} holds no metrics.jsonl with rows: give the output_dir of a run.")
         names = list(

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_encoder
 from voxtral.config import EncoderConfig, StandinConfig, check_encoder_config, dump_config, load_config
 from voxtral.errors import UserError, one_sentence
-from voxtral.history import read_metrics
+from voxtral.history import metric_rows
 from voxtral.processes import StopSignal, training_process
 from voxtral.run_folder import differences
 
@@ -50,7 +50,7 @@ class Run:
 
     def step_ms(self) -> float:
         """Median over the second half, in which all losses are at work."""
-        rows = read_metrics(self.folder / "metrics.jsonl")
+        rows = list(metric_rows(self.folder / "metrics.jsonl"))
         times = [row["time/step_ms"] for row in rows if "time/step_ms" in row]
         return statistics.median(times[len(times) // 2 :])
 

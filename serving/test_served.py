@@ -305,7 +305,7 @@ def ours(clone_with_lora) -> tuple[TTS, list[Request]]:
     tts = TTS.from_checkpoint(clone_with_lora)
     with torch.no_grad():
         codes = tts.codec.quantizer.encode(tts.codec.encode_latent(torch.from_numpy(speech(BEN))[None, None]))
-        rows = tts.codec.voice_rows(codes, torch.tensor([codes.shape[-1]]))[0]
+        rows = tts.codec.voice_rows(codes)[0]
     anna = Request(TEXT, named_voice(clone_with_lora, "anna"), (0, 0))
     return tts, [anna, replace(anna, voice=rows), replace(anna, cfg_alpha=2.0)]
 

@@ -26,7 +26,7 @@ import train_step_timing as timing
 
 import train_encoder
 from voxtral.config import EncoderConfig, load_config
-from voxtral.history import read_metrics
+from voxtral.history import metric_rows
 from voxtral.processes import Process
 from voxtral.standin import small_params, write_random_checkpoint
 
@@ -96,7 +96,7 @@ def benchmark(config_file, tmp_path, monkeypatch):
 def losses(folder):
     return [
         {name: value for name, value in row.items() if name.startswith(("loss/", "grad/"))}
-        for row in read_metrics(folder / "metrics.jsonl")
+        for row in metric_rows(folder / "metrics.jsonl")
         if "loss/total" in row
     ]
 

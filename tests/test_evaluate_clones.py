@@ -35,7 +35,7 @@ from voxtral.clones import (
 from voxtral.data import load_segment
 from voxtral.errors import UserError
 from voxtral.inject import inject
-from voxtral.listening import Recording, VoiceSection, record, write_page
+from voxtral.listening import recording_html, section_html, write_page
 from voxtral.reference import prepare_reference
 from voxtral.sources import Clip
 from voxtral.standin import small_params, write_random_checkpoint
@@ -414,17 +414,19 @@ def test_the_default_is_the_checkpoints_own_encoder(run, checkpoint, encoder, tm
 
 
 def test_pages_show_text_as_it_is(tmp_path):
-    clone = record(tmp_path, "a b", "<i>", torch.zeros(24_000), ["1 < 2"])
-    assert clone == Recording("<i>", "a b.wav", "a b.png", ["1 < 2"]) and (tmp_path / "a b.png").is_file()
-    silent = record(tmp_path, "none", "mute", torch.zeros(0))
-    assert silent == Recording("mute", notes=["no audio"]) and not (tmp_path / "none.wav").exists()
+    reference = recording_html(tmp_path, "reference", "reference", torch.zeros(24_000))
+    clone = recording_html(tmp_path, "a b", "<i>", torch.zeros(24_000), ["1 < 2"])
+    silent = recording_html(tmp_path, "none", "mute", torch.zeros(0))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{n}.{s}" for n in ("reference", "a b") for s in ("wav", "png")
+    }
     write_page(
         tmp_path / "index.html",
         "T & T",
         "<p>hello</p>",
         ["", "h<"],
         [["row", "1\n[0, 2]"]],
-        [VoiceSection("v", "a < b", Recording("reference", "a b.wav"), [clone, silent])],
+        [section_html("v", "a < b", [reference, clone, silent])],
     )
     page = (tmp_path / "index.html").read_text()
     assert all(
@@ -441,7 +443,7 @@ def test_pages_show_text_as_it_is(tmp_path):
             "no audio",
         )
     )
-    assert page.count("<audio ") == 2 and page.count("<img ") == 1
+    assert page.count("<audio ") == page.count("<img ") == 2
 
 
 # ---------------------------------------------------------------- refused

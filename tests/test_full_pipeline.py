@@ -25,7 +25,7 @@ from voxtral.codec import VoxtralCodec
 from voxtral.config import FullPipelineConfig, load_config
 from voxtral.data import SAMPLE_RATE
 from voxtral.distillation import FullPipeline, compare, native_tensors, soft_rows
-from voxtral.history import read_metrics
+from voxtral.history import metric_rows
 from voxtral.inject import inject
 from voxtral.losses import MelDistance
 from voxtral.pairs import AUDIO, GENERATION, PADDING, PairDataset, collate_pairs, hold_out_texts
@@ -359,7 +359,7 @@ def whole_run(command, tmp_path_factory):
 
 
 def rows_of(folder):
-    return read_metrics(folder / "metrics.jsonl")
+    return list(metric_rows(folder / "metrics.jsonl"))
 
 
 def test_a_training_that_does_not_help_says_so(tmp_path):

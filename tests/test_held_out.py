@@ -18,7 +18,7 @@ from voxtral.audio import load_segment
 from voxtral.checkpoint import save_tensors
 from voxtral.clips import resynthesize
 from voxtral.codec import VoxtralCodec
-from voxtral.history import read_metrics
+from voxtral.history import metric_rows
 from voxtral.inject import inject
 from voxtral.sources import (
     Clip,
@@ -128,7 +128,7 @@ def true_agreement(root, encoder, clips, max_sec):
 def test_phase_1_says_how_many_true_codes_its_encoder_finds(made, tmp_path, capsys):
     train(made, tmp_path / "run", "encoder=" + str(made / "encoder.safetensors"), "optimizer.learning_rate=1e-9")
     assert f"encoder: {made}/encoder.safetensors" in capsys.readouterr().out
-    row = next(row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "validation/mel_distance" in row)
+    row = next(row for row in metric_rows(tmp_path / "run" / "metrics.jsonl") if "validation/mel_distance" in row)
     data = train_encoder.EncoderConfig().data
     data.data_root, data.sources = str(made), evaluate.read_config(str(made / "config.yaml"), []).sources
     validation = ValidationConfig(clips=4, test_clips=2)

@@ -20,8 +20,9 @@ def validation(step):
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 10_000])
-def test_history_is_bounded_even_and_has_both_ends(count):
-    history = History(limit=8)
+def test_history_is_bounded_even_and_has_both_ends(count, monkeypatch):
+    monkeypatch.setattr("voxtral.history.MAX_ROWS", 8)
+    history = History()
     for step in range(1, count + 1):
         history.add(training(step))
     steps = [row["step"] for row in history.rows]
@@ -31,8 +32,9 @@ def test_history_is_bounded_even_and_has_both_ends(count):
     assert len(gaps) <= 1 and len(steps) >= min(count, 4)
 
 
-def test_rare_rows_are_thinned_by_themselves():
-    history = History(limit=8)
+def test_rare_rows_are_thinned_by_themselves(monkeypatch):
+    monkeypatch.setattr("voxtral.history.MAX_ROWS", 8)
+    history = History()
     for step in range(1, 1001):
         history.add(training(step))
         if step % 250 == 0:
@@ -44,19 +46,19 @@ def test_rare_rows_are_thinned_by_themselves():
 
 def test_logger_keeps_a_history_that_a_resumed_one_has_again(tmp_path, monkeypatch):
     monkeypatch.setattr(history_module, "MAX_ROWS", 16)
-    run = RunFolder(tmp_path / "run", EncoderConfig(), ALONE, resume=False)
-    log = Logger(run, max_steps=500, start_step=0, max_total=1e6)
+    run = RunFolder(EncoderConfig(output_dir=str(tmp_path / "run")), ALONE)
+    log = Logger(run, max_steps=500, start_step=0)
     for step in range(1, 401):
         log.write(step, training(step))
     with log.timed("validate", 400):
         pass
     log.close()
     assert len(log.history.rows) <= 18 and len(list(metric_rows(run.path / "metrics.jsonl"))) == 401
-    again = Logger(run, max_steps=500, start_step=400, max_total=1e6)
+    again = Logger(run, max_steps=500, start_step=400)
     again.close()
     assert again.history.rows == log.history.rows
     assert again.history.rows[-1]["time/validate_sec"] >= 0
-    shorter = Logger(run, max_steps=500, start_step=200, max_total=1e6)
+    shorter = Logger(run, max_steps=500, start_step=200)
     shorter.close()
     assert shorter.history.rows[-1] == training(200)
     assert json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 200

@@ -21,10 +21,11 @@ from voxtral.losses import (
     discriminator_hinge_loss,
     feature_matching_loss,
     l1_loss,
+    magnitude,
+    magnitude_pairs,
     stft,
     stft_distance,
     stft_loss,
-    stft_magnitude,
 )
 from voxtral.params import CodecParams
 from voxtral.quantizer import Quantizer
@@ -41,14 +42,15 @@ def test_l1_is_the_mean_over_valid_samples_then_clips():
     assert l1_loss(prediction, target, torch.tensor([4, 2])).item() == pytest.approx((1 + 3) / 2)
 
 
-def test_stft_magnitude_of_a_sine_at_a_bin():
+def stft_loss_between(x, y, lengths, fft_sizes):
+    return stft_loss(magnitude_pairs(x, y, lengths, fft_sizes), lengths, fft_sizes)
+
+
+def test_magnitude_of_a_sine_at_a_bin():
     n, k = 64, 8
     x = torch.cos(2 * math.pi * k / n * torch.arange(640.0))[None, None]
-    magnitude = stft_magnitude(x, n, False)[0, :, 20]
-    assert magnitude[k].item() == pytest.approx(
-        n / 4, rel=1e-4
-    )  # the Hann window sums to n / 2, a cosine has half of it per side
-    assert stft_magnitude(x, n, True)[0, k, 20].item() == pytest.approx(n / 4 / math.sqrt(n), rel=1e-4)
+    # The Hann window sums to n / 2, a cosine has half of it per side.
+    assert magnitude(x, n)[0, 20, k].item() == pytest.approx(n / 4, rel=1e-4)
 
 
 @pytest.mark.parametrize("fft_size", [512, 78, 333])
@@ -76,7 +78,7 @@ def test_losses_of_the_sound_are_the_single_ones():
     losses = sound(x, y, lengths)
     expected = {
         "l1": l1_loss(mask_samples(x, lengths), y, lengths).item(),
-        "stft": stft_loss(x, y, lengths, [512, 256]).item(),
+        "stft": stft_loss_between(x, y, lengths, [512, 256]).item(),
         "mel": MelDistance(24000)(x, y, lengths).item(),
     }
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected)
@@ -87,8 +89,8 @@ def test_losses_of_the_sound_are_the_single_ones():
 
 def test_stft_loss_of_a_scaled_signal():
     x = noise(2, 1, 4800)
-    expected = sum(0.5 * stft_magnitude(x, n, True)[..., :-1].mean() for n in (512, 64)) / 2
-    loss = stft_loss(0.5 * x, x, torch.tensor([4799, 4799]), [512, 64])
+    expected = sum(0.5 * (magnitude(x, n)[:, :-1] / n**0.5).mean() for n in (512, 64)) / 2
+    loss = stft_loss_between(0.5 * x, x, torch.tensor([4799, 4799]), [512, 64])
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
 
 
@@ -98,14 +100,14 @@ def test_mel_and_stft_distance_of_a_scaled_signal():
     x = noise(1, 1, 48000)
     lengths = torch.tensor([48000])
     mel = MelDistance(24000)
-    linear = sum(0.5 * (getattr(mel, f"bands_{w}") @ stft_magnitude(x, w, False)).mean().item() for w in (2048, 512))
+    linear = sum(0.5 * (magnitude(x, w) @ getattr(mel, f"bands_{w}").T).mean().item() for w in (2048, 512))
     assert mel(0.5 * x, x, lengths).item() == pytest.approx(2 * math.log10(4) + linear, rel=0.01)
-    linear = sum(0.5 * stft_magnitude(x, w, False).mean().item() for w in (2048, 512))
+    linear = sum(0.5 * magnitude(x, w).mean().item() for w in (2048, 512))
     assert stft_distance(0.5 * x, x, lengths).item() == pytest.approx(2 * math.log10(4) + linear, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    "distance", [l1_loss, lambda a, b, n: stft_loss(a, b, n, [256]), MelDistance(24000), stft_distance]
+    "distance", [l1_loss, lambda a, b, n: stft_loss_between(a, b, n, [256]), MelDistance(24000), stft_distance]
 )
 def test_identical_is_zero_and_padding_does_not_count(distance):
     x, y = noise(2, 1, 4800), noise(2, 1, 4800, seed=1)
@@ -119,15 +121,16 @@ def test_identical_is_zero_and_padding_does_not_count(distance):
 
 def test_two_halves_of_a_batch_average_to_the_whole():
     x, y, lengths = noise(4, 1, 4800), noise(4, 1, 4800, seed=1), torch.tensor([4800, 3000, 2000, 4800])
-    whole = stft_loss(x, y, lengths, [256])
-    halves = [stft_loss(x[i : i + 2], y[i : i + 2], lengths[i : i + 2], [256]) for i in (0, 2)]
+    whole = stft_loss_between(x, y, lengths, [256])
+    halves = [stft_loss_between(x[i : i + 2], y[i : i + 2], lengths[i : i + 2], [256]) for i in (0, 2)]
     assert whole.item() == pytest.approx(sum(h.item() for h in halves) / 2, rel=1e-6)
 
 
 def test_gradient_is_finite_in_silence():
     x = torch.zeros(1, 1, 4800, requires_grad=True)
     (
-        stft_loss(x, torch.zeros(1, 1, 4800), FULL[:1], [256]) + MelDistance(24000)(x, noise(1, 1, 4800), FULL[:1])
+        stft_loss_between(x, torch.zeros(1, 1, 4800), FULL[:1], [256])
+        + MelDistance(24000)(x, noise(1, 1, 4800), FULL[:1])
     ).backward()
     assert x.grad.isfinite().all()
 

@@ -17,7 +17,7 @@ from voxtral.codec import VoxtralCodec
 from voxtral.config import ConfigError, EncoderConfig, FullPipelineConfig, OptimizerConfig, load_config
 from voxtral.discriminator import DiscriminatorConfig, Discriminators
 from voxtral.errors import UserError
-from voxtral.history import read_metrics
+from voxtral.history import metric_rows
 from voxtral.params import parse_params
 from voxtral.processes import Process, TrainingDiverged, start_process, training_process
 from voxtral.run import Logger, adamw, cosine_with_warmup, duration, set_learning_rate
@@ -27,7 +27,7 @@ from voxtral.standin import small_params
 
 @pytest.fixture
 def run(tmp_path):
-    return RunFolder(tmp_path / "run", EncoderConfig(), ALONE, resume=False)
+    return RunFolder(EncoderConfig(output_dir=str(tmp_path / "run")), ALONE)
 
 
 def save(run, step, write, keep_last):
@@ -127,7 +127,7 @@ def test_machines_with_other_clips_are_refused(monkeypatch):
 
 
 def test_run_folder_keeps_the_configuration_and_the_environment(run):
-    assert load_config(EncoderConfig, run.path / "config.yaml", []) == EncoderConfig()
+    assert load_config(EncoderConfig, run.path / "config.yaml", []) == run.config
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["processes"] == 1
 
@@ -136,13 +136,13 @@ def test_a_folder_that_holds_a_run_is_refused_unless_resumed(run):
     save(run, 5, lambda folder: (folder / "a").write_text("x"), keep_last=1)
     before = (run.path / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match="already holds a run: continue it with resume=true"):
-        RunFolder(run.path, EncoderConfig(seed=7), ALONE, resume=False)
+        RunFolder(EncoderConfig(output_dir=str(run.path), seed=7), ALONE)
     assert (run.path / "config.yaml").read_bytes() == before
-    assert RunFolder(run.path, EncoderConfig(), ALONE, resume=True).latest().name == "step_00000005"
+    assert RunFolder(EncoderConfig(output_dir=str(run.path), resume=True), ALONE).latest().name == "step_00000005"
 
 
 def test_a_folder_without_checkpoints_may_be_used_again(run):
-    assert RunFolder(run.path, EncoderConfig(), ALONE, resume=False).latest() is None
+    assert RunFolder(EncoderConfig(output_dir=str(run.path)), ALONE).latest() is None
 
 
 def test_rotation_drops_the_oldest(run):
@@ -189,7 +189,7 @@ def test_a_kill_while_the_best_is_replaced_loses_nothing(run, monkeypatch, kille
     with pytest.raises(KeyboardInterrupt):
         run.save_best(lambda folder: (folder / "a").write_text("new"), step=2, loss=1.0)
     monkeypatch.undo()
-    RunFolder(run.path, EncoderConfig(), run.process, resume=True)
+    RunFolder(EncoderConfig(output_dir=str(run.path), resume=True), run.process)
     assert (run.path / "best" / "a").read_text() == "old"
     run.save_best(lambda folder: (folder / "a").write_text("new"), step=2, loss=1.0)
     assert (run.path / "best" / "a").read_text() == "new" and not list(run.path.glob(".best.former"))
@@ -200,7 +200,7 @@ import os, signal, sys, torch
 from voxtral.config import EncoderConfig
 from voxtral.processes import Process
 from voxtral.run_folder import RunFolder
-run = RunFolder(sys.argv[1], EncoderConfig(), Process(0, 1, torch.device("cpu")), resume=True)
+run = RunFolder(EncoderConfig(output_dir=sys.argv[1], resume=True), Process(0, 1, torch.device("cpu")))
 def write(folder):
     (folder / "a").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -220,10 +220,10 @@ def test_a_save_that_is_killed_is_not_seen_and_is_cleared_by_the_next(run):
 # ---------------------------------------------------------------- metrics
 
 
-def test_read_metrics_leaves_out_a_line_cut_by_a_kill(tmp_path):
+def test_metric_rows_leave_out_a_line_cut_by_a_kill(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": [1, 2]}\n{"step": 2, "a": [3, 4')
-    assert read_metrics(path) == [{"step": 1, "a": [1, 2]}]
+    assert list(metric_rows(path)) == [{"step": 1, "a": [1, 2]}]
 
 
 def test_truncate_metrics_drops_what_a_resumed_run_writes_again(run):
@@ -244,7 +244,8 @@ def scalars(**losses):
 
 @pytest.fixture
 def log(run):
-    log = Logger(run, max_steps=10, start_step=0, max_total=100.0)
+    run.config.train.max_total_loss = 100.0
+    log = Logger(run, max_steps=10, start_step=0)
     yield log
     log.close()
 
@@ -253,13 +254,13 @@ def test_a_flush_writes_the_last_step_with_its_extras(log, run, capsys):
     log.add(1, scalars(total=3, l1=1))
     log.add(2, scalars(total=2, l1=0.5))
     log.flush({"code/levels": torch.tensor([0.25, 0.75]), "optimizer/learning_rate": 0.1}, work=4.0)
-    (row,) = read_metrics(run.path / "metrics.jsonl")
+    (row,) = list(metric_rows(run.path / "metrics.jsonl"))
     assert (row["step"], row["loss/total"], row["loss/l1"]) == (2, 2, 0.5)
     assert (row["code/levels"], row["optimizer/learning_rate"]) == ([0.25, 0.75], 0.1)
     assert row["time/audio_sec_per_sec"] == pytest.approx(4000 / row["time/step_ms"])
     assert "step 2/10" in capsys.readouterr().out
     log.flush({}, work=4.0)
-    assert len(read_metrics(run.path / "metrics.jsonl")) == 1  # nothing new to say
+    assert len(list(metric_rows(run.path / "metrics.jsonl"))) == 1  # nothing new to say
 
 
 @pytest.mark.parametrize(
@@ -282,14 +283,13 @@ def test_divergence_stops_with_the_step_and_its_losses(log, run, losses, what):
     for name, value in losses.items():
         assert f"loss/{name} {value:.4g}" in message
     assert "step_00000001" in message
-    assert read_metrics(run.path / "metrics.jsonl") == []
+    assert list(metric_rows(run.path / "metrics.jsonl")) == []
 
 
 def test_a_loss_that_runs_have_come_back_from_ends_none(run):
     """A commitment of 2,393 did (RESULTS.md); an explosion passes any number. One value for both phases."""
-    limits = {config().train.max_total_loss for config in (EncoderConfig, FullPipelineConfig)}
-    log = Logger(run, max_steps=10, start_step=0, max_total=limits.pop())
-    assert not limits
+    assert run.config.train.max_total_loss == FullPipelineConfig().train.max_total_loss
+    log = Logger(run, max_steps=10, start_step=0)
     log.add(1, scalars(total=2393))
     log.flush({}, work=4.0)
     log.add(2, scalars(total=2e6))

@@ -22,7 +22,8 @@ FILE = "encoder.safetensors"
 def begin(path, **changes):
     changed = OmegaConf.from_dotlist([f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EncoderConfig), changed))
-    return RunFolder(path, config, ALONE, resume=(Path(path) / "checkpoints").is_dir())
+    config.output_dir, config.resume = str(path), (Path(path) / "checkpoints").is_dir()
+    return RunFolder(config, ALONE)
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def told(tmp_path):
     """A YAML, and a run of it that has a checkpoint."""
     path, output = tmp_path / "told.yaml", tmp_path / "run"
     path.write_text(f"output_dir: {output}\nseed: 1\noptimizer: {{warmup_steps: 5}}\ntrain: {{max_steps: 7}}\n")
-    run = RunFolder(output, load_config(EncoderConfig, path, ["loss.mel=2"]), ALONE, resume=False)
+    run = RunFolder(load_config(EncoderConfig, path, ["loss.mel=2"]), ALONE)
     save(run, 3)
     return path
 
@@ -169,7 +170,7 @@ def test_resuming_goes_on_with_the_runs_own_configuration(told, capsys):
 def test_changes_are_listed_and_every_configuration_is_kept(told, tmp_path):
     path = tmp_path / "run"
     for step, override in ((4, "train.max_steps=8"), (5, "loss.mel=3"), (6, "loss.mel=3")):
-        run = RunFolder(path, load_run_config(EncoderConfig, told, ["resume=true", override]), ALONE, resume=True)
+        run = RunFolder(load_run_config(EncoderConfig, told, ["resume=true", override]), ALONE)
         assert run.changes == {4: ["train.max_steps: 7 → 8"], 5: ["loss.mel: 2.0 → 3.0"], 6: []}[step]
         save(run, step)
     kept = {file.name: load_config(EncoderConfig, file, []) for file in (path / "former_configs").iterdir()}
@@ -197,18 +198,18 @@ def test_what_the_state_hangs_on_cannot_change(told, tmp_path, override):
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     config = load_run_config(EncoderConfig, told, ["resume=true", override])
     with pytest.raises(ConfigError, match=f"^{override.split('=')[0]}: the run in .* its state means nothing with"):
-        RunFolder(tmp_path / "run", config, ALONE, resume=True)
+        RunFolder(config, ALONE)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
     assert not (tmp_path / "run" / "former_configs").exists()
 
 
 def test_the_adapters_sizes_cannot_change(tmp_path):
-    run = RunFolder(tmp_path, FullPipelineConfig(), ALONE, resume=False)
+    run = RunFolder(FullPipelineConfig(output_dir=str(tmp_path)), ALONE)
     save(run, 1)
-    config = FullPipelineConfig()
+    config = FullPipelineConfig(output_dir=str(tmp_path), resume=True)
     config.lora.rank = 9
     with pytest.raises(ConfigError, match="^lora.rank: "):
-        RunFolder(tmp_path, config, ALONE, resume=True)
+        RunFolder(config, ALONE)
 
 
 def test_facts_of_a_run_cannot_change(run):

@@ -26,9 +26,9 @@ def logger(tmp_path):
     """logger(tracker) -> the log of a run that is tracked by it."""
 
     def make(tracker, start_step=0):
-        config = replace(EncoderConfig(), tracker=tracker)
-        run = RunFolder(tmp_path / "run", config, ALONE, resume=True)
-        return Logger(run, max_steps=10, start_step=start_step, max_total=1e6)
+        config = EncoderConfig(output_dir=str(tmp_path / "run"), tracker=tracker, resume=True)
+        run = RunFolder(config, ALONE)
+        return Logger(run, max_steps=10, start_step=start_step)
 
     return make
 
@@ -127,10 +127,10 @@ def test_trackio_in_a_local_folder(tmp_path):
     import subprocess
 
     script = (
-        "import sys; sys.path.insert(0, 'tests'); import torch, test_tracking as t; from pathlib import Path\n"
-        "run = t.RunFolder(Path(sys.argv[1]), t.replace(t.EncoderConfig(), tracker='trackio'), "
-        "t.Process(0, 1, torch.device('cpu')), True)\n"
-        "t.two_rows(t.Logger(run, 10, 0, 1e6), 1)\n"
+        "import sys; sys.path.insert(0, 'tests'); import test_tracking as t\n"
+        "config = t.EncoderConfig(output_dir=sys.argv[1], tracker='trackio', resume=True)\n"
+        "run = t.RunFolder(config, t.ALONE)\n"
+        "t.two_rows(t.Logger(run, 10, 0), 1)\n"
     )
     subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "run")],

@@ -29,10 +29,10 @@ from voxtral.config import EncoderConfig, load_config
 from voxtral.data import validation_batches
 from voxtral.discriminator import AdversarialLosses, DiscriminatorConfig, Discriminators
 from voxtral.encoder_training import WeightAverage, choose_trainable
-from voxtral.history import read_metrics
+from voxtral.history import metric_rows
 from voxtral.known_codes import CodeMatching, known_codes
 from voxtral.layout import withheld_layout
-from voxtral.losses import LOSS_NAMES, LossWeights, SoundLosses
+from voxtral.losses import LossWeights, SoundLosses
 from voxtral.params import load_params
 from voxtral.quantizer import QuantizationDraws
 from voxtral.run import Logger
@@ -120,7 +120,7 @@ def metrics(folder, prefixes=("loss/", "grad/", "code/", "optimizer/", "validati
     """(step, name -> value) of every row, without times."""
     rows = [
         (row["step"], {name: value for name, value in row.items() if name.startswith(prefixes)})
-        for row in read_metrics(folder / "metrics.jsonl")
+        for row in metric_rows(folder / "metrics.jsonl")
     ]
     return [(step, values) for step, values in rows if values]
 
@@ -164,7 +164,7 @@ def test_every_loss_is_logged_at_every_step(whole):
     rows = [(step, row) for step, row in metrics(whole) if "loss/total" in row]
     assert [step for step, _ in rows] == [1, 2, 3, 4, 5, 6]
     for step, row in rows:
-        names = {*LOSS_NAMES, "total", "discriminator"} - {"codes"}  # of which none are known
+        names = {*vars(LossWeights()), "total", "discriminator"} - {"codes"}  # of which none are known
         names -= {"feature"} if step <= 2 else set()  # the discriminators' warm-up
         assert {name.removeprefix("loss/") for name in row if name.startswith("loss/")} == names
         codes = ("semantic_used", "semantic_perplexity", "extremes_share", "level_histogram", "embedding_norm")
@@ -180,7 +180,7 @@ def test_total_is_the_weighted_sum_with_decay(whole):
     for step, row in losses(whole).items():
         decay = 0.9999 ** (step - 1)
         weight = {"commit": 0.1, "match": 1e-3, "l1": decay, "stft": decay}
-        total = sum(weight.get(name, 1.0) * row.get(f"loss/{name}", 0.0) for name in LOSS_NAMES)
+        total = sum(weight.get(name, 1.0) * row.get(f"loss/{name}", 0.0) for name in vars(LossWeights()))
         assert row["loss/total"] == pytest.approx(total, rel=1e-5)
 
 
@@ -244,7 +244,7 @@ def test_training_changes_the_encoder_and_nothing_else(whole, settings):
 
 
 def test_time_between_the_steps_is_logged(whole):
-    rows = read_metrics(whole / "metrics.jsonl")
+    rows = list(metric_rows(whole / "metrics.jsonl"))
     for name in ("validate", "plot", "save"):
         assert {row["step"] for row in rows if row.get(f"time/{name}_sec", 0) > 0} == {3, 6}
 
@@ -563,7 +563,7 @@ def test_match_needs_nothing_but_the_release(command, tmp_path, capsys):
     matching = [f"checkpoint={tmp_path / 'bare'}", "match.codes=presets", "loss.match=1e-3"]
     train_encoder.main(command(tmp_path / "run", *ONLY_CHEAP, *matching, "train.max_steps=1"))
     assert "loss.match holds codes to the statistics of 8 frames (presets)" in capsys.readouterr().out
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss/match"] > 0
+    assert list(metric_rows(tmp_path / "run" / "metrics.jsonl"))[0]["loss/match"] > 0
 
 
 def test_codes_are_learnt_from_clips_that_have_them(command, tmp_path, refused):
@@ -579,7 +579,7 @@ def test_codes_are_learnt_from_clips_that_have_them(command, tmp_path, refused):
     generated = f"{{kind: generated, path: {tmp_path / 'generated'}, weight: 50}}"
     sources = f"data.sources=[{generated}, {{kind: folder, path: speech}}]"
     train_encoder.main([*arguments, "data.validation.speakers=[speech]", sources])
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss/codes"] > 0.1
+    assert list(metric_rows(tmp_path / "run" / "metrics.jsonl"))[0]["loss/codes"] > 0.1
 
 
 def test_damaged_codes_are_skipped_and_listed(command, settings, tmp_path):
@@ -676,7 +676,7 @@ def test_recorded_and_compiled_kernels_give_the_same_losses(
         path = tmp_path / name
         changes = [f"train.cuda_graphs={graphs}", f"train.compile={compiles}", f"train.accumulation={accumulation}"]
         train_encoder.main(command(path, f"device={device}", *changes))
-        rows.append([row for row in read_metrics(path / "metrics.jsonl") if "loss/total" in row])
+        rows.append([row for row in metric_rows(path / "metrics.jsonl") if "loss/total" in row])
         codes.append(torch.stack([seen for seen, _ in heard]))
         matching = CodeMatching(known, codec, "cpu")
         nothing = torch.zeros(2, codec.params.latent_dim, codes[-1].shape[-1])

@@ -21,7 +21,7 @@ from voxtral.checkpoint import save_tensors
 from voxtral.codec import VoxtralCodec
 from voxtral.config import EncoderConfig, StandinConfig, load_config
 from voxtral.data import load_segment
-from voxtral.history import read_metrics
+from voxtral.history import metric_rows
 from voxtral.standin import small_params, write_random_checkpoint
 
 pytestmark = pytest.mark.slow  # nearly each of them trains
@@ -174,7 +174,7 @@ def test_numbers_are_what_evaluate_says_of_each_encoder(whole, base, tmp_path):
 def test_rows_hear_the_same_and_differ_in_what_they_say(whole):
     output, _ = whole
     one, other = (
-        [row for row in read_metrics(output / f"{name}_seed0" / "metrics.jsonl") if "loss/l1" in row]
+        [row for row in metric_rows(output / f"{name}_seed0" / "metrics.jsonl") if "loss/l1" in row]
         for name in ROW_NAMES.split(",")
     )
     assert "loss/asr" in one[0] and "loss/asr" not in other[0]
@@ -371,7 +371,7 @@ def test_known_codes_are_the_true_ones_of_the_preset_voices(benchmark, command, 
     clip = base / "speech" / "k_am_adam" / "k_am_adam_0.opus"
     codes = codec.encode(torch.from_numpy(load_segment(str(clip), 0.0, 0.5)[0])[None, None])[0]
     assert np.array_equal(np.load(tmp_path / "known_codes" / row["codes"]), codes)
-    assert any("loss/match" in line for line in read_metrics(tmp_path / "mel+match_seed0" / "metrics.jsonl"))
+    assert any("loss/match" in line for line in metric_rows(tmp_path / "mel+match_seed0" / "metrics.jsonl"))
 
 
 def test_a_row_that_cannot_be_trained_says_why(benchmark, command, tmp_path):

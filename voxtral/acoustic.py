@@ -88,17 +88,15 @@ class AcousticTransformer(nn.Module):
         -> velocity [B, acoustic_dim] float32. hidden = 0 gives the unconditional one."""
         return self._velocity(x_t, self._time_tokens(t.reshape(-1)), self.llm_projection(hidden.to(self.dtype)))
 
-    def frame(self, hidden: Tensor, x_0: Tensor | None = None, cfg_alpha: float | Tensor = CFG_ALPHA) -> Tensor:
+    def frame(self, hidden: Tensor, x_0: Tensor, cfg_alpha: float | Tensor = CFG_ALPHA) -> Tensor:
         """Hidden states [B, dim] -> ids [B, 1 + acoustic_dim] int64 of one frame, semantic first (code + 2).
 
-        x_0 [B, acoustic_dim]: the noise to start from; None draws it. cfg_alpha: one weight, or [B, 1]. A frame whose
-        semantic id is END_AUDIO ends the clip and is no audio; its acoustic ids are then N_SPECIAL_IDS, as in serving.
+        x_0 [B, acoustic_dim]: the noise to start from. cfg_alpha: one weight, or [B, 1]. A frame whose semantic id is
+        END_AUDIO ends the clip and is no audio; its acoustic ids are then N_SPECIAL_IDS, as in serving.
         Nothing here waits for the device or depends on values, so a CUDA graph can hold it. The Euler state stays
         float32, whatever the weights are.
         """
-        semantic = self.semantic_ids(hidden)
-        shape = (len(hidden), self.params.codec.acoustic_dim)
-        x = torch.randn(shape, device=hidden.device) if x_0 is None else x_0.float()
+        semantic, x = self.semantic_ids(hidden), x_0.float()
         n_steps = self.params.acoustic.n_decoding_steps
         times = self._time_tokens(torch.arange(n_steps, device=hidden.device) / n_steps)
         conditional = self.llm_projection(hidden.to(self.dtype))

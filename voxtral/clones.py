@@ -359,8 +359,8 @@ def _voice(codec: VoxtralCodec, path: str, judge: Judge, system: System) -> tupl
     waveform = prepare_reference(path).waveform.to(codec.audio_embedding.device)
     codes, _ = reference_codes(codec, waveform, system.refine_sec)
     codes = system.change(codes) if system.change else codes
-    embedding = codec.voice_rows(codes, torch.tensor([codes.shape[-1]], device=codes.device))[0]
-    return embedding.bfloat16(), judge.embed(codec.decode(codes)[0, 0, : waveform.shape[-1]].float().cpu())
+    decoded = codec.decode(codes)[0, 0, : waveform.shape[-1]].float().cpu()
+    return codec.voice_rows(codes)[0].bfloat16(), judge.embed(decoded)
 
 
 # ---------------------------------------------------------------- averages

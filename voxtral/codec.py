@@ -85,23 +85,16 @@ class VoxtralCodec(nn.Module):
         """
         checkpoint = Checkpoint(folder)
         codec = cls(checkpoint.params.codec)
-        own = {CODEC_PREFIX + name: tuple(t.shape) for name, t in codec.state_dict().items()}
         codec.has_encoder = with_encoder and bool(checkpoint.encoder_names)
-        expected = {
-            name: shape for name, shape in own.items() if codec.has_encoder or not name.startswith(ENCODER_PREFIXES)
-        }
-        found = {
-            name: shape
-            for name, shape in checkpoint.shapes.items()
-            if name.startswith((CODEC_PREFIX, EMBEDDING_NAME))
-            and (with_encoder or not name.startswith(ENCODER_PREFIXES))
-        }
-        embedding_shape = (checkpoint.params.audio_embedding_size, checkpoint.params.dim)
-        check_shapes(found, {**expected, EMBEDDING_NAME: embedding_shape}, checkpoint.folder)
-        tensors = checkpoint.read([*expected, EMBEDDING_NAME])
+        ignored = () if codec.has_encoder else ENCODER_PREFIXES
+        expected = {name: t.shape for name, t in codec.tensors().items() if not name.startswith(ignored)}
+        expected[EMBEDDING_NAME] = (checkpoint.params.audio_embedding_size, checkpoint.params.dim)
+        prefixes = CODEC_PREFIX, EMBEDDING_NAME
+        found = {n: s for n, s in checkpoint.shapes.items() if n.startswith(prefixes) and not n.startswith(ignored)}
+        check_shapes(found, expected, checkpoint.folder)
+        tensors = checkpoint.read(expected)
         codec.audio_embedding = tensors.pop(EMBEDDING_NAME)
-        own_tensors = {name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}
-        codec.load_state_dict(own_tensors, strict=codec.has_encoder)
+        codec.load_state_dict({name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}, strict=False)
         return codec.to(device, dtype).eval()
 
     @classmethod
@@ -123,25 +116,29 @@ class VoxtralCodec(nn.Module):
     def load_encoder(self, tensors: dict[str, Tensor], where="the encoder file") -> None:
         """Takes encoder tensors under their full checkpoint names. Raises CheckpointError unless all are there and
         fit."""
-        expected = {name: t.shape for name, t in self.encoder_tensors().items()}
-        check_shapes({name: t.shape for name, t in tensors.items()}, expected, where)
-        self.load_state_dict({name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}, strict=False)
+        self._load(tensors, self.encoder_tensors(), where)
         self.has_encoder = True
 
     def load_decoder(self, tensors: dict[str, Tensor]) -> None:
-        """Takes all other tensors of the codec under their full checkpoint names. Raises CheckpointError likewise."""
-        own = {CODEC_PREFIX + name: t.shape for name, t in self.state_dict().items()}
-        check_shapes(
-            {name: t.shape for name, t in tensors.items()},
-            {name: shape for name, shape in own.items() if not name.startswith(ENCODER_PREFIXES)},
-            "the decoder file",
-        )
+        """Takes all other tensors of the codec likewise."""
+        self._load(tensors, self.decoder_tensors(), "the decoder file")
+
+    def _load(self, tensors: dict[str, Tensor], own: dict[str, Tensor], where) -> None:
+        found, expected = ({name: t.shape for name, t in each.items()} for each in (tensors, own))
+        check_shapes(found, expected, where)
         self.load_state_dict({name.removeprefix(CODEC_PREFIX): t for name, t in tensors.items()}, strict=False)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The state dict under full checkpoint names."""
+        return {CODEC_PREFIX + name: t for name, t in self.state_dict().items()}
+
     def encoder_tensors(self) -> dict[str, Tensor]:
-        """The encoder's tensors under their full checkpoint names (114 in the full model)."""
-        names = {CODEC_PREFIX + name: t for name, t in self.state_dict().items()}
-        return {name: t for name, t in names.items() if name.startswith(ENCODER_PREFIXES)}
+        """Those of the encoder (114 in the full model)."""
+        return {name: t for name, t in self.tensors().items() if name.startswith(ENCODER_PREFIXES)}
+
+    def decoder_tensors(self) -> dict[str, Tensor]:
+        """All others: quantizer and decoder."""
+        return {name: t for name, t in self.tensors().items() if not name.startswith(ENCODER_PREFIXES)}
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         return [*self.input_proj.parameters(), *self.encoder_blocks.parameters()]
@@ -205,9 +202,11 @@ class VoxtralCodec(nn.Module):
         table = self.audio_embedding if table is None else table
         return F.embedding(codes.transpose(1, 2) + N_SPECIAL_IDS + offsets, table).sum(dim=2)
 
-    def voice_rows(self, codes: Tensor, n_frames: Tensor, table: Tensor | None = None) -> Tensor:
-        """Codes [B, 1 + acoustic_dim, L], the first n_frames [B] of them -> [B, L + 1, dim]: row n_frames is the
-        END_AUDIO frame that serving expects; those after it carry no meaning. table: see embed_codes."""
+    def voice_rows(self, codes: Tensor, n_frames: Tensor | None = None, table: Tensor | None = None) -> Tensor:
+        """Codes [B, 1 + acoustic_dim, L], the first n_frames [B] of them, or all -> [B, L + 1, dim]: row n_frames is
+        the END_AUDIO frame that serving expects; those after it carry no meaning. table: see embed_codes."""
+        if n_frames is None:
+            n_frames = codes.new_tensor([codes.shape[-1]])
         end = torch.full_like(codes[:1, :, :1], EMPTY_AUDIO - N_SPECIAL_IDS)
         end[:, 0] = END_AUDIO - N_SPECIAL_IDS
         at_end = torch.arange(codes.shape[-1] + 1, device=codes.device) == n_frames[:, None, None]
@@ -215,8 +214,7 @@ class VoxtralCodec(nn.Module):
 
     def voice_embedding(self, waveform: Tensor) -> Tensor:
         """[1, 1, T] -> [ceil(T / 1920) + 1, dim], END_AUDIO row last."""
-        codes = self.encode(waveform)
-        return self.voice_rows(codes, torch.tensor([codes.shape[-1]], device=codes.device))[0]
+        return self.voice_rows(self.encode(waveform))[0]
 
     # ------------------------------------------------------------ training
 

@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from voxtral.asr import AsrConfig
 from voxtral.audio import SAMPLE_RATE
 from voxtral.discriminator import DiscriminatorConfig
-from voxtral.errors import UserError, reason_of
+from voxtral.errors import UserError, one_line, reason_of
 from voxtral.known_codes import MatchConfig
 from voxtral.losses import LossWeights
 from voxtral.params import LORA_MODULES
@@ -215,7 +215,7 @@ def load_config(schema: type, path, overrides: list[str]):
     try:
         layer = OmegaConf.load(path)
     except Exception as error:  # PyYAML's and OmegaConf's parsers raise many types; all mean the same to the user
-        raise ConfigError(f"{path} is no valid YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{path} is no valid YAML: {one_line(error)}") from error
     if not isinstance(layer, DictConfig):
         raise ConfigError(f"{path} is a list: a config is a mapping of keys such as data: and train:.")
     changes = [
@@ -236,16 +236,12 @@ def load_config(schema: type, path, overrides: list[str]):
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {_key_of(schema, error)}: {reason_of(error)}") from error
         except Exception as error:  # see above
-            raise ConfigError(f"{where}: cannot be read as a value: {_one_line(error)}") from error
+            raise ConfigError(f"{where}: cannot be read as a value: {one_line(error)}") from error
     try:
         OmegaConf.resolve(merged)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key}: {reason_of(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _key_of(schema: type, error: OmegaConfBaseException) -> str:

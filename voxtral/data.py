@@ -38,7 +38,7 @@ from yaml import YAMLError
 from voxtral.audio import SAMPLE_RATE, BadClip, Header, complaints, load_segment, read_header
 from voxtral.clip_list import Clip, Clips
 from voxtral.codec import ceil_div
-from voxtral.errors import DataError, one_sentence, reason_of, shown
+from voxtral.errors import DataError, one_line, one_sentence, shown
 from voxtral.known_codes import read_coded
 from voxtral.loader import Loader, TensorBatch
 from voxtral.params import CodecParams
@@ -371,7 +371,7 @@ def read_config(path: str, overrides: list[str]) -> DataConfig:
         config.merge_with_dotlist(overrides)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.get("data", {})))
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:  # the last two too
-        raise DataError(f"{path}, data: {' '.join(str(error).split()) or reason_of(error)}") from error
+        raise DataError(f"{path}, data: {one_line(error)}") from error
 
 
 def main(arguments=None) -> None:

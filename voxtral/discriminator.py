@@ -98,19 +98,17 @@ class StftDiscriminator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """One StftDiscriminator per FFT size. [B, 1, T] -> a list of feature maps for each of them, logits last."""
+    """One StftDiscriminator per FFT size, of the complex STFT in fp32 over sqrt(size), hop a quarter of the size.
+    [B, 1, T] -> a list of feature maps for each of them, logits last."""
 
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
         self.fft_sizes = list(config.fft_sizes)
         self.discriminators = nn.ModuleList(StftDiscriminator(config.channels) for _ in self.fft_sizes)
 
-    def spectra(self, waveform: Tensor) -> list[Tensor]:
-        """Per FFT size the complex STFT over sqrt(size) in fp32, [B, 2, frames, bins]; hop is a quarter of the size."""
-        return [stft(waveform, n).permute(0, 3, 1, 2) / n**0.5 for n in self.fft_sizes]
-
     def forward(self, waveform: Tensor) -> list[list[Tensor]]:
-        return [discriminator(spectrum) for discriminator, spectrum in zip(self.discriminators, self.spectra(waveform))]
+        spectra = [stft(waveform, n).permute(0, 3, 1, 2) / n**0.5 for n in self.fft_sizes]  # [B, 2, frames, bins]
+        return [discriminator(spectrum) for discriminator, spectrum in zip(self.discriminators, spectra)]
 
 
 class AdversarialLosses(nn.Module):

@@ -32,16 +32,13 @@ CONDITION_DROP = 0.1  # share of frames whose velocity is trained without a hidd
 
 @dataclass
 class Pass:
-    """What the model makes of a batch: `layers` n_layers tensors [B, S, dim] before the final norm (none without a
-    teacher to compare them with); at the positions
-    that predict a frame, the last prompt token and all frames: `hidden` [B, L_s + 1, dim] after it, and `logits`
-    [B, L_s + 1, 1 + K] float32 of END_AUDIO and the K semantic codes. `latent` [B, latent_dim, L_r]: the encoder's, if
-    it was at work."""
+    """What the model makes of a batch. `hidden` and `logits` are those of the positions that predict a frame: the last
+    prompt token and all frames."""
 
-    layers: list[Tensor]
-    hidden: Tensor
-    logits: Tensor
-    latent: Tensor | None
+    layers: list[Tensor]  # n_layers of [B, S, dim], before the final norm; none without a teacher to compare them with
+    hidden: Tensor  # [B, L_s + 1, dim], after the final norm
+    logits: Tensor  # [B, L_s + 1, 1 + K] float32, of END_AUDIO and the K semantic codes
+    latent: Tensor | None  # [B, latent_dim, L_r], the encoder's, if it was at work
 
 
 class FullPipeline(nn.Module):
@@ -104,9 +101,8 @@ class FullPipeline(nn.Module):
             return self.codec.voice_rows(batch.reference, batch.n_reference, table), None
         codes, latent = self.encode(batch)
         rows = self.codec.voice_rows(codes, batch.n_reference, table)
-        if (
-            latent is not None and latent.requires_grad
-        ):  # serving sees the codes, so their rows are the value; the gradient is the soft one's
+        if latent is not None and latent.requires_grad:
+            # Serving sees the codes, so their rows are the value; the gradient is the soft one's.
             soft = F.pad(soft_rows(self.codec, latent, self.scale, table), (0, 0, 0, 1))
             rows = rows + torch.where(valid_mask(batch.n_reference, rows.shape[1])[..., None], soft - soft.detach(), 0)
         return rows, latent

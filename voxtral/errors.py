@@ -41,6 +41,11 @@ def reason_of(error: BaseException) -> str:
     return next((shown(line.strip()) for line in str(error).split("\n") if line.strip()), type(error).__name__)
 
 
+def one_line(error: BaseException) -> str:
+    """All of an error's message on one line, or else what kind of error it is."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _escaped(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"

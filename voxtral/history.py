@@ -15,23 +15,17 @@ def metric_rows(path) -> Iterator[dict]:
                 yield json.loads(line)
 
 
-def read_metrics(path) -> list[dict]:
-    """All rows of a metrics.jsonl."""
-    return list(metric_rows(path))
-
-
 class History:
     """What plots show of a run, at a cost that does not grow with it: of each kind of row (training, validation, ...)
     at most MAX_ROWS + 1, spread evenly over the run, the first and the newest among them."""
 
-    def __init__(self, limit: int | None = None):
-        self.limit = limit or MAX_ROWS
+    def __init__(self):
         self.kinds: dict[str, Thinned] = {}
 
     def add(self, row: dict) -> None:
         """Rows of a kind have the same first metric."""
         kind = next((name for name in row if name != "step"), "")
-        self.kinds.setdefault(kind, Thinned(self.limit)).add(row)
+        self.kinds.setdefault(kind, Thinned(MAX_ROWS)).add(row)
 
     @property
     def rows(self) -> list[dict]:

@@ -142,19 +142,13 @@ class CodeMatching:
         self.running = tuple(map(torch.zeros_like, self.target))
         self.steps = 0
 
-    def normalize(self, quantized: Tensor) -> Tensor:
-        """[B, D, L] in units of the known codes' deviation from their mean"""
-        return (quantized - self.mean) / self.deviation
-
-    def quantized(self, output: CodecOutput) -> Tensor:
-        """What the decoder would see of our latents, quantized with straight-through gradient, normalized: [B, D, L]"""
-        return self.normalize(self.quantizer.straight_through(self.quantizer.squash(output.latent), output.codes))
-
     def __call__(self, output: CodecOutput, n_frames: Tensor) -> Tensor:
         """Squared distance of the statistics of what the decoder would see, quantized with straight-through gradient,
         in units of the known codes' deviation: mean over channels, and over pairs of channels times
         COVARIANCE_WEIGHT."""
-        sums = pair_sums(self.quantized(output), valid_mask(n_frames, output.codes.shape[-1]))
+        quantized = self.quantizer.straight_through(self.quantizer.squash(output.latent), output.codes)  # [B, D, L]
+        normalized = (quantized - self.mean) / self.deviation
+        sums = pair_sums(normalized, valid_mask(n_frames, output.codes.shape[-1]))
         if dist.is_initialized():
             sums = [dist_nn.all_reduce(part) for part in sums]
         keep = min(DECAY, 1 - 1 / (self.steps + 1))  # a plain average at first

@@ -52,7 +52,7 @@ def transformer_layout(prefix: str, sizes: TransformerParams) -> dict[str, tuple
 
 def codec_layout(params: ModelParams) -> dict[str, tuple]:
     """All of the codec, encoder included, in file order."""
-    shapes = {CODEC_PREFIX + name: tuple(tensor.shape) for name, tensor in meta_codec(params).state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_codec(params).tensors().items()}
     return {name: shapes[name] for name in sorted(shapes, key=codec_file_order)}
 
 

@@ -1,7 +1,6 @@
 """A page to listen to clones: one HTML file without scripts beside its wavs and pictures, opened from disk."""
 
 import math
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -48,36 +47,29 @@ p { margin: .3rem 0; }
 """
 
 
-@dataclass
-class Recording:
-    """A player on the page: `wav` and `picture` are paths relative to it, empty where there is no audio; `notes`: lines
-    below, such as scores."""
-
-    name: str
-    wav: str = ""
-    picture: str = ""
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class VoiceSection:
-    """A part of the page: a voice, what is said in it, the recording it was cloned from, and the clones."""
-
-    name: str
-    text: str
-    reference: Recording
-    clones: list[Recording]
+def recording_html(folder, stem: str, name: str, waveform: Tensor, notes: list[str] = ()) -> str:
+    """Writes STEM.wav and its spectrogram STEM.png into `folder`, nothing for a waveform [0]; waveform [T] float32. A
+    player and the picture on the page, with `notes` between them, such as scores."""
+    player = picture = ""
+    if len(waveform):
+        soundfile.write(Path(folder) / f"{stem}.wav", waveform.clamp(-1, 1).numpy(), SAMPLE_RATE)
+        figure = spectrogram_figure({name: waveform}, SAMPLE_RATE)
+        figure.set_size_inches(PICTURE_INCHES)
+        save_figure(figure, Path(folder) / f"{stem}.png")
+        player = f'<audio controls preload="none" src="{quote(stem)}.wav"></audio>\n'
+        picture = f'<img src="{quote(stem)}.png" alt="spectrogram: {escape(name)}">\n'
+    else:
+        notes = ["no audio", *notes]
+    lines = "".join(f'<p class="soft">{escape(note)}</p>\n' for note in notes)
+    return f'<div class="take">\n<h3>{escape(name)}</h3>\n{player}{lines}{picture}</div>\n'
 
 
-def record(folder, stem: str, name: str, waveform: Tensor, notes: list[str] = ()) -> Recording:
-    """Writes STEM.wav and its spectrogram STEM.png into `folder`, nothing for a waveform [0]; waveform [T] float32."""
-    if not len(waveform):
-        return Recording(name, notes=["no audio", *notes])
-    soundfile.write(Path(folder) / f"{stem}.wav", waveform.clamp(-1, 1).numpy(), SAMPLE_RATE)
-    figure = spectrogram_figure({name: waveform}, SAMPLE_RATE)
-    figure.set_size_inches(PICTURE_INCHES)
-    save_figure(figure, Path(folder) / f"{stem}.png")
-    return Recording(name, f"{stem}.wav", f"{stem}.png", list(notes))
+def section_html(voice: str, text: str, recordings: list[str]) -> str:
+    """A part of the page: a voice, what is said in it, recording_html() of its reference and of the clones."""
+    return (
+        f"<section>\n<h2>{escape(voice)}</h2>\n<blockquote>“{escape(text)}”</blockquote>\n"
+        f'<div class="takes">\n{"".join(recordings)}</div>\n</section>\n'
+    )
 
 
 def _notes(row: dict) -> list[str]:
@@ -89,25 +81,24 @@ def _notes(row: dict) -> list[str]:
     return lines + ([] if row["ended"] else ["cut off at the length limit"])
 
 
-def clone_sections(folder, items: list[Item], rows: list[dict], audio: dict) -> list[VoiceSection]:
-    """wavs and spectrograms of the first items -> what the page says of them. audio: system -> their clones [T]."""
-    voices = []
+def clone_sections(folder, items: list[Item], rows: list[dict], audio: dict) -> list[str]:
+    """wavs and spectrograms of the first items -> their parts of the page. audio: system -> their clones [T]."""
+    sections = []
     for i in range(len(next(iter(audio.values())))):
         waveform = prepare_reference(items[i].reference).waveform[0, 0]
-        reference = record(folder, f"clone_{i}_reference", "reference", waveform)
-        clones = [
-            record(folder, f"clone_{i}_{system}", system, clones[i], _notes(rows[len(items) * place + i]))
-            for place, (system, clones) in enumerate(audio.items())
-        ]
-        voices.append(VoiceSection(items[i].speaker, items[i].text, reference, clones))
-    return voices
+        recordings = [recording_html(folder, f"clone_{i}_reference", "reference", waveform)]
+        for place, (system, clones) in enumerate(audio.items()):
+            notes = _notes(rows[len(items) * place + i])
+            recordings.append(recording_html(folder, f"clone_{i}_{system}", system, clones[i], notes))
+        sections.append(section_html(items[i].speaker, items[i].text, recordings))
+    return sections
 
 
 def write_page(
-    path, title: str, intro_html: str, headers: list[str], table_rows: list[list[str]], voices: list[VoiceSection]
+    path, title: str, intro_html: str, headers: list[str], table_rows: list[list[str]], sections: list[str]
 ) -> None:
-    """Writes the page. All but intro_html is text, in which < and & stand for themselves, and a line break in the table
-    for one; the first column names the rows."""
+    """Writes the page. All but intro_html and sections is text, in which < and & stand for themselves, and a line break
+    in the table for one; the first column names the rows."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in headers)
     rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows)
     write_text(
@@ -127,23 +118,7 @@ def write_page(
 <tr>{head}</tr>
 {rows}
 </table></div>
-{"".join(map(_section, voices))}</body>
+{"".join(sections)}</body>
 </html>
 """,
     )
-
-
-def _section(voice: VoiceSection) -> str:
-    takes = "".join(map(_take, [voice.reference, *voice.clones]))
-    return (
-        f"<section>\n<h2>{escape(voice.name)}</h2>\n<blockquote>“{escape(voice.text)}”</blockquote>\n"
-        f'<div class="takes">\n{takes}</div>\n</section>\n'
-    )
-
-
-def _take(recording: Recording) -> str:
-    name = escape(recording.name)
-    player = f'<audio controls preload="none" src="{quote(recording.wav)}"></audio>\n' if recording.wav else ""
-    picture = f'<img src="{quote(recording.picture)}" alt="spectrogram: {name}">\n' if recording.picture else ""
-    notes = "".join(f'<p class="soft">{escape(note)}</p>\n' for note in recording.notes)
-    return f'<div class="take">\n<h3>{name}</h3>\n{player}{notes}{picture}</div>\n'

@@ -4,7 +4,7 @@ Padding never counts: every loss is averaged over a clip's valid samples or fram
 processes with half of a batch each average to the same value as one process with all of it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ class LossWeights:
 
 
 DECAYING = ("l1", "stft")  # multiplied by gamma^t
-LOSS_NAMES = tuple(f.name for f in fields(LossWeights))
 
 
 # ---------------------------------------------------------------- reconstruction
@@ -69,7 +68,7 @@ class SoundLosses(nn.Module):
         pairs = magnitude_pairs(prediction, target, lengths, {n for name in names for n in sizes[name]})
         functions = {
             "l1": lambda: l1_loss(prediction, target, lengths),
-            "stft": lambda: stft_loss_of(pairs, lengths, self.fft_sizes),
+            "stft": lambda: stft_loss(pairs, lengths, self.fft_sizes),
             "mel": lambda: self.mel_distance.of(pairs, lengths),
         }
         losses = {name: functions[name]() for name in names}
@@ -119,12 +118,6 @@ def magnitude(waveform: Tensor, fft_size: int) -> Tensor:
     return stft(waveform, fft_size).square().sum(dim=-1).clamp(min=1e-12).sqrt()
 
 
-def stft_magnitude(waveform: Tensor, fft_size: int, normalized: bool) -> Tensor:
-    """[B, 1, T] -> [B, fft_size // 2 + 1, 1 + T // hop] in float32; see stft(). `normalized` divides by
-    sqrt(fft_size), so that sizes weigh alike."""
-    return magnitude(waveform, fft_size).transpose(1, 2) / (fft_size**0.5 if normalized else 1.0)
-
-
 def magnitude_pairs(prediction: Tensor, target: Tensor, lengths: Tensor, fft_sizes) -> dict[int, tuple[Tensor, Tensor]]:
     """FFT size -> magnitudes of both waveforms, silent beyond their lengths."""
     prediction, target = mask_samples(prediction, lengths), mask_samples(target, lengths)
@@ -136,14 +129,9 @@ def frame_mean(values: Tensor, lengths: Tensor, fft_size: int) -> Tensor:
     return clip_mean(values.transpose(1, 2), (lengths - 1) // (fft_size // 4) + 1)
 
 
-def stft_loss(prediction: Tensor, target: Tensor, lengths: Tensor, fft_sizes: list[int]) -> Tensor:
-    """L1 between STFT magnitudes over sqrt(fft_size), mean over bins, frames and the FFT sizes. The paper names no
-    sizes."""
-    return stft_loss_of(magnitude_pairs(prediction, target, lengths, fft_sizes), lengths, fft_sizes)
-
-
-def stft_loss_of(pairs: dict, lengths: Tensor, fft_sizes: list[int]) -> Tensor:
-    """stft_loss() of magnitude_pairs()."""
+def stft_loss(pairs: dict, lengths: Tensor, fft_sizes: list[int]) -> Tensor:
+    """L1 between magnitude_pairs() over sqrt(fft_size), so that sizes weigh alike; mean over bins, frames and sizes.
+    The paper names no sizes."""
     losses = [frame_mean((pairs[n][0] - pairs[n][1]).abs(), lengths, n) / n**0.5 for n in fft_sizes]
     return torch.stack(losses).mean()
 
@@ -154,16 +142,17 @@ def log_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 class MelDistance(nn.Module):
-    """Mel distance as audiotools defines it: for each window (2048: 150 mels, 512: 80; hop window / 4) log_distance()
-    between Slaney mel bands of STFT magnitudes, summed over the windows.
+    """Mel distance as audiotools defines it: for each of `windows` (hop: a quarter) log_distance() between
+    Slaney mel bands of STFT magnitudes, summed over the windows.
 
     Used as validation metric, and as a loss where `loss.mel` > 0.
     """
 
-    def __init__(self, sampling_rate: int, windows=((2048, 150), (512, 80))):
+    windows = {2048: 150, 512: 80}  # samples: mel bands
+
+    def __init__(self, sampling_rate: int):
         super().__init__()
-        self.windows = [window for window, _ in windows]
-        for window, n_mels in windows:
+        for window, n_mels in self.windows.items():
             bands = torchaudio.functional.melscale_fbanks(
                 window // 2 + 1, 0.0, sampling_rate / 2, n_mels, sampling_rate, norm="slaney", mel_scale="slaney"
             )

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from voxtral.losses import stft_magnitude
+from voxtral.losses import magnitude
 
 matplotlib.use("Agg")
 
@@ -17,8 +17,7 @@ def spectrogram_figure(rows: dict[str, Tensor], sampling_rate: int) -> Figure:
     figure = Figure(figsize=(9, 2.3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     images = [
-        20 * stft_magnitude(waveform[None, None], 1024, False)[0].clamp(min=1e-4).log10().numpy()
-        for waveform in rows.values()
+        20 * magnitude(waveform[None, None], 1024)[0].T.clamp(min=1e-4).log10().numpy() for waveform in rows.values()
     ]
     top = max(image.max() for image in images)
     for axis, title, waveform, image in zip(axes, rows, rows.values(), images):

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from voxtral.config import OptimizerConfig, load_config
-from voxtral.errors import one_sentence, shown
+from voxtral.errors import one_line, one_sentence, shown
 from voxtral.processes import TrainingDiverged, training_process
 from voxtral.run_folder import RunFolder, load_run_config
 from voxtral.tables import read_lines
@@ -60,15 +60,13 @@ class SideStream:
 # ---------------------------------------------------------------- learning rate
 
 # A function of the step alone: nothing is saved, and a resumed run may have another train.max_steps or learning rate.
-# torch's schedulers carry on the old ones: after step 10,000 of 20,000 at 5e-4, resumed to 40,000 at 2e-4, SequentialLR
-# gives 2.6e-4 and LambdaLR 4.3e-4, where 1.7e-4 is meant.
+# torch's LinearLR and CosineAnnealingLR in sequence give the same to 4e-15 (20,000 steps, 500 of warm-up), but carry on
+# the old settings: after step 10,000 of 20,000 at 5e-4, resumed to 40,000 at 2e-4, SequentialLR gives 2.6e-4 and
+# LambdaLR 4.3e-4, where 1.7e-4 is meant.
 
 
 def cosine_with_warmup(step: int, warmup_steps: int, max_steps: int) -> float:
-    """Factor of the learning rate at `step`: linear to 1 over warmup_steps, then cosine to 0 at max_steps.
-
-    torch's LinearLR and CosineAnnealingLR in sequence give the same to 4e-15 (20,000 steps, 500 of warm-up), and bring
-    a state that a resumed run with another max_steps would have to put right."""
+    """Factor of the learning rate at `step`: linear to 1 over warmup_steps, then cosine to 0 at max_steps."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
@@ -151,14 +149,14 @@ class BadClipLog:
 class Logger:
     """Collects scalars on the device and writes them every few steps: one log line, metrics.jsonl, TensorBoard.
 
-    Reading a device scalar waits for the device, so it happens once per `log_every_steps` for all of them. Then
-    they are averaged over the processes and every step's losses are checked: a NaN, or a total above max_total,
+    Reading a device scalar waits for the device, so it happens once per `log_every_steps` for all of them. Then they
+    are averaged over the processes and every step's losses are checked: a NaN, or a total above train.max_total_loss,
     raises TrainingDiverged with its step. Steps count from 1, so a checkpoint's rows end at its own number.
     `bad`: clips that had to be replaced since then, (path, reason); bad_files.txt lists those of all processes.
     """
 
-    def __init__(self, run: RunFolder, max_steps: int, start_step: int, max_total: float):
-        self.run, self.max_total, self.is_main = run, max_total, run.process.is_main
+    def __init__(self, run: RunFolder, max_steps: int, start_step: int):
+        self.run, self.max_total, self.is_main = run, run.config.train.max_total_loss, run.process.is_main
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
         self.started, self.start_step, self.last_flush = time.monotonic(), start_step, time.monotonic()
         self.step_times: list[float] = []
@@ -244,8 +242,7 @@ class Logger:
         try:
             self.tracker.log(scalars, step)
         except Exception as error:
-            reason = " ".join(str(error).split())
-            self.say(f"tracker {self.run.config.tracker} failed and gets no more of this run: {reason}")
+            self.say(f"tracker {self.run.config.tracker} failed and gets no more of this run: {one_line(error)}")
             self.tracker = None
 
     def say(self, line: str) -> None:

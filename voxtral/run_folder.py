@@ -18,7 +18,7 @@ from torch import Tensor
 
 from voxtral.checkpoint import SafetensorsFile, atomic_path, flush, save_tensors, write_text
 from voxtral.config import KEPT_ON_RESUMING, SWITCHES, ConfigError, dump_config, load_config
-from voxtral.errors import UserError, reason_of
+from voxtral.errors import UserError, one_line, reason_of
 from voxtral.history import History, metric_rows
 from voxtral.json_files import write_json
 from voxtral.params import CheckpointError
@@ -55,15 +55,15 @@ class RunFolder:
     samples/, plots/, tensorboard/. The first process alone reads and writes it, so that several machines need not share
     it."""
 
-    def __init__(self, path, config, process: Process, resume: bool):
+    def __init__(self, config, process: Process):
         """Raises ConfigError when the folder holds another run (resume=false), or when one key of its configuration
         cannot be another one (resume=true). `changes`: what is different from the run's last configuration, a line
         each."""
-        self.path, self.config, self.process, self.changes = Path(path), config, process, []
+        self.path, self.config, self.process, self.changes = Path(config.output_dir), config, process, []
         self.saved_at, self.save_sec = time.monotonic(), 0.0
         self.best: tuple[dict, dict] | None = None  # weights and record of best/ that save_step() is to write
         if process.is_main:
-            if self.latest() and not resume:
+            if self.latest() and not config.resume:
                 raise ConfigError(
                     f"{self.path} already holds a run: continue it with resume=true, or choose another output_dir."
                 )
@@ -217,7 +217,7 @@ class RunFolder:
         try:
             return read_checkpoint(folders[-1], weights)
         except DAMAGE as error:
-            damage = f"{folders[-1]} is damaged ({' '.join(str(error).split())})"
+            damage = f"{folders[-1]} is damaged ({one_line(error)})"
             whole = next((folder for folder in reversed(folders[:-1]) if _is_whole(folder, weights)), None)
             if whole:
                 raise ConfigError(f"{damage}: delete it, and resume=true goes on from {whole}.") from error

@@ -19,7 +19,7 @@ from torch import Tensor
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
 from voxtral.asr import load_whisper
-from voxtral.errors import UserError
+from voxtral.errors import UserError, one_line
 from voxtral.losses import MelDistance, stft_distance
 from voxtral.score_table import ECAPA_MODEL, MAX_SISDR_DB, SCORES
 from voxtral.speaker import SpeakerEncoder
@@ -150,7 +150,7 @@ def load_ecapa(model: str, device):
         )
     except Exception as error:  # SpeechBrain and the hub's client raise many types; all mean the same to the user
         raise UserError(
-            f"--ecapa-model: '{model}' cannot be had ({' '.join(str(error).split())}); give a folder with "
+            f"--ecapa-model: '{model}' cannot be had ({one_line(error)}); give a folder with "
             f"the files of {ECAPA_MODEL}, or leave ecapa out of --metrics."
         ) from error
 

@@ -149,7 +149,7 @@ def random_voice(params: ModelParams, n_rows: int, table: Tensor, seed: int = 0)
     ]
     codec = meta_codec(params)
     codec.audio_embedding = table
-    return codec.voice_rows(torch.cat(codes, dim=1)[..., :-1], torch.tensor([n_rows - 1]))[0].contiguous()
+    return codec.voice_rows(torch.cat(codes, dim=1)[..., :-1])[0].contiguous()
 
 
 # ---------------------------------------------------------------- files

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from voxtral.checkpoint import write_text
-from voxtral.errors import UserError
+from voxtral.errors import UserError, one_line
 
 PROJECT = "voxtral-voice-clone"
 TRACKERS = ("wandb", "mlflow", "trackio")  # names of packages
@@ -30,7 +30,7 @@ def open_tracker(config, folder: Path):
         tracker = kind(config.tracker, folder, asdict(config), known.get("id"))
     except Exception as error:  # each package has its own
         raise UserError(
-            f"tracker {config.tracker} cannot start ({' '.join(str(error).split())}): set it up, or set tracker=none."
+            f"tracker {config.tracker} cannot start ({one_line(error)}): set it up, or set tracker=none."
         ) from error
     write_text(record, json.dumps({"tracker": config.tracker, "id": tracker.id}) + "\n")
     return tracker

@@ -241,7 +241,7 @@ def encode_reference(codec: VoxtralCodec, path, refine_sec: float = 0.0) -> tupl
     reference = prepare_reference(path)
     codes, notes = reference_codes(codec, reference.waveform.to(codec.audio_embedding.device), refine_sec)
     reference.notes += notes
-    return codec.voice_rows(codes, torch.tensor([codes.shape[-1]], device=codes.device))[0], reference
+    return codec.voice_rows(codes)[0], reference
 
 
 def voice_files(folder, remarks: Remarks) -> dict[str, Path]:
