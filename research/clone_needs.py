@@ -22,6 +22,7 @@ from voxtral.code_metrics import code_agreement
 from voxtral.codec import VoxtralCodec
 from voxtral.command_line import add_shared, check_options, script_parser
 from voxtral.errors import one_sentence
+from voxtral.evaluation import AGREEMENT, Averages
 from voxtral.evaluation_report import cell, markdown, number
 from voxtral.json_files import write_json
 from voxtral.losses import MelDistance
@@ -98,9 +99,10 @@ def systems_of(description: str, tts: TTS) -> list[System]:
 
 @torch.no_grad()
 def measure(
-    codec: VoxtralCodec, system: System, waveforms: list[Tensor], true: list[Tensor] | None
+    codec: VoxtralCodec, system: System, waveforms: list[Tensor], true: list[Tensor] | None, averages: Averages
 ) -> tuple[dict, list[Tensor]]:
-    """-> MEASURES of the references [1, 1, T] through a system, its codes [1, 37, L]; true: the true encoder's."""
+    """-> MEASURES and "intervals" of the shares of equal codes of the references [1, 1, T] through a system, its codes
+    [1, 37, L]; true: the true encoder's. averages: over the references' speakers."""
     codec.load_encoder(system.encoder, system.name)
     codes = [codec.encode(waveform) for waveform in waveforms]
     codes = [system.change(one) for one in codes] if system.change else codes
@@ -113,9 +115,15 @@ def measure(
     means, true_means = (
         torch.stack([one[0, 1:].float().mean(dim=1) for one in each], dim=1) for each in (codes, true or codes)
     )
-    agreement = code_agreement(ours, theirs, torch.tensor([ours.shape[2]], device=ours.device))
+    agreement = [
+        {name: value.item() for name, value in code_agreement(one, other, one.new_tensor([one.shape[2]])).items()}
+        | {"frames": one.shape[2]}
+        for one, other in zip(codes, true or codes)
+    ]
+    shares = {name: averages.summary(averages.means(agreement, name)) for name in agreement[0] if name != "frames"}
     return {
-        **{name: value.item() for name, value in agreement.items()},
+        **{name: share["value"] for name, share in shares.items()},
+        "intervals": {name: share["interval"] for name, share in shares.items()},
         "mel_distance": sum(distances) / len(distances),
         "levels_correlation": correlation(ours[0, 1:].float(), theirs[0, 1:].float()),
         "clip_correlation": correlation(means, true_means),
@@ -132,16 +140,21 @@ def correlation(a: Tensor, b: Tensor) -> float:
 # ---------------------------------------------------------------- report
 
 
+def share_cell(row: dict, name: str) -> str:
+    return cell({"value": row[name], "interval": row["intervals"][name]}, 100) + " %"
+
+
 def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         clones = row["clones"]
         cells = {
             "reference through": row["system"],
-            "levels within one": f"{row['levels_within_1']:.1%}",
+            "levels equal": share_cell(row, "levels_equal"),
+            "within one": share_cell(row, "levels_within_1"),
             "levels' correlation": number(row["levels_correlation"]),
             "clip means' correlation": number(row["clip_correlation"]),
-            "semantic equal": f"{row['semantic_equal']:.1%}",
+            "semantic equal": share_cell(row, "semantic_equal"),
             "mel distance": number(row["mel_distance"]),
             "like its reference": number(clones["own"]["value"]),
             "like other voices": number(clones["others"]["value"]),
@@ -181,10 +194,11 @@ def run(options) -> None:
     items, _ = items_of_manifest(options.data, speakers=options.speakers.split(","), per_voice=options.per_voice)
     spoken, _ = speak_and_score(tts, systems, items, judge, options.max_sec)
     summary, codes, rows = summarize(spoken), None, []
-    references = dict.fromkeys(item.reference for item in items)
+    references = {item.reference: item.speaker for item in items}
     waveforms = [prepare_reference(path).waveform.to(device) for path in references]
+    averages = Averages(list(references.values()), 0, AGREEMENT)
     for system in systems:
-        measured, found = measure(tts.codec, system, waveforms, codes)
+        measured, found = measure(tts.codec, system, waveforms, codes, averages)
         codes = codes or found
         kept = summary["margin_kept"].get(system.name, {"value": 1.0, "interval": None})
         rows.append(

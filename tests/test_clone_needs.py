@@ -78,6 +78,8 @@ def test_encoders_of_a_run_and_errors_are_measured(benchmark, tmp_path, speaker_
     assert rows["true"]["levels_within_1"] == rows["true"]["semantic_equal"] == 1 and rows["true"]["kept"]["value"] == 1
     assert rows["semantic codes random"]["levels_within_1"] == 1 > rows["semantic codes random"]["semantic_equal"] + 0.5
     assert rows["off by four"]["levels_within_1"] < 0.1 < rows["levels off by one, at random"]["levels_within_1"] == 1
+    low, high = rows["none"]["intervals"]["levels_equal"]
+    assert low <= rows["none"]["levels_equal"] <= high and rows["true"]["intervals"]["levels_equal"] == [1, 1]
     assert rows["off by four"]["mel_distance"] != rows["true"]["mel_distance"]
     assert (tmp_path / "out" / "clone_needs.png").stat().st_size > 1000
     assert "| run_100 |" in (tmp_path / "out" / "table.md").read_text()
