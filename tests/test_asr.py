@@ -285,3 +285,17 @@ def test_beside_the_codec_it_computes_what_it_does_alone(import_script, tmp_path
     with pytest.raises(SystemExit) as ended:
         import_script("concurrent_graphs").main(["--replays", "300", model, "train.compile=false"])
     assert ended.value.code == 0
+
+
+def test_in_half_precision_it_hears_the_same(teacher, whisper_checkpoint):
+    """As on a GPU. The same tokens are read, and written, since none of the logits is near another."""
+    half = WhisperTeacher(AsrConfig(model=whisper_checkpoint), max_sec=2.0, device="cpu")
+    half.to_half()
+    waveform, lengths = clips()
+    heard = []
+    for one in (teacher, half):
+        features = one.model.encoder(one.mel(waveform, lengths).to(one.dtype))
+        tokens, n_text = one.transcribe(features)
+        heard.append([tokens, n_text, *one.read(heard[0][0] if heard else tokens, features)])
+    for a, b in zip(*heard, strict=True):
+        assert a.shape == b.shape and (a.float() - b.float()).norm() < 1e-2 * a.float().norm()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,7 @@ from voxtral.checkpoint import (
     write_stored,
 )
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.layers import Transformer, WindowAttention
+from voxtral.layers import CausalConv1d, CausalConvTranspose1d, Transformer, WindowAttention
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import CheckpointError, CodecParams
 from voxtral.standin import small_params
@@ -277,6 +278,14 @@ def test_without_encoder_tensors_the_encoder_is_fresh(released):
     stored = Checkpoint(released).read([CODEC_PREFIX + "output_proj.conv.parametrizations.weight.original1"])
     assert torch.equal(codec.output_proj.conv.parametrizations.weight.original1, *(t.float() for t in stored.values()))
     assert codec.encode(noise(1, 1, 4000)).shape == (1, 37, 3)
+
+
+@pytest.mark.parametrize("kernel, stride", [(4, 2), (3, 1), (7, 1), (3, 2), (2, 2), (7, 3)])
+def test_matrix_products_are_the_convolutions(kernel, stride):
+    down, up, x = CausalConv1d(8, 6, kernel, stride), CausalConvTranspose1d(8, 6, kernel, stride), torch.randn(2, 8, 11)
+    padded = F.pad(x, (kernel - stride, -11 % stride), mode="replicate")
+    torch.testing.assert_close(down(x), down.conv(padded))
+    torch.testing.assert_close(up(x), up.conv(x)[..., : 11 * stride])
 
 
 def test_encoder_tensors_go_in_and_out_under_their_full_names(golden_folder, released):

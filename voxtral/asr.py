@@ -9,6 +9,7 @@ import math
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -78,11 +79,7 @@ class WhisperTeacher(nn.Module):
 
         self.dtype = torch.float32
         if self.model.device.type == "cuda":
-            # Whisper casts its weights at each call: once is cheaper. Its layer norms want float32.
-            self.dtype = torch.float16
-            for module in self.model.modules():
-                if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
-                    module.half()
+            self.to_half()
         self.heads = self.model.alignment_heads.indices().T.tolist()  # (layer, head) pairs
         self.resample = torchaudio.transforms.Resample(24_000, 16_000).to(device)
         self.tokenizer = get_tokenizer(
@@ -100,6 +97,19 @@ class WhisperTeacher(nn.Module):
         ):
             self.register_buffer(name, values.to(self.model.device), persistent=False)
         self.recorded = None  # `listen` as a CUDA graph
+
+    def to_half(self) -> None:
+        """All weights in float16, once: Whisper casts them at each call, and around its layer norms the activations
+        too, though their kernel computes in float32 by itself."""
+        self.dtype = torch.float16
+        for module in self.model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding, nn.LayerNorm)):
+                module.half()
+            if isinstance(module, nn.LayerNorm):
+                module.forward = partial(nn.LayerNorm.forward, module)
+        # Logits of 51,865 tokens are no shape for tensor cores: rows of zeros, whose logits transcribe() cuts off.
+        tokens = self.model.decoder.token_embedding
+        tokens.weight = nn.Parameter(F.pad(tokens.weight, (0, 0, 0, -len(tokens.weight) % 8)), requires_grad=False)
 
     @property
     def width(self) -> int:
@@ -180,7 +190,8 @@ class WhisperTeacher(nn.Module):
             for hook in hooks:
                 stack.callback(hook.remove)
             for i in range(self.n_prefix - 1 + self.max_tokens):
-                logits = self.model.decoder(tokens[:, i : i + 1], features, kv_cache=cache)[:, 0]
+                logits = self.model.decoder(tokens[:, i : i + 1], features, kv_cache=cache)
+                logits = logits[:, 0, : self.model.dims.n_vocab]
                 n_written = i + 1 - self.n_prefix  # text tokens before the one that is predicted now
                 if i == 0:
                     no_speech = logits.softmax(dim=-1)[:, self.tokenizer.no_speech]

@@ -125,7 +125,10 @@ class MicroStep:
 
     def _compile(self) -> None:
         """Fuses kernels, each of these as a whole."""
-        for module in [self.model, self.sound_losses] + ([self.adversarial] if self.discriminators else []):
+        modules = [self.model, self.sound_losses]
+        modules += [self.adversarial] if self.discriminators else []
+        modules += [self.teacher.model.encoder] if self.teacher else []
+        for module in modules:
             module.forward = torch.compile(module.forward, dynamic=False, fullgraph=True)
 
     def _record_graphs(self, n_clips: int) -> None:

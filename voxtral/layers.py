@@ -21,6 +21,9 @@ class CausalConv1d(nn.Module):
 
     The last, partial window is completed on the right with the same pad mode. With `reflect`, the first kernel - 1
     outputs mirror inputs 1 ... kernel - 1: they do depend on that much of the future.
+
+    A matrix product over windows side by side: between transformers, in whose memory channels come last, cuDNN's
+    convolutions would turn the layout round twice.
     """
 
     def __init__(
@@ -36,20 +39,31 @@ class CausalConv1d(nn.Module):
         # A reflection needs more samples than it mirrors: zeros make room, and are cut off again.
         room = max(0, max(left, right) + 1 - x.shape[-1]) if self.pad_mode == "reflect" else 0
         x = F.pad(F.pad(x, (0, room)), (left, right), mode=self.pad_mode)
-        return self.conv(x[..., : x.shape[-1] - room])
+        x = x[..., : x.shape[-1] - room].transpose(1, 2)
+        reach = x.shape[1] - left  # of the windows' first samples
+        windows = torch.cat([x[:, i : i + reach : self.stride] for i in range(self.kernel_size)], dim=-1)
+        return F.linear(windows, self.conv.weight.transpose(1, 2).flatten(1)).transpose(1, 2)
 
 
 class CausalConvTranspose1d(nn.Module):
-    """[B, C, T] -> [B, C_out, T * stride]; the kernel - stride surplus samples are trimmed on the right."""
+    """[B, C, T] -> [B, C_out, T * stride]; the kernel - stride surplus samples are trimmed on the right.
+
+    A matrix product, as in CausalConv1d: `stride` outputs of a position, from it and those before it that reach there.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int):
         super().__init__()
         self.conv = weight_norm(nn.ConvTranspose1d(in_channels, out_channels, kernel_size, stride=stride, bias=False))
-        self.surplus = kernel_size - stride
+        self.stride, self.n_positions = stride, -(-kernel_size // stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return y[..., : y.shape[-1] - self.surplus]
+        batch, _, time = x.shape
+        x = F.pad(x.transpose(1, 2), (0, 0, self.n_positions - 1, 0))
+        windows = torch.cat([x[:, i : i + time] for i in reversed(range(self.n_positions))], dim=-1)
+        weight = self.conv.weight  # [C, C_out, kernel]
+        weight = F.pad(weight, (0, -weight.shape[2] % self.stride)).unflatten(2, (self.n_positions, self.stride))
+        weight = weight.permute(3, 1, 2, 0).flatten(2).flatten(0, 1)  # [stride * C_out, n_positions * C]
+        return F.linear(windows, weight).view(batch, time * self.stride, -1).transpose(1, 2)
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
