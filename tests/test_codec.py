@@ -16,6 +16,7 @@ from conftest import ROOT, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from voxtral import layers
 from voxtral.checkpoint import (
     CODEC_PREFIX,
     EMBEDDING_NAME,
@@ -26,7 +27,7 @@ from voxtral.checkpoint import (
     write_stored,
 )
 from voxtral.codec import VoxtralCodec, ceil_div
-from voxtral.layers import CausalConv1d, CausalConvTranspose1d, Transformer, WindowAttention
+from voxtral.layers import Transformer, WindowAttention, conv1d_product, conv_transpose1d_product
 from voxtral.layout import released_layout, withheld_layout
 from voxtral.params import CheckpointError, CodecParams
 from voxtral.standin import small_params
@@ -282,10 +283,22 @@ def test_without_encoder_tensors_the_encoder_is_fresh(released):
 
 @pytest.mark.parametrize("kernel, stride", [(4, 2), (3, 1), (7, 1), (3, 2), (2, 2), (7, 3)])
 def test_matrix_products_are_the_convolutions(kernel, stride):
-    down, up, x = CausalConv1d(8, 6, kernel, stride), CausalConvTranspose1d(8, 6, kernel, stride), torch.randn(2, 8, 11)
-    padded = F.pad(x, (kernel - stride, -11 % stride), mode="replicate")
-    torch.testing.assert_close(down(x), down.conv(padded))
-    torch.testing.assert_close(up(x), up.conv(x)[..., : 11 * stride])
+    x, down, up = torch.randn(2, 8, 11), torch.randn(6, 8, kernel), torch.randn(8, 6, kernel)
+    torch.testing.assert_close(conv1d_product(x, down, stride), F.conv1d(x, down, stride=stride))
+    expected = F.conv_transpose1d(x, up, stride=stride)[..., : 11 * stride]
+    torch.testing.assert_close(conv_transpose1d_product(x, up, stride), expected)
+
+
+def test_training_by_matrix_products_equals_serving(codec, monkeypatch):
+    """As on a GPU, in all ten convolutions."""
+    waveform, heard, asked = torch.randn(2, 1, 9 * 1920 + 700), [], []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(layers, "trains_on_gpu", lambda x: asked.append(on_gpu) or on_gpu)
+        latent = codec.encode_latent(waveform)
+        heard.append((latent, codec.decode_latent(latent)))
+    assert asked == 10 * [False] + 10 * [True]
+    for a, b in zip(*heard, strict=True):
+        assert (a - b).norm() < 1e-5 * a.norm()
 
 
 def test_encoder_tensors_go_in_and_out_under_their_full_names(golden_folder, released):

@@ -21,9 +21,6 @@ class CausalConv1d(nn.Module):
 
     The last, partial window is completed on the right with the same pad mode. With `reflect`, the first kernel - 1
     outputs mirror inputs 1 ... kernel - 1: they do depend on that much of the future.
-
-    A matrix product over windows side by side: between transformers, in whose memory channels come last, cuDNN's
-    convolutions would turn the layout round twice.
     """
 
     def __init__(
@@ -39,31 +36,47 @@ class CausalConv1d(nn.Module):
         # A reflection needs more samples than it mirrors: zeros make room, and are cut off again.
         room = max(0, max(left, right) + 1 - x.shape[-1]) if self.pad_mode == "reflect" else 0
         x = F.pad(F.pad(x, (0, room)), (left, right), mode=self.pad_mode)
-        x = x[..., : x.shape[-1] - room].transpose(1, 2)
-        reach = x.shape[1] - left  # of the windows' first samples
-        windows = torch.cat([x[:, i : i + reach : self.stride] for i in range(self.kernel_size)], dim=-1)
-        return F.linear(windows, self.conv.weight.transpose(1, 2).flatten(1)).transpose(1, 2)
+        x = x[..., : x.shape[-1] - room]
+        return conv1d_product(x, self.conv.weight, self.stride) if trains_on_gpu(x) else self.conv(x)
 
 
 class CausalConvTranspose1d(nn.Module):
-    """[B, C, T] -> [B, C_out, T * stride]; the kernel - stride surplus samples are trimmed on the right.
-
-    A matrix product, as in CausalConv1d: `stride` outputs of a position, from it and those before it that reach there.
-    """
+    """[B, C, T] -> [B, C_out, T * stride]; the kernel - stride surplus samples are trimmed on the right."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int):
         super().__init__()
         self.conv = weight_norm(nn.ConvTranspose1d(in_channels, out_channels, kernel_size, stride=stride, bias=False))
-        self.stride, self.n_positions = stride, -(-kernel_size // stride)
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, _, time = x.shape
-        x = F.pad(x.transpose(1, 2), (0, 0, self.n_positions - 1, 0))
-        windows = torch.cat([x[:, i : i + time] for i in reversed(range(self.n_positions))], dim=-1)
-        weight = self.conv.weight  # [C, C_out, kernel]
-        weight = F.pad(weight, (0, -weight.shape[2] % self.stride)).unflatten(2, (self.n_positions, self.stride))
-        weight = weight.permute(3, 1, 2, 0).flatten(2).flatten(0, 1)  # [stride * C_out, n_positions * C]
-        return F.linear(windows, weight).view(batch, time * self.stride, -1).transpose(1, 2)
+        y = conv_transpose1d_product(x, self.conv.weight, self.stride) if trains_on_gpu(x) else self.conv(x)
+        return y[..., : x.shape[-1] * self.stride]
+
+
+def trains_on_gpu(x: Tensor) -> bool:
+    """Whether convolutions are matrix products: between transformers, in whose memory channels come last, cuDNN's turn
+    the layout round twice. They need more memory, so long clips are left to PyTorch, as serving leaves all."""
+    return x.is_cuda and torch.is_grad_enabled()
+
+
+def conv1d_product(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """F.conv1d of [B, C_in, T] by [C_out, C_in, kernel], over windows side by side."""
+    x, kernel = x.transpose(1, 2), weight.shape[2]
+    reach = x.shape[1] - kernel + 1  # of the windows' first samples
+    windows = torch.cat([x[:, i : i + reach : stride] for i in range(kernel)], dim=-1)
+    return F.linear(windows, weight.transpose(1, 2).flatten(1)).transpose(1, 2)
+
+
+def conv_transpose1d_product(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """F.conv_transpose1d of [B, C, T] by [C, C_out, kernel], the first T * stride samples: `stride` of them from each
+    position and those before it that reach there."""
+    batch, _, time = x.shape
+    n_positions = -(-weight.shape[2] // stride)
+    x = F.pad(x.transpose(1, 2), (0, 0, n_positions - 1, 0))
+    windows = torch.cat([x[:, i : i + time] for i in reversed(range(n_positions))], dim=-1)
+    weight = F.pad(weight, (0, -weight.shape[2] % stride)).unflatten(2, (n_positions, stride))
+    weight = weight.permute(3, 1, 2, 0).flatten(2).flatten(0, 1)  # [stride * C_out, n_positions * C]
+    return F.linear(windows, weight).view(batch, time * stride, -1).transpose(1, 2)
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
